@@ -41,12 +41,14 @@ def test_entries():
     for e in yaml.safe_load((ROOT/'data_manifest.yaml').read_text())['assets']: assert manifest.Asset(**e) == entries[e['id']]
 
 def test_package_assets_are_the_ones_named():
-    "A file that travels in the package has its fingerprint in the manifest."
+    "A file that travels in the package has its fingerprint in the manifest, and there is no file without an entry."
+    named = {s['package'] for a in manifest.load_manifest().values() for s in a.sources if 'package' in s}
+    assert named == {p.relative_to(ROOT/'spatialavatar0').as_posix() for p in (ROOT/'spatialavatar0'/'assets').rglob('*') if p.is_file()}
     for a in manifest.load_manifest().values():
         for s in a.sources:
             if 'package' in s:
                 b = (ROOT/'spatialavatar0'/s['package']).read_bytes()
-                assert (a.bytes, a.sha256) == (len(b), hashlib.sha256(b).hexdigest()), f'{a.id}: bytes and sha256 are out of date in data_manifest.yaml'
+                assert (a.bytes, a.sha256) == (len(b), hashlib.sha256(b).hexdigest()), f'{a.id}: run `python tools/manifest.py`'
                 assert manifest.asset(a.id, download=False).read_bytes() == b
 
 def test_missing_without_network(data, offline):
