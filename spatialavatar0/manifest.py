@@ -6,14 +6,12 @@
 __all__ = ['Asset', 'load_manifest', 'data_dir', 'problem', 'target', 'find_local', 'fetch', 'missing_text', 'asset',
            'assets_table']
 
-# %% ../nbs/02_manifest.ipynb #c3da925e
+# %% ../nbs/02_manifest.ipynb #72fc7222
 import functools,hashlib,importlib.util,os,re,shutil,subprocess,sys,tarfile,tempfile,urllib.request,zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 import yaml
-
-# %% ../nbs/02_manifest.ipynb #e7de0359
 from .core import InputError,atomic_path
 
 # %% ../nbs/02_manifest.ipynb #e8981086
