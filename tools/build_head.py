@@ -23,7 +23,7 @@ CUT_Y, CUT_SLOPE = 5.91, -.48         # the neck ends in the plane y = CUT_Y + C
 NUM_SHAPE, NUM_PEOPLE, SEED = 100, 1200, 0
 EYE_RINGS = [8,16,29,42,56,72,90,110,130]   # degrees from the front pole; 29 is the rim of the iris
 EYE_SEGMENTS, EYE_SCALE = 20, 1.02
-TONGUE_HEIGHT = .45
+TONGUE_HEIGHT, TEETH_WIDTH = .45, .92
 SHAPE_STEP = 4e-6                      # metres per count of the 16-bit shape and expression bases
 
 
@@ -195,6 +195,7 @@ class Mesh:
         self.eye_dirs, eye_tris = eyeball(); n = len(self.eye_dirs)
         self.helper = [src.ids('helper-l-eye'), src.ids('helper-r-eye')]
         self.eye_at = [len(keep), len(keep)+n]
+        self.deep = [self.depth(polys, part, name) for name in ('socket_l','socket_r')]
         self.verts = self.carry(src.verts)
         flat = self.verts*[-1,1,1]
         self.mirror = np.empty(len(self.verts), int)
@@ -212,14 +213,25 @@ class Mesh:
         order = np.argsort(self.parts, kind='stable')
         self.faces, self.parts = self.faces[order], self.parts[order]
 
+    def depth(self, polys, part, name):
+        "(V,1): 0 outside and on the rim of a part, 1 from its third ring of vertices on."
+        mine = [p for p,n in zip(polys,part) if n==name]; others = {i for p,n in zip(polys,part) if n!=name for i in p}
+        ring = {i:0 for p in mine for i in p if i in others}
+        for k in (1,2,3): ring.update({i:k for p in mine if any(ring.get(j)==k-1 for j in p) for i in p if i not in ring})
+        out = np.zeros((len(self.kept),1))
+        for p in mine:
+            for i in p: out[i] = smoothstep(ring.get(i,3)/3)
+        return out
+
     def carry(self, x):
-        "Skin, teeth and tongue by interpolation; each eyeball follows its helper by translation and scale."
-        out = [self.rows@x]
-        for ids in self.helper:
-            ref = self.src.verts[ids]-self.src.verts[ids].mean(0); c = x[ids].mean(0)
+        "Skin, teeth and tongue by interpolation; each eyeball follows its helper by translation and scale, and the depth of its socket follows the eyeball."
+        out = self.rows@x; eyes = []
+        for ids,deep in zip(self.helper, self.deep):
+            at = self.src.verts[ids].mean(0); ref = self.src.verts[ids]-at; c = x[ids].mean(0)
             scale = ((x[ids]-c)*ref).sum()/(ref**2).sum()
-            out.append(c + self.eye_dirs*np.linalg.norm(ref,axis=1).mean()*EYE_SCALE*scale)
-        return np.concatenate(out)
+            eyes.append(c + self.eye_dirs*np.linalg.norm(ref,axis=1).mean()*EYE_SCALE*scale)
+            out += deep*(c+.975*scale*(self.rows@self.src.verts-at)-out)
+        return np.concatenate([out]+eyes)
 
     def move(self, d): "A displacement of the source, carried over."; return self.carry(self.src.verts+d)-self.verts
 
@@ -301,6 +313,12 @@ def turn(v):
 
 
 def smoothstep(x): x = np.clip(x,0,1); return x*x*(3-2*x)
+
+
+def rounded(w, digits):
+    "Rows rounded so that they still sum to 1."
+    w = np.round(w, digits); i = np.arange(len(w)), w.argmax(1); w[i] += 1-w.sum(1)
+    return w.astype(np.float32)
 
 
 def skin_weights(mesh, jaw_open, jaw_rot, jaw_at):
@@ -444,7 +462,8 @@ def regions(mesh, units):
     m = dict(skin=skin, face=painted(mesh,'face')*skin, lips=painted(mesh,'lips')*skin, ears=painted(mesh,'ears')*skin, lid_rims=painted(mesh,'eyelids')*skin)
     m['lids'] = moved('eyeBlinkLeft','eyeBlinkRight')*skin
     m['eye_region'] = smoothstep(1.5-np.sqrt(((x-.31)/.3)**2+((y-7.28)/.24)**2))*smoothstep((z-.6)/.3)*skin
-    nose = np.linalg.norm(mesh.move(mesh.src.target(MPFB+'targets/nose/nose-scale-horiz-incr.target.gz')),axis=1); m['nose'] = np.clip(nose/np.quantile(nose[skin>0],.99),0,1)*skin
+    nose = sum(np.linalg.norm(mesh.move(mesh.src.target(MPFB+f'targets/nose/nose-scale-{k}-incr.target.gz')),axis=1) for k in ('horiz','depth'))
+    m['nose'] = np.clip(nose/np.quantile(nose[skin>0],.985),0,1)*skin
     hairline = np.interp(z, [-.4,.1,.5,.9,1.3], [6.55,7.15,7.65,8.0,8.12])
     m['scalp'] = smoothstep((y-hairline)/.16+.5)*(1-m['ears'])*skin
     arc = 7.47+.035*np.sin((x-.1)/.45*np.pi)
@@ -531,11 +550,14 @@ def write_npz(path, arrays):
 
 
 def build(files, out):
-    src = Source(files); mesh = Mesh(src); eyes = mesh.part_verts('eye_l','eye_r')
+    src = Source(files); mesh = Mesh(src)
     units = {}
     for n in files.list(UNITS, '.target'):
-        d = mesh.move(src.target(n)); d[eyes] = 0; units[Path(n).stem] = d
-    names = list(units)
+        d = src.target(n)
+        for ids in mesh.helper: d[ids] = 0                                         # eyes move by their joints only
+        units[Path(n).stem] = mesh.move(d)
+    names = list(units); twin = lambda n: n.replace('Left','*').replace('Right','Left').replace('*','Right')
+    units = {n:(units[n]+units[twin(n)][mesh.mirror]*[-1,1,1])/2 for n in names}   # left and right are exact mirrors
 
     moves, bones = random_people(src, mesh, NUM_PEOPLE, SEED)
     people = mesh.verts+moves; w = (mesh.verts[:,1]>6.3)*1.; ref = people.mean(0)
@@ -546,6 +568,7 @@ def build(files, out):
     tongue = mesh.part_verts('tongue'); floor = mean[tongue,1].min()
     mean[tongue,1] = floor+TONGUE_HEIGHT*(mean[tongue,1]-floor)                    # an open mouth shows a dark cavity, not only tongue
 
+    mean[mesh.part_verts('teeth_up','teeth_low'),0] *= TEETH_WIDTH                  # or they pierce the cheeks of narrow people
     teeth = src.ids('helper-lower-teeth'); d_open = src.target(UNITS+'jawOpen.target')
     rot, shift = rigid(src.verts[teeth], src.verts[teeth]+d_open[teeth])
     pivot = np.append(0, np.linalg.solve((np.eye(3)-rot)[1:,1:], shift[1:]))
@@ -559,7 +582,7 @@ def build(files, out):
     rows = []; errors = []
     for j,near in enumerate(([.9,.5],[.5,.6],[.6,.5])):
         at = track[:,j].mean(0); row = joint_row(mesh, people[:300]*1., track[:300,j], np.where(still[:,None],mean,np.inf), at, near); rows.append(row)
-        errors.append(np.linalg.norm((np.einsum('v,nvc->nc',row,people)-track[:,j])[:,1:],axis=1).mean()*100); print(j,(row>0).sum(),errors[-1],track[:,j].std(0)*100,(row@mean-at)*100)
+        errors.append(np.linalg.norm((np.einsum('v,nvc->nc',row,people)-track[:,j])[:,1:],axis=1).mean()*100)
     for a in mesh.eye_at:
         r = np.zeros(len(mean)); i = a+1+EYE_RINGS.index(90)*EYE_SEGMENTS; r[i:i+EYE_SEGMENTS] = 1/EYE_SEGMENTS; rows.append(r)
     regressor = np.stack(rows)
@@ -583,7 +606,7 @@ def build(files, out):
     arrays = dict(
         v_template=np.round(metres(mean-origin),7).astype(np.float32), faces=mesh.faces.astype(np.uint16),
         shape_steps=np.moveaxis(steps(basis),-1,0), expr_steps=np.stack([steps(units[n]) for n in names]), step=np.float64(SHAPE_STEP),
-        weights=np.round(weights,5).astype(np.float32), J_regressor=np.round(regressor,7).astype(np.float32), parents=np.array(PARENTS,np.int8), joint_names=np.array(JOINTS),
+        weights=rounded(weights,5), J_regressor=rounded(regressor,7), parents=np.array(PARENTS,np.int8), joint_names=np.array(JOINTS),
         uv=np.round(uv,6).astype(np.float32), uv_faces=uv_faces.astype(np.uint16),
         parts=mesh.parts.astype(np.uint8), part_names=np.array(PARTS), mirror=mesh.mirror.astype(np.uint16),
         mask_names=np.array(list(masks)), masks=np.stack(list(masks.values())),
