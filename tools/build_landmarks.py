@@ -1,0 +1,213 @@
+"""Build spatialavatar0/assets/open_landmarks.npz: where MediaPipe's 478 face landmarks lie on the open head.
+
+    python tools/build_landmarks.py [--model face_landmarker.task] [--out spatialavatar0/assets/open_landmarks.npz] [--picture FILE.png]
+
+Nobody publishes this table for this head, so we measure it: paint 16 people from 13 sides, let MediaPipe find its landmarks, look up
+in the z-buffer which triangle lies under each, and take a robust mean over people and views. Two precautions (both matter):
+the landmarks of the face's outline slide along the silhouette when the head turns, so they are taken from nearly frontal views only, and never from the side
+that is turned away;
+and every landmark gets a spread `sigma`, so that a fit can weight it by 1/sigma. The result is symmetric. Needs the extra `track`; a minute.
+"""
+import argparse
+from pathlib import Path
+import numpy as np, torch
+from scipy.ndimage import distance_transform_edt
+from scipy.optimize import linear_sum_assignment
+from spatialavatar0 import synth
+from spatialavatar0.core import atomic_path, set_seed, to_uint8
+from spatialavatar0.geometry import intrinsics, orbit
+from spatialavatar0.head import open_head
+from spatialavatar0.render import rasterize_mesh, vertex_normals
+
+PEOPLE, FIRST_SEED, SIZE = 16, 500, 384
+VIEWS = [(y,0) for y in (-45,-30,-15,0,15,30,45)]+[(y,p) for y in (-20,0,20) for p in (-15,15)]
+LIGHTS = [synth.STUDIO, synth.Light((.5,.5,.7), .6, .4, in_room=False)]
+IRIS = list(range(468,478))
+FACE_OVAL = [10,338,297,332,284,251,389,356,454,323,361,288,397,365,379,378,400,377,152,148,176,149,150,136,172,58,132,93,234,127,162,21,54,103,67,109]
+GROUPS = dict(contour=FACE_OVAL,
+    eyes=[33,7,163,144,145,153,154,155,133,173,157,158,159,160,161,246,263,249,390,373,374,380,381,382,362,398,384,385,386,387,388,466],
+    lips_out=[61,146,91,181,84,17,314,405,321,375,291,409,270,269,267,0,37,39,40,185],
+    lips_in=[78,95,88,178,87,14,317,402,318,324,308,415,310,311,312,13,82,81,80,191],
+    brows=[70,63,105,66,107,55,65,52,53,46,300,293,334,296,336,285,295,282,283,276],
+    nose=[1,2,4,5,6,19,94,97,98,129,168,195,197,326,327,358,48,278,115,344], iris=IRIS)
+FLOOR, UNSEEN, MIN_SEEN, OFF = .0015, .05, 12, 8   # metres, metres, observations, pixels beside the head that still count as its edge
+
+
+# ---------------------------------------------------------------- look
+def detector(model):
+    "MediaPipe's face landmarker for single pictures: image (H,W,3) -> (478,2) pixels or None."
+    import mediapipe as mp
+    from mediapipe.tasks import python as tasks
+    from mediapipe.tasks.python import vision
+    options = vision.FaceLandmarkerOptions(base_options=tasks.BaseOptions(model_asset_path=str(model)), num_faces=1)
+    landmarker = vision.FaceLandmarker.create_from_options(options)
+    def detect(image, landmarker=landmarker):
+        rgb = np.ascontiguousarray(to_uint8(image)); h,w = rgb.shape[:2]
+        found = landmarker.detect(mp.Image(image_format=mp.ImageFormat.SRGB, data=rgb)).face_landmarks
+        return np.array([[p.x*w,p.y*h] for p in found[0]]) if found else None
+    return detect
+
+
+def camera(yaw, pitch, head):
+    "A camera 55 cm from the middle of the head."
+    return orbit(yaw, pitch, .55, synth.face_centre(head)), intrinsics(1.95*SIZE, SIZE, SIZE)
+
+
+def observe(person, view, light, head, detect):
+    "One painted picture: for each landmark the triangle, barycentrics and facing (cosine) under it; -1 where there is none; or None."
+    viewmat, K = camera(*view, head)
+    lmks = detect(synth.paint(person, viewmat, K, SIZE, light=light).image)
+    if lmks is None: return None
+    verts = head(shape=person.shape, static_offset=person.static_offset)[0]; fine = 2
+    ids, bary, _ = rasterize_mesh(verts, head.faces, viewmat, K*torch.tensor([fine,fine,1.])[:,None], SIZE*fine, SIZE*fine)
+    x, y = (lmks*fine).astype(int).clip(0,SIZE*fine-1).T
+    gap, near = distance_transform_edt((ids<0).numpy(), return_indices=True); gap = gap[y,x]/fine; y, x = near[:,y,x]
+    t = torch.where(torch.as_tensor(gap<=OFF), ids[y,x], -1); b = bary[y,x]; f = head.faces[t.clamp_min(0)]
+    at = lambda values: (values[f]*b[...,None]).sum(1)
+    to_eye = torch.nn.functional.normalize(-viewmat[:3,:3].T@viewmat[:3,3]-at(verts), dim=-1)
+    facing = (torch.nn.functional.normalize(at(vertex_normals(verts, head.faces)), dim=-1)*to_eye).sum(-1)
+    return t.numpy(), b.numpy(), facing.numpy()
+
+
+def observations(head, detect, people=PEOPLE):
+    "All pictures: arrays (M,478) face ids, (M,478,3) barycentrics, (M,478) facing, and (M,2) person and view."
+    out, tags = [], []
+    for p in range(people):
+        person = synth.make_person(FIRST_SEED+p, head); person.static_offset = torch.zeros_like(person.static_offset)
+        for v,view in enumerate(VIEWS):
+            o = observe(person, view, LIGHTS[p%2], head, detect)
+            if o is not None: out.append(o); tags.append((p,v))
+    print(f'MediaPipe found the face in {len(out)} of {people*len(VIEWS)} pictures')
+    return [np.stack(x) for x in zip(*out)]+[np.array(tags)]
+
+
+# ---------------------------------------------------------------- average
+def geometric_median(x, w, steps=30):
+    "The point with the least weighted sum of distances (Weiszfeld); outliers hardly move it. Metres."
+    c = np.median(x, 0)
+    for _ in range(steps):
+        k = w/(np.linalg.norm(x-c, axis=1)+5e-4); c = (k[:,None]*x).sum(0)/k.sum()
+    return c
+
+
+def average(points, part_ok, facing, tags):
+    "Robust mean (478,3), spread (478,) in metres and number of observations of each landmark."
+    yaw, pitch = np.array([VIEWS[v] for _,v in tags]).T
+    mean, spread, seen = np.zeros((478,3)), np.full(478,np.nan), np.zeros(478,int)
+    for i in range(478):
+        use, w = part_ok[:,i]&(facing[:,i]>.35), facing[:,i]**2
+        if i in FACE_OVAL:                       # level views: frontal, and turned by 15 degrees towards the landmark's own side
+            side = np.median(points[part_ok[:,i]&(yaw==0)&(pitch==0),i,0]); towards = np.abs(yaw)<=15 if abs(side)<.02 else (yaw*side>=0)&(np.abs(yaw)<=15)
+            use, w = part_ok[:,i]&towards&(pitch==0), np.ones(len(w))
+        seen[i] = use.sum()
+        if seen[i]<MIN_SEEN: continue
+        x = points[use,i]; mean[i] = geometric_median(x, w[use]); spread[i] = np.median(np.linalg.norm(x-mean[i], axis=1))
+    return mean, spread, seen
+
+
+def mirror_table(mean):
+    "Each landmark's twin on the other side, by the best one-to-one matching of mirrored positions."
+    mirror = np.arange(478)
+    for ids in (np.arange(468), np.array(IRIS)):
+        cost = np.linalg.norm(mean[ids][:,None]-mean[ids][None]*[-1,1,1], axis=-1)
+        mirror[ids] = ids[linear_sum_assignment(cost+cost.T)[1]]
+    assert (mirror[mirror]==np.arange(478)).all(), 'the mirror table is not an involution'
+    return mirror
+
+
+def closest(p, tri):
+    "Closest point to p on triangles (F,3,3): (index, barycentrics, distance)."
+    a, ab, ac = tri[:,0], tri[:,1]-tri[:,0], tri[:,2]-tri[:,0]; ap = p-a
+    g = np.stack([(ab*ab).sum(1),(ab*ac).sum(1),(ac*ac).sum(1),(ab*ap).sum(1),(ac*ap).sum(1)])
+    det = np.maximum(g[0]*g[2]-g[1]**2, 1e-30); v, w = (g[2]*g[3]-g[1]*g[4])/det, (g[0]*g[4]-g[1]*g[3])/det
+    cand = [np.stack([1-v-w,v,w],1)]
+    for i,j in ((0,1),(1,2),(2,0)):                                    # the three edges
+        e = tri[:,j]-tri[:,i]; t = (((p-tri[:,i])*e).sum(1)/np.maximum((e*e).sum(1),1e-30)).clip(0,1)
+        b = np.zeros((len(tri),3)); b[:,i], b[:,j] = 1-t, t; cand.append(b)
+    cand = np.stack(cand, 1); d = np.linalg.norm((cand[...,None]*tri[:,None]).sum(2)-p, axis=-1)
+    d[(cand<-1e-9).any(-1)] = np.inf; k = d.argmin()
+    return k//4, cand.reshape(-1,3)[k], d.flat[k]
+
+
+def snap(points, which, verts, faces):
+    "Points onto the triangles `which[i]`: face ids, barycentrics, distances."
+    out = [closest(p, verts[faces[w]]) for p,w in zip(points, which)]
+    return np.array([w[k] for (k,_,_),w in zip(out, which)]), np.stack([b for _,b,_ in out]), np.array([d for *_,d in out])
+
+
+# ---------------------------------------------------------------- build
+def build(head, detect):
+    "The table, and what it was measured from."
+    ids, bary, facing, tags = observations(head, detect)
+    verts, faces, parts = head()[0].numpy().astype(float), head.faces.numpy(), np.asarray(head.parts)
+    points = (verts[faces[ids.clip(0)]]*bary[...,None]).sum(2)
+    label = lambda *n: np.isin(parts, [head.part_names.index(x) for x in n])
+    skin, eyes = np.flatnonzero(label('skin')), [np.flatnonzero(label(n)) for n in ('eye_l','eye_r')]
+    ok = label('skin')[ids.clip(0)]; ok[:,IRIS] = label('eye_l','eye_r')[ids[:,IRIS].clip(0)]; ok &= ids>=0
+    mean, spread, seen = average(points, ok, facing, tags); valid = seen>=MIN_SEEN
+    mirror = mirror_table(mean); valid &= valid[mirror]
+    both = (mean+mean[mirror]*[-1,1,1])/2; spread = np.fmax(spread, spread[mirror])
+    where = [skin if i<468 else eyes[0] if both[i,0]>0 else eyes[1] for i in range(478)]
+    face_ids, b, gap = snap(both, where, verts, faces)
+    sigma = np.where(valid, np.fmax(spread, FLOOR), UNSEEN); sigma[gap>.003] = np.maximum(sigma[gap>.003], .006)
+    table = dict(face_ids=face_ids.astype(np.int32), bary=b.round(6).astype(np.float32), sigma=sigma.round(6).astype(np.float32),
+                 contour=np.isin(np.arange(478), FACE_OVAL), valid=valid, mirror=mirror.astype(np.int32))
+    return table, dict(points=points, ok=ok, facing=facing, tags=tags, spread=spread, gap=gap)
+
+
+def write_npz(path, arrays):
+    "An npz which is the same file, byte for byte, for the same arrays."
+    import io, zipfile
+    with atomic_path(path) as tmp, zipfile.ZipFile(tmp, 'w', zipfile.ZIP_DEFLATED) as z:
+        for name,a in arrays.items():
+            buf = io.BytesIO(); np.lib.format.write_array(buf, np.ascontiguousarray(a), version=(1,0))
+            z.writestr(zipfile.ZipInfo(f'{name}.npy', (1980,1,1,0,0,0)), buf.getvalue(), zipfile.ZIP_DEFLATED)
+
+
+# ---------------------------------------------------------------- report
+def split_half(raw):
+    "Distance between the tables of the first and the second half of the people, metres."
+    half = [average(*(raw[k][(raw['tags'][:,0]<PEOPLE//2)==h] for k in ('points','ok','facing','tags')))[0] for h in (True,False)]
+    d = np.linalg.norm(half[0]-half[1], axis=1)
+    return d[(half[0]!=0).any(1)&(half[1]!=0).any(1)]
+
+
+def report(table, raw):
+    "Numbers per group, in millimetres."
+    mm = raw['spread']*1e3; v = table['valid']
+    print(f'usable {v.sum()} of 478; median spread {np.nanmedian(mm[v]):.2f} mm, split-half {np.median(split_half(raw))*1e3:.2f} mm, '
+          f'distance to the mesh median {np.median(raw["gap"][v])*1e3:.2f} mm; unusable: {np.flatnonzero(~v).tolist()}')
+    rest = sorted(set(range(478))-set(sum(GROUPS.values(),[])))
+    for name,ids in {**GROUPS,'rest':rest}.items():
+        ids = np.array(ids); u = ids[v[ids]]
+        print(f'{name:9} usable {len(u):3} of {len(ids):3}  median {np.median(mm[u]):.2f}  p90 {np.quantile(mm[u],.9):.2f} mm')
+
+
+def picture(table, head, path):
+    "The landmarks on the grey head, front and side: green below 2 mm, orange below 4, red above, blue: contour."
+    import matplotlib; matplotlib.use('Agg'); import matplotlib.pyplot as plt
+    from spatialavatar0.geometry import project
+    from spatialavatar0.render import shade_mesh, visible_points
+    verts = head()[0]; p = (verts[head.faces[table['face_ids']]]*torch.as_tensor(table['bary'])[...,None]).sum(1)
+    fig,axs = plt.subplots(1, 2, figsize=(18,9.3), layout='constrained')
+    for ax,yaw in zip(axs, (0,50)):
+        V,_ = camera(yaw, 0, head); K = intrinsics(1900, 900, 900); ax.imshow(shade_mesh(verts, head.faces, V, K, 900, 900)[0]); ax.axis('off')
+        see = visible_points(p, rasterize_mesh(verts, head.faces, V, K, 900, 900)[2], V, K).numpy()&table['valid']; xy = project(p, V, K)[0].numpy()
+        s = table['sigma']; colour = np.where(table['contour'],'royalblue',np.where(s<.002,'green',np.where(s<.004,'darkorange','red')))
+        ax.scatter(*xy[see].T, s=9, c=colour[see])
+        for i in np.flatnonzero(see): ax.annotate(str(i), xy[i], fontsize=4.5)
+    fig.savefig(path, dpi=100)
+
+
+if __name__=='__main__':
+    args = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    args.add_argument('--model', help='face_landmarker.task; default: the asset face_landmarker of the manifest')
+    args.add_argument('--out', default=Path(__file__).parents[1]/'spatialavatar0/assets/open_landmarks.npz', type=Path)
+    args.add_argument('--picture', type=Path, help='also draw the table here')
+    args = args.parse_args(); set_seed(0); head = open_head()
+    if args.model is None:
+        from spatialavatar0.manifest import asset
+        args.model = asset('face_landmarker')
+    table, raw = build(head, detector(args.model))
+    write_npz(args.out, table); report(table, raw); print(f'wrote {args.out} ({args.out.stat().st_size/1e3:.0f} kB)')
+    if args.picture: picture(table, head, args.picture)
