@@ -1,0 +1,185 @@
+"""The numba rasterizer against the dense float64 oracle, the oracle against finite differences, and the call to gsplat against its signature."""
+import inspect, math
+import pytest, torch
+from spatialavatar0 import render
+from spatialavatar0.core import InputError
+from spatialavatar0.render import rasterize, rasterize_mesh, shade_mesh, vertex_normals, visible_points, interpolate
+
+W,H = 61,45
+NAMES = ('means','quats','scales','opacities','colors','backgrounds')
+
+def cameras(n, g):
+    "Cameras 4 m away that look at the origin from slightly different sides."
+    views = torch.eye(4,dtype=torch.float64).repeat(n,1,1); views[:,2,3] = 4; views[:,0,3] = torch.rand(n,generator=g)-.5
+    for v in views:
+        a = float(torch.rand((),generator=g))-.5
+        v[:3,:3] = torch.tensor([[math.cos(a),0,math.sin(a)],[0,1,0],[-math.sin(a),0,math.cos(a)]],dtype=torch.float64)
+    return views, torch.tensor([[70.,0,W/2+1.5],[0,75.,H/2-2],[0,0,1]],dtype=torch.float64).repeat(n,1,1)
+
+def scene(kind, seed, N=150, C=1, D=3):
+    "A fresh random scene, float64 on the float32 grid, so that both backends see the same numbers."
+    g = torch.Generator().manual_seed(seed); r = lambda *s: torch.randn(*s,generator=g,dtype=torch.float64)
+    means,quats,log_scales,opacities = r(N,3)*torch.tensor([1.,.8,.6]), r(N,4)*2, r(N,3)*.5-2, torch.rand(N,generator=g,dtype=torch.float64)*.95+.05
+    if kind=='behind': means[:,2] -= 3.5
+    if kind=='near':   means[:,2] -= 3.
+    if kind=='huge':   log_scales[::10] += 3
+    if kind=='needle': log_scales += torch.tensor([2.,-2,-2]).double()*(torch.rand(N,1,generator=g)<.5)
+    if kind=='transparent': opacities = opacities*.02
+    if kind=='opaque': opacities = .97+.03*opacities; log_scales += .7
+    if kind=='offscreen': means[:,0] += 2.
+    if kind=='gone': means[:,0] += 100.
+    views,Ks = cameras(C,g)
+    x = [means, quats, log_scales.exp(), opacities, torch.rand(N,D,generator=g,dtype=torch.float64), torch.rand(C,D,generator=g,dtype=torch.float64)]
+    return [t.float().double() for t in x], views.float().double(), Ks
+
+def run(inputs, views, Ks, backend, dtype, mode='RGB+D', seed=0, skip=None, **kw):
+    "Pictures, and gradients of a random weighting of them; pixels in skip weigh nothing."
+    x = [t.to(dtype).clone().requires_grad_() for t in inputs]
+    colors,alphas,meta = rasterize(*x[:5], views.to(dtype), Ks.to(dtype), W, H, backgrounds=x[5], render_mode=mode, backend=backend, **kw)
+    g = torch.Generator().manual_seed(seed)
+    wc,wa = [torch.randn(t.shape,generator=g,dtype=torch.float64).to(dtype) for t in (colors,alphas)]
+    if skip is not None: wc,wa = wc*~skip, wa*~skip
+    ((colors*wc).sum()+(alphas*wa).sum()).backward()
+    return colors.detach().double(), alphas.detach().double(), meta, [(torch.zeros_like(t) if t.grad is None else t.grad).double() for t in x]
+
+def compare(*s, grad_tol=1e-4, **kw):
+    """Numba in float32 against dense in float64. Where a splat fell on the other side of the 1/255 cut the two pictures may
+    differ by up to 5e-3 in a few pixels, and their gradients are of different pictures: such pixels do not count for gradients."""
+    dense = run(*s,'dense',torch.float64,**kw); cpu = run(*s,'cpu',torch.float32,**kw); flipped = False
+    for a,b in zip(cpu[:2],dense[:2]):
+        assert a.shape==b.shape
+        err = (a-b).abs().amax(-1,keepdim=True)/b.abs().amax().clamp(min=1)
+        assert (err>1e-4).double().mean()<=1e-3 and err.max()<=5e-3
+        flipped = flipped | (err>2e-5)
+    assert flipped.double().mean()<=2e-3
+    if flipped.any(): dense,cpu = run(*s,'dense',torch.float64,skip=flipped,**kw), run(*s,'cpu',torch.float32,skip=flipped,**kw)
+    for name,a,b in zip(NAMES,cpu[3],dense[3]):
+        assert (a-b).norm()<=grad_tol*b.norm()+1e-8, f'{name}: {(a-b).norm()/b.norm():.1e}'
+    return cpu
+
+KINDS = ('plain','behind','near','huge','needle','transparent','opaque','offscreen','gone')
+@pytest.mark.parametrize('seed', (0,1))
+@pytest.mark.parametrize('kind', KINDS)
+def test_cpu_is_dense(kind, seed):
+    s = scene(kind, seed)
+    compare(*s, seed=seed)
+
+@pytest.mark.parametrize('mode', ('RGB','D','ED','RGB+D','RGB+ED'))
+@pytest.mark.parametrize('D', (1,3,9))
+def test_modes_channels_cameras(mode, D):
+    s = scene('plain', 5, C=2, D=D)
+    cpu = compare(*s, mode=mode)
+    assert cpu[0].shape==(2,H,W,(D if 'RGB' in mode else 0)+('D' in mode))
+
+def test_colors_per_camera_and_limits():
+    (m,q,s,o,c,b),views,Ks = scene('plain', 6, C=2)
+    x = [m,q,s,o,torch.stack([c,c.flip(0)]),b]
+    kw = dict(near_plane=3.5, far_plane=4.4, eps2d=.1, max_alpha=.9)
+    compare(x, views, Ks, **kw)
+
+def test_meta_agrees():
+    s = scene('near', 7)
+    a,b = [run(*s,k,d)[2] for k,d in (('cpu',torch.float32),('dense',torch.float64))]
+    drawn = (a['radii']>0).all(-1)
+    assert (drawn==(b['radii']>0).all(-1)).double().mean()>.98
+    for k in ('means2d','depths','conics'):
+        x,y = a[k][drawn].double(), b[k][drawn].detach()
+        assert ((x-y).abs()<=1e-3+1e-4*y.abs()).all(), k
+
+@pytest.mark.parametrize('backend', ('dense','cpu'))
+def test_empty_scene_shows_the_background(backend):
+    e = torch.zeros
+    x = [e(0,3),e(0,4),e(0,3),e(0),e(0,3)]
+    c,a,_ = rasterize(*x, torch.eye(4)[None], torch.eye(3)[None], 9, 7, backgrounds=torch.tensor([[.1,.2,.3]]), backend=backend)
+    assert torch.allclose(c, torch.tensor([.1,.2,.3]).expand(1,7,9,3)) and (a==0).all()
+
+def test_projection_is_gsplats():
+    twin = pytest.importorskip('gsplat.cuda._torch_impl')
+    (m,q,s,*_),views,Ks = scene('plain',9)
+    covs,_ = twin._quat_scale_to_covar_preci(q,s,True,False)
+    _,m2,d,conics,_ = twin._fully_fused_projection(m,covs,views,Ks,W,H)
+    ours = render.project_gaussians(m,q,s,views[0],Ks[0],W,H)
+    assert torch.allclose(ours[0],m2[0]) and torch.allclose(ours[1],d[0]) and torch.allclose(render.covs_to_conics(ours[2]),conics[0])
+
+def test_finite_differences():
+    g = torch.Generator().manual_seed(3); N = 5
+    x = [torch.randn(N,3,generator=g)*.3, torch.randn(N,4,generator=g), torch.rand(N,3,generator=g)*.2+.2, torch.rand(N,generator=g)*.5+.3, torch.rand(N,2,generator=g), torch.rand(1,2,generator=g)]
+    x = [t.double().requires_grad_() for t in x]
+    views = torch.eye(4,dtype=torch.float64)[None].clone(); views[0,2,3] = 3
+    Ks = torch.tensor([[[12.,0,6],[0,12,5],[0,0,1]]],dtype=torch.float64)
+    def f(*x): return torch.cat(rasterize(*x[:5], views, Ks, 12, 10, backgrounds=x[5], render_mode='RGB+ED', backend='dense')[:2],-1)
+    assert torch.autograd.gradcheck(f, x, eps=1e-6, atol=1e-5)
+
+def test_gsplat_accepts_our_call(monkeypatch):
+    gsplat = pytest.importorskip('gsplat')
+    called = {}
+    def fake(*a, **k):
+        called.update(inspect.signature(real).bind(*a,**k).arguments)
+        return 'colors','alphas',{}
+    real = gsplat.rasterization
+    monkeypatch.setattr(gsplat,'rasterization',fake); monkeypatch.setattr(torch.cuda,'is_available',lambda: True)
+    (m,q,s,o,c,b),views,Ks = scene('plain',0)
+    assert rasterize(m,q,s,o,c,views,Ks,W,H,backgrounds=b,render_mode='RGB+ED',backend='gsplat')[0]=='colors'
+    assert called['packed'] is False and called['render_mode']=='RGB+ED' and called['width']==W and called['backgrounds'] is b
+
+def test_gsplat_without_a_gpu_says_so():
+    if torch.cuda.is_available(): pytest.skip('there is a GPU')
+    (m,q,s,o,c,b),views,Ks = scene('plain',0)
+    with pytest.raises(InputError,match='use backend="cpu"'): rasterize(m,q,s,o,c,views,Ks,W,H,backend='gsplat')
+
+BAD = dict(means=(0,lambda t:t[:,:2]), quats=(1,lambda t:t[:-1]), scales=(2,lambda t:t.log()), opacities=(3,lambda t:t*3-1), colors=(4,lambda t:t[:3]),
+           viewmats=(5,lambda t:t[0]), Ks=(6,lambda t:t*float('nan')))
+@pytest.mark.parametrize('name', BAD)
+def test_bad_input_is_named(name):
+    (m,q,s,o,c,b),views,Ks = scene('plain',0)
+    args = [m,q,s,o,c,views,Ks]; i,spoil = BAD[name]; args[i] = spoil(args[i])
+    with pytest.raises(InputError,match=name): rasterize(*args,W,H)
+    args = [m,q,s,o,c,views,Ks]; args[i] = args[i].clone(); args[i].view(-1)[1] = float('inf')
+    with pytest.raises(InputError,match=name+'.*finite'): rasterize(*args,W,H)
+
+@pytest.mark.parametrize('kw', (dict(render_mode='rgb'),dict(backend='metal'),dict(backgrounds=torch.zeros(3))))
+def test_bad_options(kw):
+    (m,q,s,o,c,b),views,Ks = scene('plain',0)
+    with pytest.raises(InputError,match=next(iter(kw))): rasterize(m,q,s,o,c,views,Ks,W,H,**kw)
+
+def test_threads_agree():
+    import numba
+    s = scene('plain', 8); n = numba.get_num_threads()
+    if n<2: pytest.skip('one core')
+    two = run(*s,'cpu',torch.float32)
+    try: numba.set_num_threads(1); one = run(*s,'cpu',torch.float32)
+    finally: numba.set_num_threads(n)
+    assert torch.equal(one[0],two[0])
+    for a,b in zip(one[3],two[3]): assert (a-b).norm()<=1e-5*b.norm()+1e-12
+
+# --- meshes
+def plane(z=2.):
+    "A square of 2 m at depth z, facing the camera."
+    return torch.tensor([[-1.,-1,z],[1,-1,z],[1,1,z],[-1,1,z]]), torch.tensor([[0,2,1],[0,3,2]])
+K = torch.tensor([[40.,0,30],[0,40.,20],[0,0,1]])
+
+def test_mesh_is_perspective_correct():
+    v,f = plane(); v = v@torch.tensor([[.6,0,.8],[0,1,0],[-.8,0,.6]]) + torch.tensor([0.,0,2.5])   # a tilted square
+    ids,bary,depth = rasterize_mesh(v,f,torch.eye(4),K,60,40)
+    p = interpolate(v,f,ids,bary); y,x = (ids>=0).nonzero().T; p = p[y,x]
+    q = p@K.T; q = q[:,:2]/q[:,2:]
+    assert len(y)>100 and (q-torch.stack([x,y],-1)-.5).abs().max()<1e-3 and (p[:,2]-depth[y,x]).abs().max()<1e-5
+    assert (bary.sum(-1)[ids>=0]-1).abs().max()<1e-5 and torch.isinf(depth[ids<0]).all()
+
+def test_mesh_has_no_cracks_and_nearest_wins():
+    v,f = plane(); near = v*torch.tensor([.25,.25,.5])
+    ids,_,depth = rasterize_mesh(torch.cat([v,near]),torch.cat([f,f+4]),torch.eye(4),K,60,40)
+    assert (ids>=0)[1:-1,11:-11].all() and depth[20,30]==1 and depth[20,15]==2
+
+def test_normals_and_visibility():
+    v,f = plane()
+    assert torch.allclose(vertex_normals(v,f),torch.tensor([0.,0,-1]).expand(4,3))
+    _,_,depth = rasterize_mesh(v,f,torch.eye(4),K,60,40)
+    pts = torch.tensor([[0.,0,1],[0,0,2.004],[0,0,2.1],[5,0,2],[0,0,-1]])
+    assert visible_points(pts,depth,torch.eye(4),K).tolist()==[True,True,False,False,False]
+
+def test_mesh_bad_input():
+    v,f = plane()
+    with pytest.raises(InputError,match='faces'): rasterize_mesh(v,f+1,torch.eye(4),K,60,40)
+    with pytest.raises(InputError,match='verts'): shade_mesh(v*float('nan'),f,torch.eye(4),K,60,40)
+    with pytest.raises(InputError,match='viewmat'): rasterize_mesh(v,f,torch.eye(4)[None],K,60,40)
