@@ -5,26 +5,28 @@
 # %% auto #0
 __all__ = ['SSIM_WINDOW', 'l1', 'psnr', 'ssim_map', 'ssim_forward', 'ssim_backward', 'ssim']
 
-# %% ../nbs/06_metrics.ipynb #a953872a
+# %% ../nbs/06_metrics.ipynb #39363fe9
+from .core import InputError
 import numba as nb, numpy as np, torch, torch.nn.functional as F
 from torch import Tensor
-from .core import InputError
 
-# %% ../nbs/06_metrics.ipynb #600df747
+# %% ../nbs/06_metrics.ipynb #1c0c5203
 def _pair(a, b):
-    "Two pictures of the same shape, or one clear error."
-    a,b = [x if isinstance(x,Tensor) else torch.as_tensor(np.asarray(x,dtype=np.float32)) for x in (a,b)]
+    "Two float pictures of the same shape, or one clear error."
+    a,b = [x if isinstance(x,Tensor) else torch.as_tensor(np.asarray(x)) for x in (a,b)]
     if a.shape!=b.shape: raise InputError(f'both pictures should have one shape; got {tuple(a.shape)} and {tuple(b.shape)}')
     if a.ndim not in (2,3,4): raise InputError(f'pictures should be (H,W), (H,W,D) or (B,H,W,D); got {tuple(a.shape)}')
-    if not a.is_floating_point() or not b.is_floating_point(): raise InputError(f'pictures should be floats from 0 to 1; got {a.dtype} and {b.dtype}: divide bytes by 255')
+    for x in (a,b):
+        if not x.is_floating_point(): raise InputError(f'pictures should be floats from 0 to 1; got {x.dtype}: divide bytes by 255')
     return a,b
 
 def _masked_mean(err, mask):
-    "Mean of err (B,H,W,D), (H,W,D) or (H,W) over all pixels, or weighted by a mask over its pixels."
+    "Mean of err over all pixels, or weighted by a mask with one number per pixel."
     if mask is None: return err.mean()
     mask = torch.as_tensor(mask).to(err)
     if mask.ndim==err.ndim-1: mask = mask[...,None]
-    if mask.shape[:-1]!=err.shape[:-1] and mask.shape!=err.shape: raise InputError(f'mask should have one number per pixel of {tuple(err.shape)}; got {tuple(mask.shape)}')
+    if mask.ndim!=err.ndim or mask.shape[:-1]!=err.shape[:-1] or mask.shape[-1] not in (1,err.shape[-1]):
+        raise InputError(f'mask should have one number per pixel of {tuple(err.shape)}; got {tuple(mask.shape)}')
     if not mask.sum()>0: raise InputError('mask should cover at least one pixel; got an empty one')
     mask = mask.expand_as(err)
     return (err*mask).sum()/mask.sum()
@@ -50,18 +52,18 @@ def psnr(
     a,b = _pair(a,b)
     return 10*torch.log10(data_range**2/_masked_mean((a-b)**2, mask))
 
-# %% ../nbs/06_metrics.ipynb #a592c7a7
-SSIM_WINDOW = np.exp(-(np.arange(11)-5)**2/(2*1.5**2)).astype(np.float32)
+# %% ../nbs/06_metrics.ipynb #acb67b2b
+SSIM_WINDOW = np.exp(-(np.arange(11)-5)**2/(2*1.5**2))
 SSIM_WINDOW /= SSIM_WINDOW.sum()
-_W = [np.float32(w) for w in SSIM_WINDOW]
+_WINDOW = SSIM_WINDOW.astype(np.float32)
 _C1,_C2,_ZERO,_ONE,_TWO = [np.float32(v) for v in (.01**2,.03**2,0,1,2)]
 
-# %% ../nbs/06_metrics.ipynb #511f5c2b
+# %% ../nbs/06_metrics.ipynb #a22c6630
 def _blur(x, padding):
-    "Gaussian window average of (B,H,W) pictures, rows then columns."
-    w = torch.as_tensor(SSIM_WINDOW).to(x); p = 5 if padding=='same' else 0
-    x = F.conv2d(x[:,None], w.view(1,1,11,1), padding=(p,0))
-    return F.conv2d(x, w.view(1,1,1,11), padding=(0,p))[:,0]
+    "Gaussian window average of (B,H,W) pictures: down the columns, then along the rows."
+    n,p,w = len(x), 5 if padding=='same' else 0, torch.as_tensor(SSIM_WINDOW).to(x)
+    x = F.conv2d(x[None], w.view(1,1,11,1).expand(n,1,11,1), padding=(p,0), groups=n)
+    return F.conv2d(x, w.view(1,1,1,11).expand(n,1,1,11), padding=(0,p), groups=n)[0]
 
 def ssim_map(
     a:Tensor, # (B,H,W) one channel each, 0..1
@@ -69,11 +71,11 @@ def ssim_map(
     padding:str='same', # 'same': zeros around the picture; 'valid': only whole windows
 )->Tensor:    # (B,H',W'), 1 = equal
     "Similarity of the neighbourhoods of every pixel."
-    ma,mb = _blur(a,padding), _blur(b,padding)
-    va,vb,cov = _blur(a*a,padding)-ma*ma, _blur(b*b,padding)-mb*mb, _blur(a*b,padding)-ma*mb
-    return (2*ma*mb+_C1.item())*(2*cov+_C2.item()) / ((ma*ma+mb*mb+_C1.item())*(va+vb+_C2.item()))
+    ma,mb,aa,bb,ab = _blur(torch.cat([a,b,a*a,b*b,a*b]),padding).split(len(a))
+    c1,c2 = .01**2,.03**2
+    return (2*ma*mb+c1)*(2*(ab-ma*mb)+c2) / ((ma*ma+mb*mb+c1)*(aa-ma*ma+bb-mb*mb+c2))
 
-# %% ../nbs/06_metrics.ipynb #4c8ba205
+# %% ../nbs/06_metrics.ipynb #c3337f21
 _OPTS = dict(cache=True, error_model='numpy', fastmath=True)
 _inline = nb.njit(forceinline=True, **_OPTS)
 
@@ -83,7 +85,7 @@ def _column_sums(X, Y, i, y, sums):
     for j in range(sums.shape[1]):
         x1=y1=xx=yy=xy = _ZERO
         for k in range(11):
-            p,q = X[i,y+k,j],Y[i,y+k,j]; wp,wq = SSIM_WINDOW[k]*p,SSIM_WINDOW[k]*q
+            p,q = X[i,y+k,j],Y[i,y+k,j]; wp,wq = _WINDOW[k]*p,_WINDOW[k]*q
             x1 += wp; y1 += wq; xx += wp*p; yy += wq*q; xy += wp*q
         sums[0,j]=x1; sums[1,j]=y1; sums[2,j]=xx; sums[3,j]=yy; sums[4,j]=xy
 
@@ -97,7 +99,7 @@ def _ssim_and_slopes(mx, my, sxx, syy, sxy):
     dx = _TWO*(my*(B-A)*iC*iD + mx*S*(iD-iC))
     return S, dx, -S*iD, _TWO*A*iC*iD
 
-# %% ../nbs/06_metrics.ipynb #973cea92
+# %% ../nbs/06_metrics.ipynb #fb92456d
 @nb.njit(parallel=True, **_OPTS)
 def ssim_forward(threads, X, Y, step, pad, slopes, totals):
     "Sum of SSIM over all windows of X, Y (B,H,W*step); slopes (B,3,H',W') of every window, with a border of pad."
@@ -109,7 +111,7 @@ def ssim_forward(threads, X, Y, step, pad, slopes, totals):
             for j in range(W):
                 mx=my=xx=yy=xy = _ZERO
                 for k in range(11):
-                    w,n = SSIM_WINDOW[k],nb.uintp(j+k*step)
+                    w,n = _WINDOW[k],nb.uintp(j+k*step)
                     mx += w*sums[0,n]; my += w*sums[1,n]; xx += w*sums[2,n]; yy += w*sums[3,n]; xy += w*sums[4,n]
                 S,dx,dxx,dxy = _ssim_and_slopes(mx,my,xx,yy,xy)
                 row += S; n = nb.uintp(j+pad*step)
@@ -117,7 +119,7 @@ def ssim_forward(threads, X, Y, step, pad, slopes, totals):
             total += row
         totals[t] = total
 
-# %% ../nbs/06_metrics.ipynb #b966dd5c
+# %% ../nbs/06_metrics.ipynb #ca664c1e
 @nb.njit(parallel=True, **_OPTS)
 def ssim_backward(threads, X, Y, step, shift, slopes, grad):
     "Gradient (B,H,W*step) of the summed SSIM with respect to X, whose pixels start at shift."
@@ -128,11 +130,11 @@ def ssim_backward(threads, X, Y, step, shift, slopes, grad):
             i,y = r//H,r%H
             for j in range(sums.shape[1]):
                 a=b=c = _ZERO
-                for k in range(11): w=SSIM_WINDOW[k]; a+=w*slopes[i,0,y+k,j]; b+=w*slopes[i,1,y+k,j]; c+=w*slopes[i,2,y+k,j]
+                for k in range(11): w=_WINDOW[k]; a+=w*slopes[i,0,y+k,j]; b+=w*slopes[i,1,y+k,j]; c+=w*slopes[i,2,y+k,j]
                 sums[0,j]=a; sums[1,j]=b; sums[2,j]=c
             for j in range(W):
                 a=b=c = _ZERO
-                for k in range(11): w,n=SSIM_WINDOW[k],nb.uintp(j+k*step); a+=w*sums[0,n]; b+=w*sums[1,n]; c+=w*sums[2,n]
+                for k in range(11): w,n=_WINDOW[k],nb.uintp(j+k*step); a+=w*sums[0,n]; b+=w*sums[1,n]; c+=w*sums[2,n]
                 n = nb.uintp(j+shift*step)
                 grad[i,y,j] = a+_TWO*X[i,y+shift,n]*b+Y[i,y+shift,n]*c
 
