@@ -315,9 +315,14 @@ def turn(v):
 def smoothstep(x): x = np.clip(x,0,1); return x*x*(3-2*x)
 
 
+def steady(x, digits=0):
+    "Rounding that sends values next to a tie the same way on every machine and with any number of threads."
+    return np.sign(x)*np.floor(np.abs(x)*10**digits+.5+1e-4)/10**digits+0.   # + 0.: no minus zero
+
+
 def rounded(w, digits):
     "Rows rounded so that they still sum to 1."
-    w = np.round(w, digits); i = np.arange(len(w)), w.argmax(1); w[i] += 1-w.sum(1)
+    w = steady(w, digits); i = np.arange(len(w)), w.argmax(1); w[i] += 1-w.sum(1)
     return w.astype(np.float32)
 
 
@@ -477,7 +482,7 @@ def regions(mesh, units):
     for k,one in (('iris',iris),('pupil',pupil)):
         m[k] = np.zeros(len(v))
         for a in mesh.eye_at: m[k][a:a+len(one)] = one
-    out = {k:np.round((a+a[mesh.mirror])/2*255).astype(np.uint8) for k,a in m.items()}
+    out = {k:steady((a+a[mesh.mirror])/2*255).astype(np.uint8) for k,a in m.items()}
     return out
 
 
@@ -602,15 +607,15 @@ def build(files, out):
     uv_faces, uv, owner = atlas(mesh, mean, masks)
     eye = (regressor[3:]@mean).mean(0); origin = eye-np.array([0,.26,.30])         # decimetres: FLAME has its eyes about here
     metres = lambda x: x/10
-    steps = lambda x: np.round(metres(x)/SHAPE_STEP).astype(np.int16)
+    steps = lambda x: steady(metres(x)/SHAPE_STEP).astype(np.int16)
     arrays = dict(
-        v_template=np.round(metres(mean-origin),7).astype(np.float32), faces=mesh.faces.astype(np.uint16),
+        v_template=steady(metres(mean-origin),7).astype(np.float32), faces=mesh.faces.astype(np.uint16),
         shape_steps=np.moveaxis(steps(basis),-1,0), expr_steps=np.stack([steps(units[n]) for n in names]), step=np.float64(SHAPE_STEP),
         weights=rounded(weights,5), J_regressor=rounded(regressor,7), parents=np.array(PARENTS,np.int8), joint_names=np.array(JOINTS),
-        uv=np.round(uv,6).astype(np.float32), uv_faces=uv_faces.astype(np.uint16),
+        uv=steady(uv,6).astype(np.float32), uv_faces=uv_faces.astype(np.uint16),
         parts=mesh.parts.astype(np.uint8), part_names=np.array(PARTS), mirror=mesh.mirror.astype(np.uint16),
         mask_names=np.array(list(masks)), masks=np.stack(list(masks.values())),
-        arkit_names=np.array(names), arkit_jaw=np.round(jaw,6).astype(np.float32), arkit_eyes=np.round(gaze,6).astype(np.float32))
+        arkit_names=np.array(names), arkit_jaw=steady(jaw,6).astype(np.float32), arkit_eyes=steady(gaze,6).astype(np.float32))
     Path(out).parent.mkdir(parents=True, exist_ok=True); write_npz(out, arrays)
     print(f'{len(mean)} vertices, {len(mesh.faces)} triangles, {len(uv)} UV points; shape basis holds {share:.1%}; jaw {angle} deg; joints within {np.round(errors,2)} mm; {Path(out).stat().st_size/1e6:.2f} MB')
     return arrays
