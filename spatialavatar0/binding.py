@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['barycentric', 'Binding', 'bind_uv', 'bind_points', 'triangle_frames', 'Frames', 'bind_frames', 'place', 'to_world',
-           'texel_steps', 'new_splats', 'to_local']
+           'texel_steps', 'at_seam', 'new_splats', 'to_local']
 
 # %% ../nbs/04_binding.ipynb #7e9cb1aa
 from dataclasses import dataclass
@@ -128,7 +128,7 @@ def to_world(
     "Gaussians on a posed mesh; differentiable in the splats and the vertices."
     return place(splats, bind_frames(binding, verts))
 
-# %% ../nbs/04_binding.ipynb #e033c63a
+# %% ../nbs/04_binding.ipynb #3b75d15e
 def texel_steps(
     binding:Binding,
     head,          # the head it was made for
@@ -143,6 +143,15 @@ def texel_steps(
     steps = flat.new_zeros(flat.shape); steps[owned] = flat[owned]@torch.linalg.inv(uv[owned])
     return steps[binding.face_ids]
 
+# %% ../nbs/04_binding.ipynb #37e41b44
+def at_seam(
+    binding:Binding,
+)->Tensor:  # (N,) 1 where a neighbouring texel is empty, else 0
+    "Gaussians next to a gap of the atlas."
+    full = binding.to_map(torch.ones(len(binding)))[None,None]
+    return binding.from_map(1+F.max_pool2d(-F.pad(full, (1,1,1,1)), 3, 1)[0,0])
+
+# %% ../nbs/04_binding.ipynb #8dd8d3ef
 def new_splats(
     binding:Binding,
     head,                # the head it was made for
@@ -155,7 +164,7 @@ def new_splats(
     "Flat grey Gaussians that just cover the surface."
     n = len(binding); U,S,_ = torch.linalg.svd(texel_steps(binding, head, verts))
     S = S/bind_frames(binding, verts).scales[:,None]
-    size = S.clamp_min(1e-5).prod(-1).sqrt(); root = (S[:,0]/S[:,1].clamp_min(1e-8)).clamp_max(stretch).sqrt()
+    size = S.clamp_min(1e-5).prod(-1).sqrt()*(1+.5*at_seam(binding)); root = (S[:,0]/S[:,1].clamp_min(1e-8)).clamp_max(stretch).sqrt()
     half = torch.atan2(-U[:,1,0], U[:,0,0])/2; o = torch.zeros(n)       # a turn about the normal a1 brings a0 onto the long axis
     return dict(offsets=torch.zeros(n,3), quats=torch.stack([half.cos(),o,half.sin(),o],-1),
         log_scales=(width*size[:,None]*torch.stack([root, torch.full((n,),thickness), 1/root],-1)).log(),
