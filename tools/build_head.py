@@ -12,6 +12,7 @@ import argparse, gzip, hashlib, io, json, zipfile
 from pathlib import Path
 import numpy as np, scipy.sparse as sp, scipy.sparse.linalg as spl
 from scipy.optimize import nnls
+from scipy.sparse import csgraph
 from scipy.spatial import cKDTree
 from PIL import Image
 
@@ -107,7 +108,7 @@ class Source:
 def uv_islands(quads, n):
     "Label of the texture island of each quad."
     a = quads[:,[0,1,2]].ravel(); b = quads[:,[1,2,3]].ravel()
-    return sp.csgraph.connected_components(sp.coo_matrix((np.ones(len(a)), (a,b)), (n,n)), directed=False)[1][quads[:,0]]
+    return csgraph.connected_components(sp.coo_matrix((np.ones(len(a)), (a,b)), (n,n)), directed=False)[1][quads[:,0]]
 
 
 def cut_below(verts, quads):
@@ -363,7 +364,7 @@ def split_seams(faces, parts, seam):
     for (u,v),fs in edges.items():
         if len(fs)!=2 or (u,v) in seam or parts[fs[0]]!=parts[fs[1]]: continue
         for w in (u,v): a.append(fs[0]*3+list(faces[fs[0]]).index(w)); b.append(fs[1]*3+list(faces[fs[1]]).index(w))
-    n = faces.size; lab = sp.csgraph.connected_components(sp.coo_matrix((np.ones(len(a)),(a,b)),(n,n)), directed=False)[1]
+    n = faces.size; lab = csgraph.connected_components(sp.coo_matrix((np.ones(len(a)),(a,b)),(n,n)), directed=False)[1]
     first = np.unique(lab, return_index=True)[1]
     return lab.reshape(-1,3), faces.ravel()[first]
 
