@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STUDIO', 'face_coords', 'part_verts', 'Canvas', 'canvas', 'smooth', 'lay', 'noise', 'Palette', 'random_palette',
-           'paint_skin', 'paint_lips', 'paint_brows', 'paint_lashes', 'hair_mask', 'paint_beard', 'paint_hair',
-           'paint_eyes', 'paint_mouth', 'paint_texture', 'hair_volume', 'Person', 'make_person', 'Light',
+           'paint_skin', 'paint_lips', 'paint_brows', 'paint_lashes', 'above_hairline', 'hair_mask', 'paint_beard',
+           'paint_hair', 'paint_eyes', 'paint_mouth', 'paint_texture', 'hair_volume', 'Person', 'make_person', 'Light',
            'random_light', 'lamp', 'shade', 'paint', 'face_centre', 'random_scores', 'random_expression']
 
 # %% ../nbs/08_synth.ipynb #a932ae1c
@@ -119,16 +119,16 @@ def noise(
     b = torch.rand(waves, generator=generator)*2*math.pi
     return (points@w+b).cos().sum(-1)*math.sqrt(2/waves)
 
-# %% ../nbs/08_synth.ipynb #113f2817
+# %% ../nbs/08_synth.ipynb #2af8c83f
 def _uniform(g, lo=0., hi=1.): return lo+(hi-lo)*torch.rand((), generator=g).item()
 def _normal(g, std=1.): return std*torch.randn((), generator=g).item()
 def _chance(g, p): return _uniform(g)<p
 def _pick(g, rows, weights):
-    "One row of a table, jittered by a tenth."
+    "One row of a table, a little lighter or darker."
     k = torch.multinomial(torch.tensor(weights), 1, generator=g).item()
-    return (torch.tensor(rows[k])*(1+.1*torch.randn(3, generator=g))).clamp(.02,.95)
+    return (torch.tensor(rows[k])*(1+_normal(g,.15))*(1+.03*torch.randn(3, generator=g))).clamp(.02,.95)
 
-# %% ../nbs/08_synth.ipynb #a5f2a097
+# %% ../nbs/08_synth.ipynb #21525b72
 @dataclass
 class Palette:
     "What a person is painted with."
@@ -143,13 +143,14 @@ class Palette:
     brow:float       # half thickness, eye distances
     arch:float       # how much the brows curve
     lashes:float     # 0 .. 1, darkness
-    hairline:float   # up or down, eye distances
+    hairline:float   # up or down, eye distances; below -.2 a fringe
+    sideburn:float   # 0 none .. 1 down to the middle of the ear
     hair_edge:float  # softness of the hairline, eye distances
-    cover:float      # how much skin the hair hides: .25 nearly bald
+    cover:float      # how much skin the hair hides: .1 shaven
     volume:float     # of the hair, metres
 
-# %% ../nbs/08_synth.ipynb #0662b173
-_HAIR = [(.05,.04,.035),(.13,.08,.05),(.30,.18,.10),(.62,.46,.26),(.50,.49,.47),(.36,.15,.07)]
+# %% ../nbs/08_synth.ipynb #db79f89d
+_HAIR = [(.085,.07,.065),(.15,.10,.07),(.30,.19,.12),(.60,.46,.28),(.50,.49,.47),(.36,.15,.07)]
 _IRIS = [(.20,.11,.05),(.27,.40,.55),(.28,.36,.20),(.10,.06,.035)]
 
 def random_palette(
@@ -159,15 +160,15 @@ def random_palette(
     g = generator; male,age = _chance(g,.5),_uniform(g)**2; dark = _uniform(g)**1.5
     skin = torch.lerp(torch.tensor([.90,.72,.62]), torch.tensor([.30,.19,.14]), min(1., dark))
     skin = (skin*(1+.03*torch.randn(3, generator=g))).clamp(.08,.95)
-    lips = skin*torch.tensor([.86,.58,.58])+torch.tensor([.04,0,.015])+_uniform(g)**3*torch.tensor([.15,-.05,0.])*(not male)
+    lips = skin*torch.tensor([.88,.66,.66] if male else [.92,.58,.60])+_uniform(g)**3*torch.tensor([.1,-.05,-.02])*(not male)
     hair,iris = _pick(g,_HAIR,[.3,.27,.17,.12,.08,.06]),_pick(g,_IRIS,[.4,.25,.15,.2])
-    bald = male and _chance(g,.2)
-    return Palette(skin, lips.clamp(.05,.9), hair, iris, age=age, blush=_uniform(g,.05,.35), freckles=_uniform(g,.2,.5)*_chance(g,.25),
-        beard=_uniform(g,.25,1)*(male and _chance(g,.55)), brow=_uniform(g,.045,.085)*(1.15 if male else .85), arch=_uniform(g,.2,1.1),
-        lashes=_uniform(g,.3,.6) if male else _uniform(g,.6,.95), hairline=_normal(g,.08)+.04*male, hair_edge=_uniform(g,.03,.08),
-        cover=.25 if bald else 1., volume=0. if bald else _uniform(g,.004,.018)*(1 if male else 1.3))
+    bald,fringe = male and _chance(g,.2),_chance(g,.1 if male else .3)
+    return Palette(skin, lips.clamp(.05,.9), hair, iris, age=age, blush=_uniform(g,.05,.3), freckles=_uniform(g,.15,.35)*_chance(g,.25),
+        beard=_uniform(g,.2,.95)*(male and _chance(g,.55)), brow=_uniform(g,.05,.085)*(1.1 if male else .8), arch=_uniform(g,.2,1.1),
+        lashes=_uniform(g,.3,.55) if male else _uniform(g,.6,.9), hairline=_normal(g,.07)-.3*fringe, sideburn=_uniform(g,.3,1) if male else _uniform(g,0,.4),
+        hair_edge=.25 if bald else _uniform(g,.03,.07), cover=_uniform(g,.08,.25) if bald else 1., volume=0. if bald else _uniform(g,.005,.016)*(1 if male else 1.2))
 
-# %% ../nbs/08_synth.ipynb #1da7d594
+# %% ../nbs/08_synth.ipynb #1ac5d6e1
 def _spot(p, at, size):
     "(N,) a soft blob around a place and around its mirror image."
     at,size = p.new_tensor(at),p.new_tensor(size)
@@ -181,16 +182,16 @@ def paint_skin(
 )->Tensor: # (N,3)
     "Skin with its blotches, blush, shadows and freckles."
     g,p = generator,c.where; a = look.skin.expand(len(p),3)
-    a = a*(1+_uniform(g,.02,.05)*noise(p,1.2,g)+_uniform(g,.01,.03)*noise(p,4.3,g)+_uniform(g,.01,.04)*noise(p,12.,g))[:,None]
+    a = a*(1+_uniform(g,.02,.04)*noise(p,1.2,g)+_uniform(g,.01,.02)*noise(p,4.3,g)+_uniform(g,.01,.03)*noise(p,25.,g))[:,None]
     red = _spot(p,(.73,-.62,.1),(.33,.33,.6))+.7*_spot(p,(0.,-.52,.7),(.25,.25,.5))
     a = a*(1-look.blush*red[:,None]*a.new_tensor([.1,.6,.6]))
-    dots = look.freckles*smooth(noise(p,18.,g),.9,1.6)*_spot(p,(0.,-.45,.5),(1.2,.6,1.))
+    dots = look.freckles*smooth(noise(p,40.,g),.8,1.6)*_spot(p,(0.,-.45,.5),(1.1,.5,1.))
     a = a*(1-dots[:,None]*a.new_tensor([.4,.55,.6]))
-    tired = (.1+.3*look.age)*_spot(p,(.5,-.3,.2),(.28,.1,.6))
-    lines = look.age*.2*smooth((p[:,1]*37+2*noise(p,1.2,g)).sin(),.5,1)*_spot(p,(0.,.75,.4),(.8,.25,.9))
+    tired = (.06+.16*look.age)*_spot(p,(.5,-.27,.2),(.26,.09,.6))
+    lines = look.age*.14*smooth((p[:,1]*37+2*noise(p,1.2,g)).sin(),.5,1)*_spot(p,(0.,.75,.4),(.8,.25,.9))
     return a*(1-tired[:,None]*a.new_tensor([.6,.8,.6]))*(1-lines[:,None])
 
-# %% ../nbs/08_synth.ipynb #2400d119
+# %% ../nbs/08_synth.ipynb #9e125787
 def paint_lips(a, c, look):
     "Lips over skin: (N,3) -> (N,3)."
     return lay(a, look.lips, .8*smooth(c.masks['lips'],.35,.65)*c.on('skin'))
@@ -201,14 +202,16 @@ def paint_brows(a, c, look, strands):
     arc = .30+.08*look.arch*((x-.16)/.73*math.pi).sin()
     half = look.brow*(1.15-.6*((x-.16)/.73).clamp(0,1))
     m = (-((y-arc)/half)**2).exp()*smooth(x,.13,.24)*smooth(-x,-.92,-.72)*(z>-.8)
-    return lay(a, look.hair*.8, (.9*m*(1+.25*strands)).clamp(0,1))
+    return lay(a, look.hair*.8, (m*(.85+.15*strands)).clamp(0,1))
 
 def paint_lashes(a, c, look):
     "A dark line on the lid margin."
     return lay(a, look.hair*.25, look.lashes*smooth(c.masks['lid_edge'],.72,.95)*c.on('skin'))
 
-# %% ../nbs/08_synth.ipynb #6aabcc88
-_HAIRLINE = torch.tensor([[-2.7,-1.2],[-1.9,-.25],[-1.2,.6],[-.55,1.12],[.1,1.36]]) # z, y: down to the nape, up to the forehead
+# %% ../nbs/08_synth.ipynb #38204959
+def _hairline(sideburn):
+    "(n,2) rows z, y of the hairline, from the nape past the ear to the forehead."
+    return torch.tensor([[-2.6,-1.2],[-1.8,-.8],[-1.6,-.1],[-1.1,.25-.6*sideburn],[-.87,.35-.5*sideburn],[-.75,.6],[-.5,.97],[-.2,1.15],[.1,1.2]])
 
 def _interp(x, table):
     "(N,) piecewise linear through the rows (x, y) of a table."
@@ -216,17 +219,18 @@ def _interp(x, table):
     (x0,y0),(x1,y1) = table[k-1].T,table[k].T
     return y0+(y1-y0)*((x-x0)/(x1-x0)).clamp(0,1)
 
-def hair_mask(
+def above_hairline(
     p:Tensor,      # (N,3) eye distances
     look:Palette,
-    wobble=0.,     # (N,) noise on the hairline, eye distances
-    edge:float=None, # softness; default the palette's
-)->Tensor:         # (N,) 0..1
-    "Above the hairline, which falls from the forehead to the nape."
-    y = _interp(p[:,2], _HAIRLINE.to(p))+look.hairline+wobble; edge = edge or look.hair_edge
-    return smooth(p[:,1], y-edge, y+edge)
+)->Tensor:         # (N,) eye distances
+    "Height above the hairline, which falls from the forehead past the ear to the nape."
+    return p[:,1]-look.hairline*smooth(p[:,2],-1.2,-.3)-_interp(p[:,2], _hairline(look.sideburn).to(p))
 
-# %% ../nbs/08_synth.ipynb #443e8a22
+def hair_mask(p, look, wobble=0.):
+    "(N,) 1 where there is hair; `wobble` (N,) moves the line, eye distances."
+    return smooth(above_hairline(p, look)+wobble, -look.hair_edge, look.hair_edge)
+
+# %% ../nbs/08_synth.ipynb #41b8ffec
 def paint_beard(a, c, look, strands):
     "Stubble to full beard, on jaw, chin and upper lip."
     p,lips = c.where,smooth(c.masks['lips'],.2,.5)
@@ -235,11 +239,11 @@ def paint_beard(a, c, look, strands):
 
 def paint_hair(a, c, look, strands, generator):
     "The hair cap; ears stay skin."
-    m = hair_mask(c.where, look, .07*noise(c.where,3.7,generator))*(1-c.masks['ears'])*c.on('skin')
-    shine = 1+.16*strands+.12*noise(c.where,1.2,generator)
+    m = hair_mask(c.where, look, .05*noise(c.where,5.,generator))*(1-c.masks['ears'])*c.on('skin')
+    shine = 1+.2*strands+.1*noise(c.where,1.2,generator)+.25*_spot(c.where,(.0,1.7,-.6),(2.,.3,.5))
     return lay(a, look.hair*shine[:,None], look.cover*m)
 
-# %% ../nbs/08_synth.ipynb #68d9ae11
+# %% ../nbs/08_synth.ipynb #8cbb9543
 _IRIS_ANGLE,_PUPIL_ANGLE = .46,.18 # radians
 
 def paint_eyes(a, c, look):
@@ -254,23 +258,24 @@ def paint_mouth(a, c):
     "Teeth, tongue and the dark behind them."
     a = lay(a, a.new_tensor([.88,.85,.78]), c.on('teeth_up','teeth_low'))
     a = lay(a, a.new_tensor([.55,.25,.25]), c.on('tongue'))
-    a = lay(a, a*.6, c.on('socket_l','socket_r'))
-    return lay(a, a.new_tensor([.16,.05,.05]), c.on('mouth'))
+    a = lay(a, a.new_tensor([.45,.16,.15]), c.on('mouth'))
+    inside = c.on('mouth','teeth_up','teeth_low','tongue')*(1-smooth(c.where[:,2],-.45,.25))
+    return lay(lay(a, a*.12, inside), a*.6, c.on('socket_l','socket_r'))
 
-# %% ../nbs/08_synth.ipynb #f210c134
+# %% ../nbs/08_synth.ipynb #3fd2fa37
 def paint_texture(
     c:Canvas,
     look:Palette,
     generator:torch.Generator,
 )->Tensor: # (R,R,3) 0..1
     "All layers, bottom to top; gaps between the islands take the nearest texel."
-    strands = noise(c.where*c.where.new_tensor([1,.25,1]), 23., generator)
+    strands = noise(c.where*c.where.new_tensor([1,.2,1]), 42., generator)
     a = paint_lips(paint_skin(c, look, generator), c, look)
     a = paint_brows(paint_beard(a, c, look, strands), c, look, strands)
     a = paint_hair(paint_lashes(a, c, look), c, look, strands, generator)
     return paint_mouth(paint_eyes(a, c, look), c).clamp(.01,1)[c.nearest]
 
-# %% ../nbs/08_synth.ipynb #c653f528
+# %% ../nbs/08_synth.ipynb #f1709150
 def hair_volume(
     head:Head,
     verts:Tensor,   # (V,3) the person's neutral shape, metres
@@ -279,11 +284,11 @@ def hair_volume(
 )->Tensor:          # (V,3) metres
     "Displacement of the scalp along its normals."
     p = face_coords(head); ears = head.masks['ears']
-    m = hair_mask(p, look, edge=.2)*(1-ears); m[part_verts(head, *[n for n in head.part_names if n!='skin'])] = 0
-    waves = 1+.35*noise(p,1.8,generator)+.15*noise(p,5.,generator)
+    m = smooth(above_hairline(p, look), -.1, .6)*(1-ears); m[part_verts(head, *[n for n in head.part_names if n!='skin'])] = 0
+    waves = 1+.2*noise(p,1.8,generator)+.1*noise(p,5.,generator)
     return (look.volume*m*waves.clamp_min(.2))[:,None]*vertex_normals(verts, head.faces)
 
-# %% ../nbs/08_synth.ipynb #ba962f2d
+# %% ../nbs/08_synth.ipynb #d35d07e5
 @dataclass
 class Person:
     "A synthetic person: geometry, paint and what they were made with."
@@ -297,7 +302,7 @@ def make_person(
     seed:int,           # the same seed, the same person
     head:Head=None,     # default: the open head
     resolution:int=256, # of the texture
-    strength:float=.8,  # of the identity; 1 is the full spread of the shape space
+    strength:float=1.,  # of the identity; 1 is the full spread of the shape space
 )->Person:
     "Draw a person."
     head = head or open_head(); g = torch.Generator().manual_seed(seed); c = canvas(head, resolution)

@@ -3,10 +3,10 @@
     python tools/build_landmarks.py [--model face_landmarker.task] [--out spatialavatar0/assets/open_landmarks.npz] [--picture FILE.png]
 
 Nobody publishes this table for this head, so we measure it: paint 16 people from 13 sides, let MediaPipe find its landmarks, look up
-in the z-buffer which triangle lies under each, and take a robust mean over people and views. Two precautions (both matter):
-the landmarks of the face's outline slide along the silhouette when the head turns, so they are taken from nearly frontal views only, and never from the side
-that is turned away;
-and every landmark gets a spread `sigma`, so that a fit can weight it by 1/sigma. The result is symmetric. Needs the extra `track`; a minute.
+in the z-buffer which triangle lies under each, and take a robust mean over people and views. Three precautions (all matter).
+Landmarks slide along the silhouette when they are turned away, up to the nose: each is taken only from views that do not turn its side
+away, those of the face's outline from nearly frontal views. Closed lips meet in one line: the inner lips are taken from open mouths.
+And every landmark gets a spread `sigma`, so that a fit can weight it by 1/sigma. The result is symmetric. Needs the extra `track`; a minute.
 """
 import argparse
 from pathlib import Path
@@ -23,14 +23,18 @@ PEOPLE, FIRST_SEED, SIZE = 16, 500, 384
 VIEWS = [(y,0) for y in (-45,-30,-15,0,15,30,45)]+[(y,p) for y in (-20,0,20) for p in (-15,15)]
 LIGHTS = [synth.STUDIO, synth.Light((.5,.5,.7), .6, .4, in_room=False)]
 IRIS = list(range(468,478))
-FACE_OVAL = [10,338,297,332,284,251,389,356,454,323,361,288,397,365,379,378,400,377,152,148,176,149,150,136,172,58,132,93,234,127,162,21,54,103,67,109]
-GROUPS = dict(contour=FACE_OVAL,
-    eyes=[33,7,163,144,145,153,154,155,133,173,157,158,159,160,161,246,263,249,390,373,374,380,381,382,362,398,384,385,386,387,388,466],
-    lips_out=[61,146,91,181,84,17,314,405,321,375,291,409,270,269,267,0,37,39,40,185],
-    lips_in=[78,95,88,178,87,14,317,402,318,324,308,415,310,311,312,13,82,81,80,191],
-    brows=[70,63,105,66,107,55,65,52,53,46,300,293,334,296,336,285,295,282,283,276],
-    nose=[1,2,4,5,6,19,94,97,98,129,168,195,197,326,327,358,48,278,115,344], iris=IRIS)
-FLOOR, UNSEEN, MIN_SEEN, OFF = .0015, .05, 12, 8   # metres, metres, observations, pixels beside the head that still count as its edge
+# MediaPipe's numbering of one side, and in the same order of the other; what is left is paired by position
+RIGHT = dict(contour=[109,67,103,54,21,162,127,234,93,132,58,172,136,150,149,176,148],
+    eyes=[33,7,163,144,145,153,154,155,133,173,157,158,159,160,161,246], brows=[70,63,105,66,107,55,65,52,53,46],
+    lips_out=[61,146,91,181,84,37,39,40,185], lips_in=[78,95,88,178,87,82,81,80,191], nose=[97,98,129,48,115])
+LEFT = dict(contour=[338,297,332,284,251,389,356,454,323,361,288,397,365,379,378,400,377],
+    eyes=[263,249,390,373,374,380,381,382,362,398,384,385,386,387,388,466], brows=[300,293,334,296,336,285,295,282,283,276],
+    lips_out=[291,375,321,405,314,267,269,270,409], lips_in=[308,324,318,402,317,312,311,310,415], nose=[326,327,358,278,344])
+MIDDLE = dict(contour=[10,152], eyes=[], brows=[], lips_out=[0,17], lips_in=[13,14], nose=[1,2,4,5,6,19,94,168,195,197])
+GROUPS = {**{k:RIGHT[k]+LEFT[k]+MIDDLE[k] for k in RIGHT}, 'iris':IRIS}
+LOWER_LIP = [95,88,178,87,14,317,402,318,324]      # of the inner lips
+FLOOR, UNSEEN, MIN_SEEN, OFF = .0015, .05, 12, 8   # metres, metres, observations, pixels beside the skin that still count as its edge
+OPEN = {'jawOpen':.3}                              # every second person: only an open mouth tells the upper lip from the lower
 
 
 # ---------------------------------------------------------------- look
@@ -41,10 +45,11 @@ def detector(model):
     from mediapipe.tasks.python import vision
     options = vision.FaceLandmarkerOptions(base_options=tasks.BaseOptions(model_asset_path=str(model)), num_faces=1)
     landmarker = vision.FaceLandmarker.create_from_options(options)
-    def detect(image, landmarker=landmarker):
+    def detect(image):
         rgb = np.ascontiguousarray(to_uint8(image)); h,w = rgb.shape[:2]
         found = landmarker.detect(mp.Image(image_format=mp.ImageFormat.SRGB, data=rgb)).face_landmarks
         return np.array([[p.x*w,p.y*h] for p in found[0]]) if found else None
+    detect.close = landmarker.close
     return detect
 
 
@@ -53,20 +58,28 @@ def camera(yaw, pitch, head):
     return orbit(yaw, pitch, .55, synth.face_centre(head)), intrinsics(1.95*SIZE, SIZE, SIZE)
 
 
-def observe(person, view, light, head, detect):
+def observe(person, params, view, light, head, detect):
     "One painted picture: for each landmark the triangle, barycentrics and facing (cosine) under it; -1 where there is none; or None."
-    viewmat, K = camera(*view, head)
-    lmks = detect(synth.paint(person, viewmat, K, SIZE, light=light).image)
+    viewmat, K = camera(*view, head); fine = 2
+    lmks = detect(synth.paint(person, viewmat, K, SIZE, params=params, light=light).image)
     if lmks is None: return None
-    verts = head(shape=person.shape, static_offset=person.static_offset)[0]; fine = 2
+    verts = head(shape=person.shape, static_offset=person.static_offset, **params)[0]
     ids, bary, _ = rasterize_mesh(verts, head.faces, viewmat, K*torch.tensor([fine,fine,1.])[:,None], SIZE*fine, SIZE*fine)
-    x, y = (lmks*fine).astype(int).clip(0,SIZE*fine-1).T
-    gap, near = distance_transform_edt((ids<0).numpy(), return_indices=True); gap = gap[y,x]/fine; y, x = near[:,y,x]
-    t = torch.where(torch.as_tensor(gap<=OFF), ids[y,x], -1); b = bary[y,x]; f = head.faces[t.clamp_min(0)]
-    at = lambda values: (values[f]*b[...,None]).sum(1)
+    t = np.full(478,-1); b = np.zeros((478,3),np.float32)
+    for which,names,off in ((np.arange(468),('skin',),OFF), (np.array(IRIS),('eye_l','eye_r'),.5)):
+        wanted = (ids>=0)&torch.isin(head.parts[ids.clamp_min(0)], torch.tensor([head.part_names.index(n) for n in names]))
+        t[which], b[which] = look_up(lmks[which]*fine, wanted.numpy(), ids.numpy(), bary.numpy(), off*fine)
+    f = head.faces[torch.as_tensor(t).clamp_min(0)]; at = lambda values: (values[f]*torch.as_tensor(b)[...,None]).sum(1)
     to_eye = torch.nn.functional.normalize(-viewmat[:3,:3].T@viewmat[:3,3]-at(verts), dim=-1)
     facing = (torch.nn.functional.normalize(at(vertex_normals(verts, head.faces)), dim=-1)*to_eye).sum(-1)
-    return t.numpy(), b.numpy(), facing.numpy()
+    return t, b, facing.numpy()
+
+
+def look_up(xy, wanted, ids, bary, off):
+    "Face and barycentrics at pixels (n,2), or at the nearest wanted pixel if that is at most `off` pixels away; else -1."
+    x, y = xy.astype(int).clip(0,len(ids)-1).T
+    gap, near = distance_transform_edt(~wanted, return_indices=True); gap = gap[y,x]; y, x = near[:,y,x]
+    return np.where(gap<=off, ids[y,x], -1), bary[y,x]
 
 
 def observations(head, detect, people=PEOPLE):
@@ -74,8 +87,9 @@ def observations(head, detect, people=PEOPLE):
     out, tags = [], []
     for p in range(people):
         person = synth.make_person(FIRST_SEED+p, head); person.static_offset = torch.zeros_like(person.static_offset)
+        params = head.arkit(OPEN if p%2 else {})
         for v,view in enumerate(VIEWS):
-            o = observe(person, view, LIGHTS[p%2], head, detect)
+            o = observe(person, params, view, LIGHTS[p//2%2], head, detect)
             if o is not None: out.append(o); tags.append((p,v))
     print(f'MediaPipe found the face in {len(out)} of {people*len(VIEWS)} pictures')
     return [np.stack(x) for x in zip(*out)]+[np.array(tags)]
@@ -90,15 +104,17 @@ def geometric_median(x, w, steps=30):
     return c
 
 
-def average(points, part_ok, facing, tags):
+def average(points, ok, facing, tags):
     "Robust mean (478,3), spread (478,) in metres and number of observations of each landmark."
-    yaw, pitch = np.array([VIEWS[v] for _,v in tags]).T
+    yaw, pitch = np.array([VIEWS[v] for _,v in tags]).T; opened = tags[:,0]%2==1
     mean, spread, seen = np.zeros((478,3)), np.full(478,np.nan), np.zeros(478,int)
     for i in range(478):
-        use, w = part_ok[:,i]&(facing[:,i]>.35), facing[:,i]**2
-        if i in FACE_OVAL:                       # level views: frontal, and turned by 15 degrees towards the landmark's own side
-            side = np.median(points[part_ok[:,i]&(yaw==0)&(pitch==0),i,0]); towards = np.abs(yaw)<=15 if abs(side)<.02 else (yaw*side>=0)&(np.abs(yaw)<=15)
-            use, w = part_ok[:,i]&towards&(pitch==0), np.ones(len(w))
+        if not (ok[:,i]&(yaw==0)).any(): continue
+        side = np.median(points[ok[:,i]&(yaw==0),i,0]); towards = (yaw*side>=0)|(abs(side)<.02)   # not from the side that is turned away
+        use, w = ok[:,i]&towards, facing[:,i]**2
+        if i in GROUPS['contour']: use, w = use&(np.abs(yaw)<=15)&(pitch==0), np.ones(len(w))
+        else: use &= facing[:,i]>.35
+        if i in GROUPS['lips_in']: use &= opened
         seen[i] = use.sum()
         if seen[i]<MIN_SEEN: continue
         x = points[use,i]; mean[i] = geometric_median(x, w[use]); spread[i] = np.median(np.linalg.norm(x-mean[i], axis=1))
@@ -108,7 +124,9 @@ def average(points, part_ok, facing, tags):
 def mirror_table(mean):
     "Each landmark's twin on the other side, by the best one-to-one matching of mirrored positions."
     mirror = np.arange(478)
-    for ids in (np.arange(468), np.array(IRIS)):
+    for k in RIGHT: mirror[RIGHT[k]], mirror[LEFT[k]] = LEFT[k], RIGHT[k]
+    rest = np.setdiff1d(np.arange(468), sum(GROUPS.values(),[]))
+    for ids in (rest, np.array(IRIS)):
         cost = np.linalg.norm(mean[ids][:,None]-mean[ids][None]*[-1,1,1], axis=-1)
         mirror[ids] = ids[linear_sum_assignment(cost+cost.T)[1]]
     assert (mirror[mirror]==np.arange(478)).all(), 'the mirror table is not an involution'
@@ -143,15 +161,17 @@ def build(head, detect):
     points = (verts[faces[ids.clip(0)]]*bary[...,None]).sum(2)
     label = lambda *n: np.isin(parts, [head.part_names.index(x) for x in n])
     skin, eyes = np.flatnonzero(label('skin')), [np.flatnonzero(label(n)) for n in ('eye_l','eye_r')]
-    ok = label('skin')[ids.clip(0)]; ok[:,IRIS] = label('eye_l','eye_r')[ids[:,IRIS].clip(0)]; ok &= ids>=0
-    mean, spread, seen = average(points, ok, facing, tags); valid = seen>=MIN_SEEN
+    ok = ids>=0; mean, spread, seen = average(points, ok, facing, tags); valid = seen>=MIN_SEEN
     mirror = mirror_table(mean); valid &= valid[mirror]
+    apart = np.linalg.norm(mean-mean[mirror]*[-1,1,1], axis=1)[valid]; assert apart.max()<.012, f'twins {apart.max()*1e3:.0f} mm apart'
     both = (mean+mean[mirror]*[-1,1,1])/2; spread = np.fmax(spread, spread[mirror])
     where = [skin if i<468 else eyes[0] if both[i,0]>0 else eyes[1] for i in range(478)]
+    swing = (head(**head.arkit({'jawOpen':1.}))-head())[0].norm(dim=-1).numpy()[faces].mean(1); jaw = swing[skin]>.35*swing.max()
+    for i in set(GROUPS['lips_in'])-{78,308}: where[i] = skin[jaw==(i in LOWER_LIP)]   # at rest the lips touch: the opening jaw tells one from the other
     face_ids, b, gap = snap(both, where, verts, faces)
     sigma = np.where(valid, np.fmax(spread, FLOOR), UNSEEN); sigma[gap>.003] = np.maximum(sigma[gap>.003], .006)
     table = dict(face_ids=face_ids.astype(np.int32), bary=b.round(6).astype(np.float32), sigma=sigma.round(6).astype(np.float32),
-                 contour=np.isin(np.arange(478), FACE_OVAL), valid=valid, mirror=mirror.astype(np.int32))
+                 contour=np.isin(np.arange(478), GROUPS['contour']), valid=valid, mirror=mirror.astype(np.int32))
     return table, dict(points=points, ok=ok, facing=facing, tags=tags, spread=spread, gap=gap)
 
 
@@ -208,6 +228,6 @@ if __name__=='__main__':
     if args.model is None:
         from spatialavatar0.manifest import asset
         args.model = asset('face_landmarker')
-    table, raw = build(head, detector(args.model))
+    detect = detector(args.model); table, raw = build(head, detect); detect.close()
     write_npz(args.out, table); report(table, raw); print(f'wrote {args.out} ({args.out.stat().st_size/1e3:.0f} kB)')
     if args.picture: picture(table, head, args.picture)

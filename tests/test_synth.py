@@ -1,0 +1,110 @@
+"""Synthetic people, and the table of MediaPipe's landmarks on the open head."""
+from importlib.util import find_spec
+import numpy as np, pytest, torch
+from spatialavatar0 import synth
+from spatialavatar0.geometry import intrinsics, orbit
+from spatialavatar0.head import open_head
+
+@pytest.fixture(scope='module')
+def head(): return open_head()
+
+@pytest.fixture(scope='module')
+def person(head): return synth.make_person(3, head)
+
+@pytest.fixture(scope='module')
+def table():
+    from importlib.resources import files
+    with np.load(files('spatialavatar0')/'assets/open_landmarks.npz') as z: return dict(z)
+
+def shot(person, head, yaw=0, size=128, **kw):
+    return synth.paint(person, orbit(yaw, 0, .55, synth.face_centre(head)), intrinsics(1.95*size, size, size), size, head=head, **kw)
+
+
+def test_same_seed_same_person(head, person):
+    again, other = synth.make_person(3, head), synth.make_person(4, head)
+    for name in ('shape','texture','static_offset'):
+        assert torch.equal(getattr(person,name), getattr(again,name))
+        assert not torch.equal(getattr(person,name), getattr(other,name))
+
+def test_global_seed_is_not_touched(head):
+    torch.manual_seed(0); a = torch.rand(3)
+    torch.manual_seed(0); synth.make_person(5, head); assert torch.equal(torch.rand(3), a)
+
+def test_texture_in_range(person, head):
+    assert person.texture.shape==(256,256,3) and 0<=person.texture.min() and person.texture.max()<=1
+    assert person.shape.shape==(1,head.num_shape) and person.static_offset.shape==(head.num_verts,3)
+
+def test_hair_moves_only_the_scalp(person, head):
+    moved = person.static_offset.norm(dim=-1)
+    assert moved.max()<.04
+    assert moved[synth.part_verts(head,'eye_l','eye_r','teeth_up','teeth_low','tongue')].max()==0
+
+def test_mask_and_picture_agree(person, head):
+    black,white = shot(person, head, background=0.),shot(person, head, background=1.)
+    assert torch.equal(black.mask, white.mask) and 0<=black.mask.min() and black.mask.max()==1
+    assert torch.allclose(white.image-black.image, (1-black.mask)[...,None].expand(-1,-1,3), atol=1e-5)
+    assert (black.image[black.mask==0]==0).all() and .1<black.mask.mean()<.9
+
+def test_background_picture(person, head):
+    bg = torch.rand(128,128,3, generator=torch.Generator().manual_seed(0)); f = shot(person, head, background=bg)
+    assert torch.equal(f.image[f.mask==0], bg[f.mask==0])
+
+def test_frame_carries_its_parameters(person, head):
+    params = synth.random_expression(torch.Generator().manual_seed(1), head=head); f = shot(person, head, params=params)
+    assert torch.equal(f.params['shape'], person.shape) and all(torch.equal(f.params[k], v) for k,v in params.items())
+
+def test_expression_changes_the_face_only(person, head):
+    still,moving = shot(person, head),shot(person, head, params=head.arkit({'jawOpen':1.}))
+    assert (still.image-moving.image).abs()[96:].max()>.1                                   # chin and neck
+    assert (still.image-moving.image).abs()[:32].max()<.02                                  # hair
+
+def test_random_draws_repeat(head):
+    draw = lambda: (synth.random_expression(torch.Generator().manual_seed(7), head=head), synth.random_light(torch.Generator().manual_seed(7)))
+    (a,la),(b,lb) = draw(),draw()
+    assert la==lb and all(torch.equal(a[k],b[k]) for k in a)
+
+
+def test_table_shapes(table, head):
+    for name,shape,kind in (('face_ids',(478,),np.int32),('bary',(478,3),np.float32),('sigma',(478,),np.float32),('contour',(478,),bool),('valid',(478,),bool),('mirror',(478,),np.int32)):
+        assert table[name].shape==shape and table[name].dtype==kind, name
+    assert table['valid'].sum()>=470 and table['contour'].sum()==36
+    assert (0<=table['face_ids']).all() and (table['face_ids']<len(head.faces)).all()
+    assert np.abs(table['bary'].sum(1)-1).max()<1e-4 and table['bary'].min()>=-1e-5
+    assert (table['sigma'][table['valid']]>=.001).all() and np.median(table['sigma'])<.004
+
+def on_head(table, head):
+    verts = head()[0]
+    return (verts[head.faces[table['face_ids']]]*torch.as_tensor(table['bary'])[...,None]).sum(1).numpy()
+
+def test_table_is_symmetric(table, head):
+    p,m,v = on_head(table, head),table['mirror'],table['valid']
+    assert (m[m]==np.arange(478)).all() and (v==v[m]).all() and np.array_equal(table['sigma'], table['sigma'][m])
+    gap = np.linalg.norm(p-p[m]*[-1,1,1], axis=1)[v]
+    assert np.median(gap)<5e-4 and gap.max()<4e-3
+
+def test_table_knows_the_face(table, head):
+    p = on_head(table, head); names = np.array(head.part_names)[np.asarray(head.parts)[table['face_ids']]]
+    assert set(names[:468])=={'skin'} and set(names[468:473])=={'eye_r'} and set(names[473:])=={'eye_l'}
+    assert p[10,1]>p[168,1]>p[1,1]>p[13,1]>p[152,1]           # forehead, bridge, nose, lips, chin
+    assert p[33,0]<p[133,0]<0<p[362,0]<p[263,0]               # corners of the right eye, then of the left
+    assert p[1,2]==p[:468,2].max() or p[4,2]==p[:468,2].max() # the tip of the nose is in front
+
+
+@pytest.mark.parametrize('yaw', [0,30])
+def test_mediapipe_finds_the_face(yaw, head, table):
+    if find_spec('mediapipe') is None: pytest.skip('mediapipe is not installed (extra "track")')
+    from spatialavatar0.manifest import asset
+    from spatialavatar0.core import InputError
+    try: model = asset('face_landmarker')
+    except (InputError, OSError) as e: pytest.skip(f'no face_landmarker.task: {e}')
+    import importlib.util, pathlib
+    spec = importlib.util.spec_from_file_location('build_landmarks', pathlib.Path(__file__).parents[1]/'tools/build_landmarks.py')
+    tool = importlib.util.module_from_spec(spec); spec.loader.exec_module(tool)
+    person = synth.make_person(42, head); person.static_offset = torch.zeros_like(person.static_offset)
+    V,K = tool.camera(yaw, 0, head); found = tool.detector(model)(synth.paint(person, V, K, tool.SIZE).image)
+    assert found is not None
+    from spatialavatar0.geometry import project
+    verts = head(shape=person.shape)[0]; p = (verts[head.faces[table['face_ids']]]*torch.as_tensor(table['bary'])[...,None]).sum(1)
+    error = np.linalg.norm(project(p,V,K)[0].numpy()-found, axis=1); keep = table['valid']&~table['contour']
+    eyes = np.linalg.norm(found[33]-found[263])/np.cos(np.radians(yaw))
+    assert error[keep].mean()/eyes<.06                        # a person who is not in the table, in units of the outer eye distance
