@@ -151,20 +151,21 @@ def at_seam(
     full = binding.to_map(torch.ones(len(binding)))[None,None]
     return binding.from_map(1+F.max_pool2d(-F.pad(full, (1,1,1,1)), 3, 1)[0,0])
 
-# %% ../nbs/04_binding.ipynb #8dd8d3ef
+# %% ../nbs/04_binding.ipynb #ddcd58c1
 def new_splats(
     binding:Binding,
     head,                # the head it was made for
     verts:Tensor,        # (V,3) rest mesh, metres
-    width:float=.6,      # standard deviation along the surface, texel steps
+    width:float=.65,     # standard deviation along the surface, texel steps
     thickness:float=.3,  # along the normal, relative to the mean of the other two
     stretch:float=4.,    # the longer axis is at most this many times the shorter, at equal area
-    opacity:float=.9,
+    opacity:float=.95,
 )->dict:                 # offsets (N,3), quats (N,4), log_scales (N,3), logit_opacities (N,), sh0 (N,3): grey, on the skin
     "Flat grey Gaussians that just cover the surface."
+    rim = head.masks.get('rim'); inner = 1 if rim is None else 1-bind_points(rim[:,None], binding)[:,0]  # not at the neck's cut
     n = len(binding); U,S,_ = torch.linalg.svd(texel_steps(binding, head, verts))
     S = S/bind_frames(binding, verts).scales[:,None]
-    size = S.clamp_min(1e-5).prod(-1).sqrt()*(1+.5*at_seam(binding)); root = (S[:,0]/S[:,1].clamp_min(1e-8)).clamp_max(stretch).sqrt()
+    size = S.clamp_min(1e-5).prod(-1).sqrt()*(1+.5*at_seam(binding)*inner); root = (S[:,0]/S[:,1].clamp_min(1e-8)).clamp_max(stretch).sqrt()
     half = torch.atan2(-U[:,1,0], U[:,0,0])/2; o = torch.zeros(n)       # a turn about the normal a1 brings a0 onto the long axis
     return dict(offsets=torch.zeros(n,3), quats=torch.stack([half.cos(),o,half.sin(),o],-1),
         log_scales=(width*size[:,None]*torch.stack([root, torch.full((n,),thickness), 1/root],-1)).log(),

@@ -123,22 +123,23 @@ def shrink(image, size): # (H,W,3) uint8 -> (size,size,3) uint8
     import numpy as np
     return np.asarray(Image.fromarray(image).resize((size,size), Image.Resampling.LANCZOS))
 
-# %% ../nbs/18_cli.ipynb #22fae55f
+# %% ../nbs/18_cli.ipynb #edb75ce3
 def judge(
     avatar, cut, cfg,        # Avatar, photo frame, BuildConfig
     yaws=(0,-25,25,-45,45),  # degrees
 )->dict:                     # per yaw: landmark error in % of the distance between the eyes, or None where no face was found
     "Does a face detector find the same face in the rendered views?"
     import torch
+    from dataclasses import replace
     from spatialavatar0.animate import turn
     from spatialavatar0.refine import screen_aspect
-    from spatialavatar0.track import detect, landmark_error
+    from spatialavatar0.track import detect, fit_report
     pose = {k: v for k,v in cut.params.items() if k!='shape'}; K = film_camera(cut, cfg.film); n = cfg.film
     errors,ratios = {},[]
     for yaw in yaws:
         V = turn(cut.viewmat, yaw, 0, head_center(avatar))
         with torch.no_grad(): rgb = avatar.render(V, K, n, n, background=.8, **pose)[0].clamp(0,1); ratios.append(screen_aspect(avatar, V, K, n, n, **pose))
-        try: errors[str(yaw)] = round(float(landmark_error(detect(rgb), avatar.verts(**pose), V, K, avatar.head)), 2)
+        try: errors[str(yaw)] = round(fit_report(replace(cut, image=rgb, mask=rgb[...,0], viewmat=V, K=K), detect(rgb), avatar.head)['mean'], 2)
         except InputError: errors[str(yaw)] = None
     return dict(views=errors, aspect_999=round(float(torch.quantile(torch.cat(ratios), .999)), 2))
 
