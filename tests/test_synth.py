@@ -90,6 +90,12 @@ def test_table_knows_the_face(table, head):
     assert p[1,2]==p[:468,2].max() or p[4,2]==p[:468,2].max() # the tip of the nose is in front
 
 
+def test_jaw_parts_the_lips(table, head):
+    pts = lambda v: (v[head.faces[table['face_ids']]]*torch.as_tensor(table['bary'])[...,None]).sum(1)
+    shut,wide = pts(head()[0]),pts(head(**head.arkit({'jawOpen':1.}))[0])
+    for up,low in ((13,14),(82,87),(312,317),(81,178),(311,402),(80,88),(310,318)):
+        assert (wide[up]-wide[low]).norm()-(shut[up]-shut[low]).norm()>.015, (up,low)
+
 @pytest.mark.parametrize('yaw', [0,30])
 def test_mediapipe_finds_the_face(yaw, head, table):
     if find_spec('mediapipe') is None: pytest.skip('mediapipe is not installed (extra "track")')
@@ -100,11 +106,11 @@ def test_mediapipe_finds_the_face(yaw, head, table):
     import importlib.util, pathlib
     spec = importlib.util.spec_from_file_location('build_landmarks', pathlib.Path(__file__).parents[1]/'tools/build_landmarks.py')
     tool = importlib.util.module_from_spec(spec); spec.loader.exec_module(tool)
-    person = synth.make_person(42, head); person.static_offset = torch.zeros_like(person.static_offset)
-    V,K = tool.camera(yaw, 0, head); found = tool.detector(model)(synth.paint(person, V, K, tool.SIZE).image)
+    person = synth.make_person(42, head); V,K = tool.camera(yaw, 0, head); detect = tool.detector(model)
+    found = detect(synth.paint(person, V, K, tool.SIZE).image); detect.close()
     assert found is not None
     from spatialavatar0.geometry import project
     verts = head(shape=person.shape)[0]; p = (verts[head.faces[table['face_ids']]]*torch.as_tensor(table['bary'])[...,None]).sum(1)
     error = np.linalg.norm(project(p,V,K)[0].numpy()-found, axis=1); keep = table['valid']&~table['contour']
     eyes = np.linalg.norm(found[33]-found[263])/np.cos(np.radians(yaw))
-    assert error[keep].mean()/eyes<.06                        # a person who is not in the table, in units of the outer eye distance
+    assert error[keep].mean()/eyes<.05                        # a person who is not in the table, in units of the outer eye distance

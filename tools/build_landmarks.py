@@ -165,7 +165,7 @@ def build(head, detect):
     mirror = mirror_table(mean); valid &= valid[mirror]
     apart = np.linalg.norm(mean-mean[mirror]*[-1,1,1], axis=1)[valid]; assert apart.max()<.012, f'twins {apart.max()*1e3:.0f} mm apart'
     both = (mean+mean[mirror]*[-1,1,1])/2; spread = np.fmax(spread, spread[mirror])
-    where = [skin if i<468 else eyes[0] if both[i,0]>0 else eyes[1] for i in range(478)]
+    where = [skin if i<468 else eyes[int(i<473)] for i in range(478)]
     swing = (head(**head.arkit({'jawOpen':1.}))-head())[0].norm(dim=-1).numpy()[faces].mean(1); jaw = swing[skin]>.35*swing.max()
     for i in set(GROUPS['lips_in'])-{78,308}: where[i] = skin[jaw==(i in LOWER_LIP)]   # at rest the lips touch: the opening jaw tells one from the other
     face_ids, b, gap = snap(both, where, verts, faces)
