@@ -264,7 +264,7 @@ def whitening(
     W[on] = torch.stack([torch.stack([tangent[:,1],-tangent[:,0]],1), along*tangent],1)
     return W*(table.valid/(table.sigma.clamp(min=.0015)*scale)).to(lmks)[:,None,None]
 
-# %% ../nbs/13_track.ipynb #4d2952e0
+# %% ../nbs/13_track.ipynb #23454d2e
 @contextlib.contextmanager
 def _one_thread():
     "Hundreds of small matrices: handing them to several threads costs more than it saves."
@@ -285,6 +285,7 @@ def point_gradients(
     return (torch.einsum('lkab,lkbs->las', linear, model.dirs) + torch.einsum('lajx,jxs->las', by_turn, model.turns)
             - torch.einsum('lj,jab,jbs->las', model.skin.sum(1), Q, model.joint_dirs))
 
+# %% ../nbs/13_track.ipynb #c4ba745e
 def pixels(
     model:LandmarkModel, state:State,
     K:Tensor,         # (3,3)
@@ -354,7 +355,7 @@ def minimise(
         if done: break
     return state
 
-# %% ../nbs/13_track.ipynb #7b4ae71f
+# %% ../nbs/13_track.ipynb #8d211ad7
 def camera_guess(
     width:int, height:int, # of the photo, pixels
     focal:float=2.,        # focal length in image widths: a convention, one photo does not tell it
@@ -363,6 +364,7 @@ def camera_guess(
     f = focal*width
     return torch.tensor([[f,0,width/2],[0,f,height/2],[0,0,1]], dtype=torch.float64)
 
+# %% ../nbs/13_track.ipynb #31d9e50c
 def set_up(
     model:LandmarkModel, table:LandmarkTable, detection:Detection,
     K:Tensor,                # (3,3)
@@ -448,7 +450,17 @@ def _seeds(mesh, face, height):
     seeds[cv2.erode(face, disc(3))>0] = cv2.GC_FGD
     return seeds
 
-# %% ../nbs/13_track.ipynb #7828fd8a
+# %% ../nbs/13_track.ipynb #ba497b77
+def _around(frame, head, image, longest=400):
+    "The picture around the head, at most `longest` pixels; and where it was cut out."
+    p,_ = project(head(**frame.params)[0], frame.viewmat, frame.K); lo,hi = p.amin(0),p.amax(0); grow = .6*(hi-lo)[0]
+    (x0,y0),(x1,y1) = (lo-grow).clamp(min=0).long().tolist(), torch.minimum(hi+grow, torch.tensor([frame.width,frame.height])).ceil().long().tolist()
+    if x1<=x0 or y1<=y0: raise InputError('the fitted head lies outside the picture; crop the photo around the face')
+    s = min(1, longest/max(x1-x0,y1-y0)); w,h = round((x1-x0)*s),round((y1-y0)*s)
+    K = torch.diag(torch.tensor([w/(x1-x0),h/(y1-y0),1.]))@crop_intrinsics(frame.K, x0, y0, 1.)
+    cut = resize(image[y0:y1,x0:x1], h, w)
+    return replace(frame, image=cut, mask=torch.ones(h,w), K=K), (x0,y0,x1,y1)
+
 def _cut(image, seeds):
     "GrabCut -> one piece without holes, (H,W) bool."
     import cv2, scipy.ndimage as ndi
@@ -460,16 +472,7 @@ def _cut(image, seeds):
     if not n: return fg
     return ndi.binary_fill_holes(pieces==1+np.argmax(ndi.sum_labels(np.ones_like(pieces), pieces, np.arange(1,n+1))))
 
-def _around(frame, head, image, longest=400):
-    "The picture around the head, at most `longest` pixels; and where it was cut out."
-    p,_ = project(head(**frame.params)[0], frame.viewmat, frame.K); lo,hi = p.amin(0),p.amax(0); grow = .6*(hi-lo)[0]
-    (x0,y0),(x1,y1) = (lo-grow).clamp(min=0).long().tolist(), torch.minimum(hi+grow, torch.tensor([frame.width,frame.height])).ceil().long().tolist()
-    if x1<=x0 or y1<=y0: raise InputError('the fitted head lies outside the picture; crop the photo around the face')
-    s = min(1, longest/max(x1-x0,y1-y0)); w,h = round((x1-x0)*s),round((y1-y0)*s)
-    K = torch.diag(torch.tensor([w/(x1-x0),h/(y1-y0),1.]))@crop_intrinsics(frame.K, x0, y0, 1.)
-    cut = resize(image[y0:y1,x0:x1], h, w)
-    return replace(frame, image=cut, mask=torch.ones(h,w), K=K), (x0,y0,x1,y1)
-
+# %% ../nbs/13_track.ipynb #e2f437c3
 def matte(
     image:Tensor,  # (H,W,3) 0..1
     frame:Frame,   # a fit of it; its mask is not used
