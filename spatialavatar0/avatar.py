@@ -82,8 +82,10 @@ def new_avatar(
         for k in ('quats','log_scales'): splats[k] = torch.where(lid[:,None], shut[k], splats[k])
     return Avatar(splats, b, head, shape, offset, torch.zeros(len(b)))
 
-# %% ../nbs/09_avatar.ipynb #25ad0bfc
+# %% ../nbs/09_avatar.ipynb #6220a677
 SCHEMA = 1
+_SHAPES = dict(offsets=('N',3), quats=('N',4), log_scales=('N',3), logit_opacities=('N',), sh0=('N',3),
+               face_ids=('N',), bary=('N',3), texels=('N',2), shape=(1,'S'), static_offset=('V',3), seen=('N',))
 
 def head_id(
     head:Head,
@@ -104,10 +106,7 @@ def save_avatar(avatar, path): # path: .safetensors
         save_file({k: v.detach().cpu().contiguous() for k,v in _tensors(avatar).items()}, tmp, metadata=dict(spatialavatar0=json.dumps(meta)))
 Avatar.save = save_avatar
 
-# %% ../nbs/09_avatar.ipynb #d1dd038f
-_SHAPES = dict(offsets=('N',3), quats=('N',4), log_scales=('N',3), logit_opacities=('N',), sh0=('N',3),
-               face_ids=('N',), bary=('N',3), texels=('N',2), shape=(1,'S'), static_offset=('V',3), seen=('N',))
-
+# %% ../nbs/09_avatar.ipynb #430c5cb9
 def _checked(path, t, head):
     "Every tensor there, of the right shape, finite and in range; else one clear error."
     n = dict(N=len(t.get('face_ids',())), S=head.num_shape, V=head.num_verts)
@@ -120,6 +119,7 @@ def _checked(path, t, head):
         raise InputError(f'{path}: face_ids should lie in 0..{len(head.faces)-1}')
     return t
 
+# %% ../nbs/09_avatar.ipynb #76ec6b69
 def load_avatar(
     path,           # file written by Avatar.save
     head:Head=None, # the head it was made on; default: the open head
@@ -139,7 +139,7 @@ def load_avatar(
         Binding(t['face_ids'], t['bary'], t['texels'], head.faces, meta['resolution']), head, t['shape'], t['static_offset'], t['seen'], meta['info'])
 Avatar.load = staticmethod(load_avatar)
 
-# %% ../nbs/09_avatar.ipynb #93f9b714
+# %% ../nbs/09_avatar.ipynb #e2fc67f5
 @dataclass
 class Seen:
     "What a picture sees of each Gaussian's surface point."
@@ -147,6 +147,7 @@ class Seen:
     cosine:Tensor  # (N,) of the angle between the normal and the way to the camera
     visible:Tensor # (N,) bool, inside the picture and nothing in front
 
+# %% ../nbs/09_avatar.ipynb #791d13e0
 def see(
     binding:Binding,
     verts:Tensor,   # (V,3) posed mesh, metres
@@ -187,7 +188,7 @@ def bleed(
     i,j = distance_transform_edt(~inner.numpy(), return_distances=False, return_indices=True)
     return replace(frame, image=frame.image[torch.from_numpy(i).long(), torch.from_numpy(j).long()])
 
-# %% ../nbs/09_avatar.ipynb #fd101f2e
+# %% ../nbs/09_avatar.ipynb #a2c5d562
 def mirror_texels(
     binding:Binding,
     head:Head,
@@ -197,9 +198,9 @@ def mirror_texels(
     from scipy.spatial import cKDTree
     p = bind_points(head()[0], binding).numpy()
     d,i = cKDTree(p).query(p*[-1,1,1])
-    same = head.parts[binding.face_ids]; i = torch.from_numpy(i)
-    return i, torch.from_numpy(d<limit)
+    return torch.from_numpy(i), torch.from_numpy(d<limit)
 
+# %% ../nbs/09_avatar.ipynb #0e92cf87
 def fill(
     values:Tensor, # (N,D) known where trusted
     trust:Tensor,  # (N,) 0..1
@@ -345,7 +346,7 @@ def paint_eyes(
 
 INSIDE = dict(mouth=(.16,.05,.05), tongue=(.5,.22,.22), teeth_up=(.80,.76,.70), teeth_low=(.74,.70,.64)) # colours nobody's photo shows
 
-# %% ../nbs/09_avatar.ipynb #97560ac5
+# %% ../nbs/09_avatar.ipynb #b7444a39
 def bake(
     avatar:Avatar,
     frame:Frame,   # params and matte are the avatar's
@@ -366,6 +367,7 @@ def bake(
     ball = part_is(h, b, 'eye_l', 'eye_r'); rgb[ball] = paint_eyes(avatar, clean, s)[ball]
     return rgb.clamp(.01,.99), t
 
+# %% ../nbs/09_avatar.ipynb #0bf7f5f9
 def from_frame(
     frame:Frame,         # one tracked picture with a matte
     resolution:int=128,  # texels per side
@@ -377,14 +379,18 @@ def from_frame(
     rgb,seen = bake(a, frame)
     return replace(a, splats=dict(a.splats, sh0=rgb_to_sh0(rgb), offsets=sink(a)), seen=seen)
 
+# %% ../nbs/09_avatar.ipynb #d0c1d1a6
 def sink(
     avatar:Avatar,
-    depth:float=.0008, # metres
+    skin:float=2.5,    # standard deviations along the normal
+    eyes:float=.0008,  # metres more, so that no iris shines through a closed lid
 )->Tensor:             # (N,3) offsets
-    "Eyeballs a little deeper, so that no iris shines through a closed lid."
-    s = bind_frames(avatar.binding, avatar.verts()).scales
-    ball = part_is(avatar.head, avatar.binding, 'eye_l', 'eye_r')
-    return torch.stack([0*s, -depth/s*ball, 0*s],-1)
+    "Splats have thickness: sunk a little, their outer side meets the surface, and the silhouette stays as it is."
+    h,b = avatar.head,avatar.binding
+    thin = torch.stack([texel_mask(h, k, b) for k in ('lips','lids','lid_rims','inner_mouth','sockets')]).amax(0).clamp(0,1)  # folds have no room
+    depth = skin*part_is(h, b, 'skin')*(1-thin)*avatar.splats['log_scales'][:,1].exp()
+    depth = depth + eyes*part_is(h, b, 'eye_l', 'eye_r')/bind_frames(b, avatar.verts()).scales
+    return torch.stack([0*depth, -depth, 0*depth],-1)
 
 # %% ../nbs/09_avatar.ipynb #8c4991e8
 def head_square(

@@ -39,7 +39,7 @@ def _box_pairs(
     k = torch.arange(len(f)) - (n.cumsum(0)-n)[f]
     return f, lo[f]+torch.stack([k%w[f], k//w[f]],-1)
 
-# %% ../nbs/04_binding.ipynb #6382c562
+# %% ../nbs/04_binding.ipynb #a6ee3bd1
 @dataclass
 class Binding:
     "Which triangle, and where in it, each Gaussian sits."
@@ -58,6 +58,7 @@ class Binding:
         "Read values off the UV grid."
         return grid[self.texels[:,0],self.texels[:,1]]
 
+# %% ../nbs/04_binding.ipynb #67c0cdd3
 def bind_uv(
     head,            # a Head with uv (U,2), uv_faces (F,3), faces (F,3)
     resolution:int,  # texels per side of the UV grid
@@ -151,19 +152,19 @@ def at_seam(
     full = binding.to_map(torch.ones(len(binding)))[None,None]
     return binding.from_map(1+F.max_pool2d(-F.pad(full, (1,1,1,1)), 3, 1)[0,0])
 
-# %% ../nbs/04_binding.ipynb #ddcd58c1
+# %% ../nbs/04_binding.ipynb #e65e0905
 def new_splats(
     binding:Binding,
     head,                # the head it was made for
     verts:Tensor,        # (V,3) rest mesh, metres
     width:float=.65,     # standard deviation along the surface, texel steps
-    thickness:float=.3,  # along the normal, relative to the mean of the other two
-    stretch:float=4.,    # the longer axis is at most this many times the shorter, at equal area
+    thickness:float=.25, # along the normal, relative to the mean of the other two
+    stretch:float=3.,    # the longer axis is at most this many times the shorter, at equal area
     opacity:float=.95,
 )->dict:                 # offsets (N,3), quats (N,4), log_scales (N,3), logit_opacities (N,), sh0 (N,3): grey, on the skin
     "Flat grey Gaussians that just cover the surface."
-    rim = head.masks.get('rim'); inner = 1 if rim is None else 1-bind_points(rim[:,None], binding)[:,0]  # not at the neck's cut
-    n = len(binding); U,S,_ = torch.linalg.svd(texel_steps(binding, head, verts))
+    n = len(binding); inner = 1-torch.stack([bind_points(head.masks[k][:,None], binding)[:,0] for k in ('rim','face') if k in head.masks] or [torch.zeros(n)]).amax(0)
+    U,S,_ = torch.linalg.svd(texel_steps(binding, head, verts))
     S = S/bind_frames(binding, verts).scales[:,None]
     size = S.clamp_min(1e-5).prod(-1).sqrt()*(1+.5*at_seam(binding)*inner); root = (S[:,0]/S[:,1].clamp_min(1e-8)).clamp_max(stretch).sqrt()
     half = torch.atan2(-U[:,1,0], U[:,0,0])/2; o = torch.zeros(n)       # a turn about the normal a1 brings a0 onto the long axis
