@@ -72,7 +72,7 @@ def _syllables(t, rng):
         at += rng.uniform(.14,.25)+pause*rng.uniform(.35,.8)
     return tracks
 
-# %% ../nbs/15_animate.ipynb #7e50e5c1
+# %% ../nbs/15_animate.ipynb #c19c51a1
 def _blinks(t, rng):
     "Lids: down in a twentieth of a second, up in a tenth, now and then twice."
     lids,at = 0*t,rng.uniform(.4,1.1)
@@ -81,11 +81,11 @@ def _blinks(t, rng):
         at += .3 if rng.uniform()<.15 else rng.uniform(1.7,3.6)
     return lids
 
-def _glances(t, rng, reach=.35):
+def _glances(t, rng, reach=.25):
     "A gaze that jumps and holds: (n,) weights, > 0 towards one side; starts and ends straight."
     times,values,at = [0.],[0.],rng.uniform(.3,.9)
     while at<t[-1]-.3:
-        times += [at, at+.04]; values += [values[-1], rng.normal(0,reach)*(rng.uniform()<.8)]
+        times += [at, at+.04]; values += [values[-1], reach*float(np.clip(rng.normal(),-1.8,1.8))*(rng.uniform()<.8)]
         at += rng.uniform(.4,1.3)
     return np.interp(t, times+[max(t[-1]-.15,times[-1]), max(t[-1]-.1,times[-1]+.05)], values+[values[-1],0.])
 
