@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'INSIDE', 'Avatar', 'texel_mask', 'open_splats', 'new_avatar', 'head_id', 'save_avatar', 'load_avatar',
            'Seen', 'see', 'look_up', 'erode', 'bleed', 'mirror_texels', 'fill', 'silhouette', 'ring_lookup',
-           'grow_hair', 'part_is', 'ramp', 'shaded_lid', 'trust', 'borrow', 'strands', 'paint_eyes', 'bake',
-           'from_frame', 'sink', 'head_square', 'without_clothes', 'below']
+           'grow_hair', 'part_is', 'ramp', 'shaded_lid', 'trust', 'borrow', 'strands', 'light_lids', 'paint_eyes',
+           'bake', 'from_frame', 'sink', 'head_square', 'without_clothes', 'below']
 
 # %% ../nbs/09_avatar.ipynb #edca62a0
 from dataclasses import dataclass, field, replace
@@ -200,12 +200,13 @@ def mirror_texels(
     d,i = cKDTree(p).query(p*[-1,1,1])
     return torch.from_numpy(i), torch.from_numpy(d<limit)
 
-# %% ../nbs/09_avatar.ipynb #0e92cf87
+# %% ../nbs/09_avatar.ipynb #712215e3
 def fill(
     values:Tensor, # (N,D) known where trusted
     trust:Tensor,  # (N,) 0..1
     points:Tensor, # (N,3) metres, on the rest head
     prior:Tensor,  # (D,) where nothing is known at all
+    pull:float=1e-4,     # towards `prior`: 1/sqrt(pull) texels away from all that is known it takes over
     neighbours:int=8,
 )->Tensor:         # (N,D)
     "The smoothest colours through the trusted ones."
@@ -215,7 +216,7 @@ def fill(
     n,k = len(points),min(neighbours+1,len(points))
     j = cKDTree(points.numpy()).query(points.numpy(), k)[1].reshape(n,-1)[:,1:]
     W = coo_matrix((np.ones(j.size), (np.repeat(np.arange(n),j.shape[1]), j.ravel())), (n,n)).tocsr(); W = W.maximum(W.T)
-    t = (trust/(1.001-trust)).double().numpy(); pull = 1e-4
+    t = (trust/(1.001-trust)).double().numpy()
     A = diags(t+pull+np.asarray(W.sum(1)).ravel())-W
     b = t[:,None]*values.double().numpy()+pull*prior.double().numpy()
     return torch.from_numpy(spsolve(A.tocsc(), b).reshape(n,-1)).float()
@@ -309,7 +310,7 @@ def borrow(
     total = t+tm
     return (t[:,None]*rgb+tm[:,None]*rgb[i])/total.clamp_min(1e-6)[:,None], total
 
-# %% ../nbs/09_avatar.ipynb #a0cfac2e
+# %% ../nbs/09_avatar.ipynb #478ef8cd
 def strands(
     rgb:Tensor,     # (N,3) filled colours
     known:Tensor,   # (N,) 0..1 trust
@@ -319,7 +320,7 @@ def strands(
 )->Tensor:          # (N,3)
     "Draw streaks on the hair nobody saw."
     if not (hair&(known>.7)).any(): return rgb
-    light = rgb[hair&(known>.7)].mean(-1); strength = (light.std()/light.mean()).clamp_max(.3)
+    light = rgb[hair&(known>.7)].mean(-1); strength = (light.std()/light.mean()).clamp_max(.22)
     g = torch.Generator().manual_seed(0); rand = lambda lo,hi: lo+(hi-lo)*torch.rand(waves, generator=g)
     p = points-points[hair].mean(0); around = torch.atan2(p[:,0], -p[:,2])[:,None]; down = p[:,1:2]/.1
     k = rand(5,90).round()
@@ -328,7 +329,19 @@ def strands(
     shade = 1+strength*(.6*streaks.sum(-1)+.4*wisps.sum(-1)).clamp(-1.6,1.6)
     return torch.where(hair[:,None], rgb*(1+(1-known.clamp(0,1))*(shade-1))[:,None], rgb)
 
-# %% ../nbs/09_avatar.ipynb #239edf31
+# %% ../nbs/09_avatar.ipynb #7f81b758
+def light_lids(
+    rgb:Tensor,    # (N,3)
+    t:Tensor,      # (N,) trust
+    lids:Tensor,   # (N,) 0..1
+    around:Tensor, # (N,) bool, skin around the eyes
+)->Tensor:         # (N,3)
+    "Give hidden lids the brighter colours around the eye."
+    sure = rgb[around&(t>.9)]
+    if not len(sure): return rgb
+    return torch.lerp(rgb, sure.quantile(.7, 0), ((1-t)*ramp(lids, 0, .3))[:,None])
+
+# %% ../nbs/09_avatar.ipynb #c23031c1
 def paint_eyes(
     avatar:Avatar,
     frame:Frame,
@@ -344,9 +357,9 @@ def paint_eyes(
     e = torch.lerp(e, tint.expand_as(e), ramp(iris,.3,.7)[:,None]); e = torch.lerp(e, torch.full_like(e,.03), ramp(pupil,.3,.7)[:,None])
     return e*(ball>0)[:,None]
 
-INSIDE = dict(mouth=(.16,.05,.05), tongue=(.5,.22,.22), teeth_up=(.80,.76,.70), teeth_low=(.74,.70,.64)) # colours nobody's photo shows
+INSIDE = dict(mouth=(.16,.05,.05), tongue=(.5,.22,.22), teeth_up=(.86,.80,.71), teeth_low=(.80,.74,.65)) # colours nobody's photo shows
 
-# %% ../nbs/09_avatar.ipynb #b7444a39
+# %% ../nbs/09_avatar.ipynb #f55ed7c3
 def bake(
     avatar:Avatar,
     frame:Frame,   # params and matte are the avatar's
@@ -358,9 +371,10 @@ def bake(
     t = trust(avatar, frame, s)
     rgb,known = borrow(look_up(clean, s.uv), t, mirror_texels(b, h))
     rest = bind_points(h()[0], b); hair = texel_mask(h, 'scalp', b)>.5; skin = part_is(h, b, 'skin')
-    for group in (skin&hair, skin&~hair):
+    for group,pull in ((skin&hair, 1e-4), (skin&~hair, 2e-3)):
         sure = group&(known>.5)
-        if sure.any(): rgb[group] = fill(rgb[group], known[group], rest[group], rgb[sure].median(0).values)
+        if sure.any(): rgb[group] = fill(rgb[group], known[group], rest[group], .93*rgb[sure].median(0).values, pull)
+    rgb = light_lids(rgb, t, texel_mask(h, 'lids', b), skin&(texel_mask(h, 'eye_region', b)>.5))
     rgb = strands(rgb, known, rest, skin&hair)
     rgb[part_is(h, b, 'socket_l', 'socket_r')] = rgb[texel_mask(h, 'eye_region', b)>.5].median(0).values
     for name,color in INSIDE.items(): rgb[part_is(h, b, name)] = torch.tensor(color)
@@ -379,17 +393,19 @@ def from_frame(
     rgb,seen = bake(a, frame)
     return replace(a, splats=dict(a.splats, sh0=rgb_to_sh0(rgb), offsets=sink(a)), seen=seen)
 
-# %% ../nbs/09_avatar.ipynb #d0c1d1a6
+# %% ../nbs/09_avatar.ipynb #942e061d
 def sink(
     avatar:Avatar,
     skin:float=2.5,    # standard deviations along the normal
-    eyes:float=.0008,  # metres more, so that no iris shines through a closed lid
+    eyes:float=.0008,  # metres, so that no iris shines through a closed lid
+    bags:float=.0025,  # metres, so that the mouth and the sockets do not shine through the cheeks
 )->Tensor:             # (N,3) offsets
     "Splats have thickness: sunk a little, their outer side meets the surface, and the silhouette stays as it is."
     h,b = avatar.head,avatar.binding
     thin = torch.stack([texel_mask(h, k, b) for k in ('lips','lids','lid_rims','inner_mouth','sockets')]).amax(0).clamp(0,1)  # folds have no room
     depth = skin*part_is(h, b, 'skin')*(1-thin)*avatar.splats['log_scales'][:,1].exp()
-    depth = depth + eyes*part_is(h, b, 'eye_l', 'eye_r')/bind_frames(b, avatar.verts()).scales
+    metres = eyes*part_is(h, b, 'eye_l','eye_r') - bags*part_is(h, b, 'mouth','socket_l','socket_r')  # a bag's normals point into it
+    depth = depth + metres/bind_frames(b, avatar.verts()).scales
     return torch.stack([0*depth, -depth, 0*depth],-1)
 
 # %% ../nbs/09_avatar.ipynb #8c4991e8

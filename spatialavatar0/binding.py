@@ -58,12 +58,12 @@ class Binding:
         "Read values off the UV grid."
         return grid[self.texels[:,0],self.texels[:,1]]
 
-# %% ../nbs/04_binding.ipynb #67c0cdd3
+# %% ../nbs/04_binding.ipynb #bbbd0d3d
 def bind_uv(
     head,            # a Head with uv (U,2), uv_faces (F,3), faces (F,3)
     resolution:int,  # texels per side of the UV grid
 )->Binding:          # one Gaussian per texel whose centre is covered, in row order
-    "Bind one Gaussian to every covered UV texel (paper, section 3.1)."
+    "Bind one Gaussian to every covered UV texel (the paper's layout)."
     if resolution<1: raise ValueError(f'resolution should be at least 1; got {resolution}')
     tri = head.uv.double()[head.uv_faces]*resolution
     f,xy = _box_pairs(tri, resolution)
@@ -82,12 +82,12 @@ def bind_points(
     "The point of the surface under each Gaussian."
     return (verts[...,binding.faces[binding.face_ids],:]*binding.bary.to(verts)[...,None]).sum(-2)
 
-# %% ../nbs/04_binding.ipynb #2e3269d9
+# %% ../nbs/04_binding.ipynb #de618b22
 def triangle_frames(
     verts:Tensor, # (...,V,3) metres
     faces:Tensor, # (F,3)
 )->tuple:         # rotations (...,F,3,3) with det +1; scales (...,F) metres
-    "Orthonormal frame and size of every triangle (paper, section 3.1, with det +1)."
+    "Orthonormal frame and size of every triangle (the paper's, with det +1)."
     v0,v1,v2 = verts[...,faces,:].unbind(-2)
     a0 = F.normalize(v1-v0, dim=-1, eps=1e-10)
     a1 = F.normalize(torch.linalg.cross(a0, v2-v0), dim=-1, eps=1e-10)

@@ -22,14 +22,14 @@ from .metrics import psnr, ssim
 from .clips import Clip, Frame, on_background
 from .avatar import Avatar, bleed, erode, look_up, open_splats, ramp, see, texel_mask
 
-# %% ../nbs/12_refine.ipynb #6bad57f7
+# %% ../nbs/12_refine.ipynb #252d748d
 @dataclass
 class RefineConfig:
     "What the paper leaves open about stage 2, and what it does not."
-    iters:int = 10_000        # section 4: 10K
+    iters:int = 10_000        # the paper's 10K
     l1:float = .8             # weight of L1 (ours)
     dssim:float = .2          # weight of 1 - SSIM (ours)
-    scale_freeze:int = 500    # scales stay fixed for so many iterations (section 4)
+    scale_freeze:int = 500    # scales stay fixed for so many iterations (the paper's)
     spread:float = 1.          # log-scale axes stay within this of their mean: ratio at most e^2 = 7.4 (ours)
     grow:float = 1.           # no axis grows or shrinks by more than e^grow (ours)
     anchor:float = 0.         # pull back to the start, mean squared distance of raw attributes
@@ -69,25 +69,25 @@ def uncovered(
     hidden = (neck&(frame.mask<.9)).float()
     return 1+erode(-hidden, 3)
 
-# %% ../nbs/12_refine.ipynb #a2758272
+# %% ../nbs/12_refine.ipynb #48517240
 def photo_loss(
     rgb:Tensor,    # (H,W,3) render
     target:Tensor, # (H,W,3), on the same background
     cfg:RefineConfig,
     care:Tensor=None, # (H,W) 1 where pixels count; default: everywhere
 )->Tensor:
-    "L1 and 1 - SSIM (section 4.2)."
+    "L1 and 1 - SSIM, as in stage 2 of the paper."
     if care is not None: rgb = torch.where(care[...,None]>.5, rgb, target)
     return cfg.l1*(rgb-target).abs().mean() + cfg.dssim*(1-ssim(rgb, target))
 
-# %% ../nbs/12_refine.ipynb #9c008aa7
+# %% ../nbs/12_refine.ipynb #92d5b99e
 def clamp_scales(
     log_scales:Tensor, # (N,3)
     start:Tensor,      # (N,3) where they began
     spread:float,      # largest distance from the mean of the three
     grow:float,        # largest distance from the start
 )->Tensor:             # (N,3)
-    "The hard clamp: bounded size, bounded aspect ratio (section 4.3)."
+    "The hard clamp: bounded size, bounded aspect ratio (one of the paper's three anti-spike parts)."
     m = log_scales.mean(-1, keepdim=True)
     x = m+(log_scales-m).clamp(-spread, spread)
     return torch.minimum(torch.maximum(x, start-grow), start+grow)
@@ -210,7 +210,7 @@ def step(self:Refinement, i):
     self.opt.zero_grad(); loss.backward(); self.opt.step(); self.keep_bounds()
     return dict(step=i, loss=float(loss.detach()), psnr=float(psnr(rgb.detach(), target)))
 
-# %% ../nbs/12_refine.ipynb #52c47cae
+# %% ../nbs/12_refine.ipynb #166a7969
 def refine(
     avatar:Avatar,
     clip,                      # a Clip, or one Frame
@@ -220,7 +220,7 @@ def refine(
     seed:int=0,
     callback=None,             # called as callback(step, avatar) every 50 steps
 )->tuple:                      # the refined Avatar, and a log: list of dict(step, loss, psnr)
-    "Sharpen an avatar on pictures; count, triangles and barycentrics stay as they are (section 4)."
+    "Sharpen an avatar on pictures; count, triangles and barycentrics stay as they are (stage 2 of the paper)."
     cfg = config or RefineConfig(); iters = cfg.iters if iters is None else iters
     clip = Clip([clip]) if isinstance(clip, Frame) else clip
     if not len(clip): raise InputError('refine needs at least one frame; the clip is empty')

@@ -6,6 +6,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 threads = str(min(2, os.cpu_count() or 1))
 for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'NUMBA_NUM_THREADS'): os.environ.setdefault(name, threads)
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')   # before torch is imported: waiting threads sleep instead of spinning
 os.environ.setdefault('MPLBACKEND', 'Agg')
 os.environ.setdefault('GLOG_minloglevel', '2')
 if not os.access(ROOT/'spatialavatar0', os.W_OK):   # numba writes compiled kernels beside the code where it may
