@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'INSIDE', 'Avatar', 'texel_mask', 'open_splats', 'new_avatar', 'head_id', 'save_avatar', 'load_avatar',
            'Seen', 'see', 'look_up', 'erode', 'bleed', 'mirror_texels', 'fill', 'silhouette', 'ring_lookup',
-           'grow_hair', 'part_is', 'ramp', 'shaded_lid', 'trust', 'borrow', 'strands', 'light_lids', 'paint_eyes',
-           'bake', 'from_frame', 'sink', 'head_square', 'without_clothes', 'below']
+           'grow_hair', 'part_is', 'shaded_lid', 'trust', 'borrow', 'strands', 'light_lids', 'paint_eyes', 'bake',
+           'from_frame', 'sink', 'head_square', 'without_clothes', 'below']
 
 # %% ../nbs/09_avatar.ipynb #edca62a0
 from dataclasses import dataclass, field, replace
@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor
 
-# %% ../nbs/09_avatar.ipynb #ff16494e
-from .core import InputError, atomic_path
+# %% ../nbs/09_avatar.ipynb #fc17c7ca
+from .core import InputError, atomic_path, smooth
 from .geometry import crop_intrinsics, project, rgb_to_sh0, sh0_to_rgb
 from .head import Head, open_head
 from .binding import Binding, bind_frames, bind_points, bind_uv, new_splats, place
@@ -263,14 +263,11 @@ def grow_hair(
     grow = scalp*(edge*ring_lookup(ratio, d)+(1-edge)*behind*up)
     return (verts-c)*grow[:,None]
 
-# %% ../nbs/09_avatar.ipynb #d123cab2
+# %% ../nbs/09_avatar.ipynb #c9b35746
 def part_is(head, binding, *names): # (N,) bool
     "Gaussians that sit on one of the named parts."
     ids = [head.part_names.index(n) for n in names]
     return torch.isin(head.parts[binding.face_ids], torch.tensor(ids))
-
-def ramp(x, lo, hi): # 0 below lo, 1 above hi, smooth between
-    t = ((x-lo)/(hi-lo)).clamp(0,1); return t*t*(3-2*t)
 
 # %% ../nbs/09_avatar.ipynb #74b9bc37
 def shaded_lid(
@@ -285,7 +282,7 @@ def shaded_lid(
     near = (texel_mask(h, 'lids', b)>.1)|(texel_mask(h, 'lid_rims', b)>.02)
     return near&(light<.75*usual)
 
-# %% ../nbs/09_avatar.ipynb #4dba4776
+# %% ../nbs/09_avatar.ipynb #22aa6a1f
 def trust(
     avatar:Avatar,
     frame:Frame,
@@ -294,7 +291,7 @@ def trust(
     "How far the picture's colour holds for each Gaussian."
     h,b = avatar.head,avatar.binding
     inner = replace(frame, image=erode(frame.mask, 2)[...,None].expand(-1,-1,3))
-    t = s.visible*ramp(s.cosine, .15, .55)*(look_up(inner, s.uv)[:,0]>.9)
+    t = s.visible*smooth(s.cosine, .15, .55)*(look_up(inner, s.uv)[:,0]>.9)
     t = t*(1-texel_mask(h, 'lid_rims', b)).clamp(0,1)*~shaded_lid(avatar, frame, s)
     return t*~part_is(h, b, 'mouth','socket_l','socket_r','tongue','teeth_up','teeth_low','eye_l','eye_r')
 
@@ -329,7 +326,7 @@ def strands(
     shade = 1+strength*(.6*streaks.sum(-1)+.4*wisps.sum(-1)).clamp(-1.6,1.6)
     return torch.where(hair[:,None], rgb*(1+(1-known.clamp(0,1))*(shade-1))[:,None], rgb)
 
-# %% ../nbs/09_avatar.ipynb #7f81b758
+# %% ../nbs/09_avatar.ipynb #1181e2e9
 def light_lids(
     rgb:Tensor,    # (N,3)
     t:Tensor,      # (N,) trust
@@ -339,9 +336,9 @@ def light_lids(
     "Give hidden lids the brighter colours around the eye."
     sure = rgb[around&(t>.9)]
     if not len(sure): return rgb
-    return torch.lerp(rgb, sure.quantile(.7, 0), ((1-t)*ramp(lids, 0, .3))[:,None])
+    return torch.lerp(rgb, sure.quantile(.7, 0), ((1-t)*smooth(lids, 0, .3))[:,None])
 
-# %% ../nbs/09_avatar.ipynb #c23031c1
+# %% ../nbs/09_avatar.ipynb #dcfcf3ac
 def paint_eyes(
     avatar:Avatar,
     frame:Frame,
@@ -354,7 +351,7 @@ def paint_eyes(
     brown = torch.tensor([.25,.17,.12])
     tint = .5*rgb[lit].median(0).values+.5*brown if lit.sum()>5 else brown
     e = torch.tensor([.78,.75,.73]).expand(len(b),3)
-    e = torch.lerp(e, tint.expand_as(e), ramp(iris,.3,.7)[:,None]); e = torch.lerp(e, torch.full_like(e,.03), ramp(pupil,.3,.7)[:,None])
+    e = torch.lerp(e, tint.expand_as(e), smooth(iris,.3,.7)[:,None]); e = torch.lerp(e, torch.full_like(e,.03), smooth(pupil,.3,.7)[:,None])
     return e*(ball>0)[:,None]
 
 INSIDE = dict(mouth=(.16,.05,.05), tongue=(.5,.22,.22), teeth_up=(.86,.80,.71), teeth_low=(.80,.74,.65)) # colours nobody's photo shows

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['set_seed', 'InputError', 'atomic_path', 'progress', 'Timer', 'to_numpy', 'to_uint8', 'show_images', 'show_figure',
-           'check', 'test_close']
+           'smooth', 'check', 'test_close']
 
 # %% ../nbs/00_core.ipynb #29198704
 import contextlib,io,math,os,random,sys,time
@@ -71,7 +71,7 @@ def to_uint8(
     a = to_numpy(image)
     return a if a.dtype==np.uint8 else (a.astype(np.float32).clip(0,1)*255+.5).astype(np.uint8)
 
-# %% ../nbs/00_core.ipynb #38fb6b3e
+# %% ../nbs/00_core.ipynb #32a62124
 def show_images(
     images,           # list of (H,W,3) or (H,W), 0..1; None leaves a gap
     titles=None,      # one line above each picture
@@ -83,7 +83,6 @@ def show_images(
 ):                    # the displayed image
     "Show a grid of pictures as one JPEG with alt text."
     import matplotlib.pyplot as plt
-    from IPython.display import Image
     images = list(images); cols = cols or min(len(images),6); rows = math.ceil(len(images)/cols)
     first = next(to_numpy(i) for i in images if i is not None); width = width or min(8, 2.7*cols)
     h = width/cols*first.shape[0]/first.shape[1]+(.25 if titles else 0)
@@ -95,6 +94,7 @@ def show_images(
         if titles and k<len(titles): ax.set_title(titles[k], fontsize=9)
     return show_figure(fig, alt or '; '.join(t for t in titles or ['pictures'] if t), quality)
 
+# %% ../nbs/00_core.ipynb #b3365c9c
 def show_figure(
     fig,            # a matplotlib figure
     alt:str,        # alt text
@@ -105,6 +105,16 @@ def show_figure(
     from IPython.display import Image
     buf = io.BytesIO(); fig.savefig(buf, format='jpeg', dpi=100, pil_kwargs=dict(quality=quality)); plt.close(fig)
     return Image(buf.getvalue(), format='jpeg', alt=alt)
+
+# %% ../nbs/00_core.ipynb #e8f04607
+def smooth(
+    x:torch.Tensor, # any shape
+    lo:float,       # 0 up to here
+    hi:float,       # 1 from here; may lie below lo
+)->torch.Tensor:    # same shape
+    "Soft step from 0 to 1."
+    t = ((x-lo)/(hi-lo)).clamp(0,1)
+    return t*t*(3-2*t)
 
 # %% ../nbs/00_core.ipynb #b56e7f1b
 def check(

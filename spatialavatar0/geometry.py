@@ -37,7 +37,7 @@ def orbit(
     target = torch.as_tensor(target).float()
     return look_at(target+distance*d, target)
 
-# %% ../nbs/01_geometry.ipynb #c6bd4de2
+# %% ../nbs/01_geometry.ipynb #0d1774f3
 def intrinsics(
     focal:float,    # focal length, pixels
     width:int,      # of the picture, pixels
@@ -46,6 +46,7 @@ def intrinsics(
     "Pinhole camera with square pixels and its axis through the middle."
     return torch.tensor([[focal,0,width/2],[0,focal,height/2],[0,0,1.]])
 
+# %% ../nbs/01_geometry.ipynb #8d457e7f
 def crop_intrinsics(
     K:Tensor,       # (3,3)
     x0:float,       # left edge of the crop, pixels of the old picture
@@ -56,6 +57,7 @@ def crop_intrinsics(
     A = torch.tensor([[scale,0,-x0*scale],[0,scale,-y0*scale],[0,0,1.]]).to(K)
     return A@K
 
+# %% ../nbs/01_geometry.ipynb #ea84614e
 def project(
     points:Tensor,  # (...,3) world, metres
     viewmat:Tensor, # (4,4)
@@ -101,7 +103,7 @@ def quat_to_mat(
                         2*(x*y+w*z), 1-2*(x*x+z*z), 2*(y*z-w*x),
                         2*(x*z-w*y), 2*(y*z+w*x), 1-2*(x*x+y*y)],-1).reshape(*q.shape[:-1],3,3)
 
-# %% ../nbs/01_geometry.ipynb #71653a5c
+# %% ../nbs/01_geometry.ipynb #f0cb2e22
 def mat_to_quat(
     R:Tensor, # (...,3,3) rotations
 )->Tensor:    # (...,4) wxyz, unit, w >= 0
@@ -113,6 +115,7 @@ def mat_to_quat(
     q = F.normalize(q.gather(-2, k[...,None,None].expand(*k.shape,1,4))[...,0,:], dim=-1)
     return torch.where(q[...,:1]<0, -q, q)
 
+# %% ../nbs/01_geometry.ipynb #f37ef7a0
 def quat_mul(
     a:Tensor, # (...,4) wxyz
     b:Tensor, # (...,4) wxyz

@@ -12,15 +12,15 @@ import math
 import torch
 from torch import Tensor
 
-# %% ../nbs/12_refine.ipynb #236c0f55
+# %% ../nbs/12_refine.ipynb #3b1e35ea
 from fastcore.basics import patch
-from .core import InputError, progress
+from .core import InputError, progress, smooth
 from .geometry import SH_C0, crop_intrinsics, project
 from .binding import Frames, bind_frames
 from .render import project_gaussians, rasterize, rasterize_mesh
 from .metrics import psnr, ssim
 from .clips import Clip, Frame, on_background
-from .avatar import Avatar, bleed, erode, look_up, open_splats, ramp, see, texel_mask
+from .avatar import Avatar, bleed, erode, look_up, open_splats, see, texel_mask
 
 # %% ../nbs/12_refine.ipynb #252d748d
 @dataclass
@@ -92,7 +92,7 @@ def clamp_scales(
     x = m+(log_scales-m).clamp(-spread, spread)
     return torch.minimum(torch.maximum(x, start-grow), start+grow)
 
-# %% ../nbs/12_refine.ipynb #b5293d58
+# %% ../nbs/12_refine.ipynb #b424d164
 def visibility(
     avatar:Avatar,
     clip:Clip,
@@ -102,7 +102,7 @@ def visibility(
     for f in clip:
         s = see(avatar.binding, avatar.verts(**_pose(f)), f)
         inside = look_up(replace(f, image=erode(f.mask, 2)[...,None].expand(-1,-1,3)), s.uv)[:,0]>.9
-        g = torch.maximum(g, torch.stack([s.visible*ramp(s.cosine, -.1, .3), s.visible*ramp(s.cosine, .05, .4)*inside]))
+        g = torch.maximum(g, torch.stack([s.visible*smooth(s.cosine, -.1, .3), s.visible*smooth(s.cosine, .05, .4)*inside]))
     return tuple(g)
 
 # %% ../nbs/12_refine.ipynb #e77d911e
