@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'INSIDE', 'Avatar', 'texel_mask', 'open_splats', 'new_avatar', 'head_id', 'save_avatar', 'load_avatar',
            'Seen', 'see', 'look_up', 'erode', 'bleed', 'mirror_texels', 'fill', 'silhouette', 'ring_lookup',
-           'grow_hair', 'part_is', 'shaded_lid', 'trust', 'borrow', 'strands', 'light_lids', 'paint_eyes', 'bake',
+           'grow_hair', 'part_is', 'shaded_lid', 'trust', 'borrow', 'strands', 'light_lids', 'bake_eyes', 'bake',
            'from_frame', 'sink', 'head_square', 'without_clothes', 'below']
 
 # %% ../nbs/09_avatar.ipynb #edca62a0
@@ -169,7 +169,7 @@ def look_up(
     "The picture's colours at some points."
     return sample_texture(frame.image, uv/torch.tensor([frame.width,frame.height]))
 
-# %% ../nbs/09_avatar.ipynb #aa405a59
+# %% ../nbs/09_avatar.ipynb #1fd1da27
 def erode(
     mask:Tensor,  # (H,W) 0..1
     px:int,       # how far, pixels
@@ -179,7 +179,7 @@ def erode(
 
 def bleed(
     frame:Frame,
-    px:int=2,  # width of the rim that is not trusted, pixels
+    px:int=3,  # width of the rim that is not trusted, pixels
 )->Frame:      # same matte, image continued beyond it
     "Continue the person's colours outwards over the rim and the background."
     from scipy.ndimage import distance_transform_edt
@@ -200,22 +200,24 @@ def mirror_texels(
     d,i = cKDTree(p).query(p*[-1,1,1])
     return torch.from_numpy(i), torch.from_numpy(d<limit)
 
-# %% ../nbs/09_avatar.ipynb #712215e3
+# %% ../nbs/09_avatar.ipynb #b7e429a0
 def fill(
     values:Tensor, # (N,D) known where trusted
     trust:Tensor,  # (N,) 0..1
     points:Tensor, # (N,3) metres, on the rest head
     prior:Tensor,  # (D,) where nothing is known at all
     pull:float=1e-4,     # towards `prior`: 1/sqrt(pull) texels away from all that is known it takes over
-    neighbours:int=8,
+    neighbours:int=8,    # edges per texel
 )->Tensor:         # (N,D)
     "The smoothest colours through the trusted ones."
     from scipy.spatial import cKDTree
     from scipy.sparse import coo_matrix, diags
     from scipy.sparse.linalg import spsolve
-    n,k = len(points),min(neighbours+1,len(points))
-    j = cKDTree(points.numpy()).query(points.numpy(), k)[1].reshape(n,-1)[:,1:]
-    W = coo_matrix((np.ones(j.size), (np.repeat(np.arange(n),j.shape[1]), j.ravel())), (n,n)).tocsr(); W = W.maximum(W.T)
+    n = len(points); W = coo_matrix((n,n)).tocsr()
+    for some in (np.arange(n), np.arange(0,n,7)):     # a coarse graph on top: neighbours alone may not reach across a seam
+        j = cKDTree(points[some].numpy()).query(points[some].numpy(), min(neighbours+1,len(some)))[1].reshape(len(some),-1)[:,1:]
+        W = W + coo_matrix((np.ones(j.size), (np.repeat(some,j.shape[1]), some[j].ravel())), (n,n)).tocsr()
+    W = W.maximum(W.T)
     t = (trust/(1.001-trust)).double().numpy()
     A = diags(t+pull+np.asarray(W.sum(1)).ravel())-W
     b = t[:,None]*values.double().numpy()+pull*prior.double().numpy()
@@ -282,7 +284,7 @@ def shaded_lid(
     near = (texel_mask(h, 'lids', b)>.1)|(texel_mask(h, 'lid_rims', b)>.02)
     return near&(light<.75*usual)
 
-# %% ../nbs/09_avatar.ipynb #22aa6a1f
+# %% ../nbs/09_avatar.ipynb #840c3909
 def trust(
     avatar:Avatar,
     frame:Frame,
@@ -290,7 +292,7 @@ def trust(
 )->Tensor: # (N,) 0..1
     "How far the picture's colour holds for each Gaussian."
     h,b = avatar.head,avatar.binding
-    inner = replace(frame, image=erode(frame.mask, 2)[...,None].expand(-1,-1,3))
+    inner = replace(frame, image=erode(frame.mask, 3)[...,None].expand(-1,-1,3))
     t = s.visible*smooth(s.cosine, .15, .55)*(look_up(inner, s.uv)[:,0]>.9)
     t = t*(1-texel_mask(h, 'lid_rims', b)).clamp(0,1)*~shaded_lid(avatar, frame, s)
     return t*~part_is(h, b, 'mouth','socket_l','socket_r','tongue','teeth_up','teeth_low','eye_l','eye_r')
@@ -338,8 +340,8 @@ def light_lids(
     if not len(sure): return rgb
     return torch.lerp(rgb, sure.quantile(.7, 0), ((1-t)*smooth(lids, 0, .3))[:,None])
 
-# %% ../nbs/09_avatar.ipynb #dcfcf3ac
-def paint_eyes(
+# %% ../nbs/09_avatar.ipynb #07ead973
+def bake_eyes(
     avatar:Avatar,
     frame:Frame,
     s:Seen,
@@ -356,26 +358,25 @@ def paint_eyes(
 
 INSIDE = dict(mouth=(.16,.05,.05), tongue=(.5,.22,.22), teeth_up=(.86,.80,.71), teeth_low=(.80,.74,.65)) # colours nobody's photo shows
 
-# %% ../nbs/09_avatar.ipynb #f55ed7c3
+# %% ../nbs/09_avatar.ipynb #fb7360e5
 def bake(
     avatar:Avatar,
     frame:Frame,   # params and matte are the avatar's
 )->tuple:          # (N,3) colours 0..1, (N,) 0..1 how well each Gaussian was seen
     "Warp a picture onto the UV grid and complete what it does not show."
     h,b = avatar.head,avatar.binding
-    params = {k: v for k,v in frame.params.items() if k!='shape'}
-    s = see(b, avatar.verts(**params), frame); clean = bleed(frame)
+    s = see(b, avatar.verts(**frame.pose), frame); clean = bleed(frame)
     t = trust(avatar, frame, s)
     rgb,known = borrow(look_up(clean, s.uv), t, mirror_texels(b, h))
     rest = bind_points(h()[0], b); hair = texel_mask(h, 'scalp', b)>.5; skin = part_is(h, b, 'skin')
-    for group,pull in ((skin&hair, 1e-4), (skin&~hair, 2e-3)):
+    for group,pull in ((skin&hair, 1e-4), (skin&~hair, .005)):
         sure = group&(known>.5)
         if sure.any(): rgb[group] = fill(rgb[group], known[group], rest[group], .93*rgb[sure].median(0).values, pull)
     rgb = light_lids(rgb, t, texel_mask(h, 'lids', b), skin&(texel_mask(h, 'eye_region', b)>.5))
     rgb = strands(rgb, known, rest, skin&hair)
     rgb[part_is(h, b, 'socket_l', 'socket_r')] = rgb[texel_mask(h, 'eye_region', b)>.5].median(0).values
     for name,color in INSIDE.items(): rgb[part_is(h, b, name)] = torch.tensor(color)
-    ball = part_is(h, b, 'eye_l', 'eye_r'); rgb[ball] = paint_eyes(avatar, clean, s)[ball]
+    ball = part_is(h, b, 'eye_l', 'eye_r'); rgb[ball] = bake_eyes(avatar, clean, s)[ball]
     return rgb.clamp(.01,.99), t
 
 # %% ../nbs/09_avatar.ipynb #0bf7f5f9
@@ -418,7 +419,7 @@ def head_square(
     c = (lo+hi)/2-torch.tensor([0.,.08*side])
     return int(c[0]-side/2), int(c[1]-side/2), int(side)
 
-# %% ../nbs/09_avatar.ipynb #5df6316d
+# %% ../nbs/09_avatar.ipynb #25a5d49c
 def without_clothes(
     frame:Frame,
     head:Head=None,       # default: the open head
@@ -439,7 +440,7 @@ def without_clothes(
     return replace(frame, mask=torch.where(torch.from_numpy(low&~keep), 0., frame.mask))
 
 def below(frame, head): # (H,W) bool: pixels lower than the chin
-    "Rows below the lowest point of the face."
+    "Rows from just above the lowest point of the face downwards."
     v = head(**frame.params)[0]; chin = v[head.masks['face']>.5]
     y = project(chin, frame.viewmat, frame.K)[0][:,1].max()
     return (torch.arange(frame.height)[:,None]>y-.02*frame.height).expand(frame.height, frame.width)

@@ -13,7 +13,7 @@ from torch import Tensor
 # %% ../nbs/07_clips.ipynb #4901929a
 from .geometry import crop_intrinsics
 
-# %% ../nbs/07_clips.ipynb #b098360b
+# %% ../nbs/07_clips.ipynb #f61377bf
 @dataclass
 class Frame:
     "One picture of a head, with all that is known about it."
@@ -29,6 +29,8 @@ class Frame:
         for name,shape in dict(image=(h,w,3), mask=(h,w), viewmat=(4,4), K=(3,3)).items():
             got = tuple(getattr(self,name).shape)
             if got!=shape: raise ValueError(f'{name} should be {shape}; got {got}')
+    @property
+    def pose(self): return {k: v for k,v in self.params.items() if k!='shape'} # what moves; `shape` is who
     @property
     def height(self): return self.image.shape[0]
     @property

@@ -44,9 +44,7 @@ class RefineConfig:
     shut_eyes:bool = False    # every fourth step keeps the closed lids as they were
     clothed:bool = False      # pixels where clothes hide the neck do not count
 
-# %% ../nbs/12_refine.ipynb #ece130f3
-def _pose(frame): return {k: v for k,v in frame.params.items() if k!='shape'}
-
+# %% ../nbs/12_refine.ipynb #0ebaf9da
 def render_frame(
     splats:dict,        # raw attributes
     frames,             # binding.Frames of the posed mesh
@@ -57,30 +55,30 @@ def render_frame(
     rgb,alpha,_ = rasterize(*open_splats(splats, frames), frame.viewmat[None], frame.K[None], frame.width, frame.height, backgrounds=background[None])
     return rgb[0], alpha[0,...,0]
 
-# %% ../nbs/12_refine.ipynb #69221b35
+# %% ../nbs/12_refine.ipynb #81a7070d
 def uncovered(
     avatar:Avatar,
     frame:Frame,
 )->Tensor:        # (H,W) 0 where the neck should be and the matte has nobody, else 1
     "Pixels that say something about the head: not those where clothes hide the neck."
     h = avatar.head
-    ids = rasterize_mesh(avatar.verts(**_pose(frame)), h.faces, frame.viewmat, frame.K, frame.width, frame.height)[0]
+    ids = rasterize_mesh(avatar.verts(**frame.pose), h.faces, frame.viewmat, frame.K, frame.width, frame.height)[0]
     neck = (h.masks['neck'][h.faces].mean(1)>.3)[ids.clamp_min(0)]&(ids>=0)
     hidden = (neck&(frame.mask<.9)).float()
     return 1+erode(-hidden, 3)
 
-# %% ../nbs/12_refine.ipynb #48517240
+# %% ../nbs/12_refine.ipynb #55fb434f
 def photo_loss(
     rgb:Tensor,    # (H,W,3) render
     target:Tensor, # (H,W,3), on the same background
     cfg:RefineConfig,
     care:Tensor=None, # (H,W) 1 where pixels count; default: everywhere
 )->Tensor:
-    "L1 and 1 - SSIM, as in stage 2 of the paper."
+    "L1 and 1 - SSIM: the terms are the paper's, their weights ours."
     if care is not None: rgb = torch.where(care[...,None]>.5, rgb, target)
     return cfg.l1*(rgb-target).abs().mean() + cfg.dssim*(1-ssim(rgb, target))
 
-# %% ../nbs/12_refine.ipynb #92d5b99e
+# %% ../nbs/12_refine.ipynb #55d4af55
 def clamp_scales(
     log_scales:Tensor, # (N,3)
     start:Tensor,      # (N,3) where they began
@@ -88,11 +86,11 @@ def clamp_scales(
     grow:float,        # largest distance from the start
 )->Tensor:             # (N,3)
     "The hard clamp: bounded size, bounded aspect ratio (one of the paper's three anti-spike parts)."
-    m = log_scales.mean(-1, keepdim=True)
-    x = m+(log_scales-m).clamp(-spread, spread)
-    return torch.minimum(torch.maximum(x, start-grow), start+grow)
+    x = torch.minimum(torch.maximum(log_scales, start-grow), start+grow)
+    m = x.mean(-1, keepdim=True)
+    return m+(x-m).clamp(-spread, spread)
 
-# %% ../nbs/12_refine.ipynb #b424d164
+# %% ../nbs/12_refine.ipynb #1bc3fc4e
 def visibility(
     avatar:Avatar,
     clip:Clip,
@@ -100,9 +98,9 @@ def visibility(
     "How well the pictures see each Gaussian."
     g = torch.zeros(2, len(avatar))
     for f in clip:
-        s = see(avatar.binding, avatar.verts(**_pose(f)), f)
+        s = see(avatar.binding, avatar.verts(**f.pose), f)
         inside = look_up(replace(f, image=erode(f.mask, 2)[...,None].expand(-1,-1,3)), s.uv)[:,0]>.9
-        g = torch.maximum(g, torch.stack([s.visible*smooth(s.cosine, -.1, .3), s.visible*smooth(s.cosine, .05, .4)*inside]))
+        g = torch.maximum(g, torch.stack([s.visible*smooth(s.cosine, -.1, .3), s.visible*smooth(s.cosine, .2, .55)*inside]))
     return tuple(g)
 
 # %% ../nbs/12_refine.ipynb #e77d911e
@@ -150,7 +148,7 @@ def photo_config()->RefineConfig:
     "A few hundred steps on one photo: the front sharpens, the sides keep their shape."
     return RefineConfig(iters=300, scale_freeze=50, anchor=.02, gate=True, clothed=True, shut_eyes=True)
 
-# %% ../nbs/12_refine.ipynb #5221339d
+# %% ../nbs/12_refine.ipynb #a4922d8a
 @dataclass
 class View:
     "A picture to learn from, with all that never changes."
@@ -160,7 +158,7 @@ class View:
 
 def look(avatar, frame, care=None): # -> View
     "Pose the mesh of a frame, once."
-    return View(frame, bind_frames(avatar.binding, avatar.verts(**_pose(frame))), care)
+    return View(frame, bind_frames(avatar.binding, avatar.verts(**frame.pose)), care)
 
 # %% ../nbs/12_refine.ipynb #36a3923b
 class Refinement:
@@ -231,14 +229,14 @@ def refine(
         if callback and i%50==0: callback(i, run.result())
     return run.result(), log
 
-# %% ../nbs/12_refine.ipynb #218b77d8
+# %% ../nbs/12_refine.ipynb #be27c449
 def front_psnr(
     avatar:Avatar,
     frame:Frame,
 )->float:          # dB
     "How well the avatar matches a picture inside its matte, rim pixels completed first."
     f = bleed(frame)
-    with torch.no_grad(): rgb,_ = avatar.render(f.viewmat, f.K, f.width, f.height, background=1., **_pose(f))
+    with torch.no_grad(): rgb,_ = avatar.render(f.viewmat, f.K, f.width, f.height, background=1., **f.pose)
     return float(psnr(rgb.clamp(0,1), on_background(f, 1.), mask=f.mask>.5))
 
 # %% ../nbs/12_refine.ipynb #8d9277fa

@@ -235,10 +235,10 @@ def order_by_depth(depths, reach):
         idx,keys = new_idx,new_keys
     return idx
 
-# %% ../nbs/05_render.ipynb #4dce8fa0
+# %% ../nbs/05_render.ipynb #eb9c35cc
 @nb.njit(**_OPTS)
 def pack_splats(order, means2d, white, opacities, reach, values, chunk):
-    "One row of 11 numbers per drawn splat, near to far: mx my a b c opacity reach v0 v1 v2 v3."
+    "One row per drawn splat, near to far: centre (2), whitener (3), opacity, reach, four values, one spare for alignment."
     splats = np.empty((len(order),12),np.float32)
     for k in range(len(order)):
         i = order[k]
