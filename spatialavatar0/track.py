@@ -123,10 +123,11 @@ def landmarker(
     except (RuntimeError,ValueError) as e: raise InputError(f'mediapipe cannot read the face model {model} ({str(e).splitlines()[0]}); delete it and fetch it again') from e
     with task: yield run
 
-# %% ../nbs/13_track.ipynb #341cf608
+# %% ../nbs/13_track.ipynb #802091e8
 class NoFace(InputError):
     "No face was found in a picture."
 
+# %% ../nbs/13_track.ipynb #dd24c87c
 @dataclass
 class Detection:
     "One face in a picture, as MediaPipe sees it."
