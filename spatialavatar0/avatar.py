@@ -6,7 +6,7 @@
 __all__ = ['SCHEMA', 'INSIDE', 'Avatar', 'texel_mask', 'open_splats', 'new_avatar', 'head_id', 'save_avatar', 'load_avatar',
            'Seen', 'see', 'look_up', 'erode', 'bleed', 'mirror_texels', 'fill', 'silhouette', 'ring_lookup',
            'grow_hair', 'part_is', 'shaded_lid', 'trust', 'borrow', 'strands', 'light_lids', 'bake_eyes', 'bake',
-           'from_frame', 'sink', 'head_square', 'without_clothes', 'below']
+           'sink', 'from_frame', 'head_square', 'without_clothes', 'below']
 
 # %% ../nbs/09_avatar.ipynb #edca62a0
 from dataclasses import dataclass, field, replace
@@ -379,18 +379,6 @@ def bake(
     ball = part_is(h, b, 'eye_l', 'eye_r'); rgb[ball] = bake_eyes(avatar, clean, s)[ball]
     return rgb.clamp(.01,.99), t
 
-# %% ../nbs/09_avatar.ipynb #0bf7f5f9
-def from_frame(
-    frame:Frame,         # one tracked picture with a matte
-    resolution:int=128,  # texels per side
-    head:Head=None,      # default: the open head
-)->Avatar:
-    "A head from one picture: colours warped, the rest completed, hair grown to the matte."
-    head = head or open_head(); p = dict(frame.params); shape = p.pop('shape')
-    a = new_avatar(head, resolution, shape, grow_hair(head, head(shape=shape, **p)[0], frame))
-    rgb,seen = bake(a, frame)
-    return replace(a, splats=dict(a.splats, sh0=rgb_to_sh0(rgb), offsets=sink(a)), seen=seen)
-
 # %% ../nbs/09_avatar.ipynb #942e061d
 def sink(
     avatar:Avatar,
@@ -405,6 +393,18 @@ def sink(
     metres = eyes*part_is(h, b, 'eye_l','eye_r') - bags*part_is(h, b, 'mouth','socket_l','socket_r')  # a bag's normals point into it
     depth = depth + metres/bind_frames(b, avatar.verts()).scales
     return torch.stack([0*depth, -depth, 0*depth],-1)
+
+# %% ../nbs/09_avatar.ipynb #0bf7f5f9
+def from_frame(
+    frame:Frame,         # one tracked picture with a matte
+    resolution:int=128,  # texels per side
+    head:Head=None,      # default: the open head
+)->Avatar:
+    "A head from one picture: colours warped, the rest completed, hair grown to the matte."
+    head = head or open_head(); p = dict(frame.params); shape = p.pop('shape')
+    a = new_avatar(head, resolution, shape, grow_hair(head, head(shape=shape, **p)[0], frame))
+    rgb,seen = bake(a, frame)
+    return replace(a, splats=dict(a.splats, sh0=rgb_to_sh0(rgb), offsets=sink(a)), seen=seen)
 
 # %% ../nbs/09_avatar.ipynb #8c4991e8
 def head_square(
