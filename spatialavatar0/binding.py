@@ -12,8 +12,8 @@ import math
 import torch, torch.nn.functional as F
 from torch import Tensor
 
-# %% ../nbs/04_binding.ipynb #f0ff3833
-from .geometry import mat_to_quat, quat_mul, quat_rotate, quat_to_mat
+# %% ../nbs/04_binding.ipynb #dc1796fc
+from .geometry import mat_to_quat, quat_mul, quat_rotate
 
 # %% ../nbs/04_binding.ipynb #baecf58c
 def barycentric(

@@ -8,16 +8,15 @@ __all__ = ['STUDIO', 'face_coords', 'part_verts', 'face_centre', 'Canvas', 'canv
            'paint_hair', 'paint_eyes', 'paint_mouth', 'paint_texture', 'hair_volume', 'Person', 'make_person', 'Light',
            'random_light', 'lamp', 'shade', 'paint', 'random_scores', 'random_expression']
 
-# %% ../nbs/08_synth.ipynb #a932ae1c
-from dataclasses import dataclass, field
+# %% ../nbs/08_synth.ipynb #17566cce
+from dataclasses import dataclass
 from functools import lru_cache
 import math
 import torch, torch.nn.functional as F
 from torch import Tensor
 
-# %% ../nbs/08_synth.ipynb #180fcacf
+# %% ../nbs/08_synth.ipynb #2252900e
 from .core import smooth
-from .geometry import intrinsics, orbit
 from .head import Head, open_head
 from .binding import Binding, bind_points, bind_uv
 from .render import rasterize_mesh, sample_texture, vertex_normals
