@@ -15,12 +15,13 @@ from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor
 
-# %% ../nbs/09_avatar.ipynb #fc17c7ca
+# %% ../nbs/09_avatar.ipynb #3285b1b4
 from .core import InputError, atomic_path, smooth
 from .geometry import crop_intrinsics, project, rgb_to_sh0, sh0_to_rgb
 from .head import Head, open_head
 from .binding import Binding, bind_frames, bind_points, bind_uv, new_splats, place
-from .render import rasterize, rasterize_mesh, sample_texture, vertex_normals, visible_points
+from .render import rasterize
+from .mesh import rasterize_mesh, sample_texture, vertex_normals, visible_points
 from .clips import Frame
 
 # %% ../nbs/09_avatar.ipynb #b328355b

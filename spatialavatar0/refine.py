@@ -12,12 +12,14 @@ import math
 import torch
 from torch import Tensor
 
-# %% ../nbs/12_refine.ipynb #3b1e35ea
+# %% ../nbs/12_refine.ipynb #e3ee33e0
 from fastcore.basics import patch
 from .core import InputError, progress, smooth
 from .geometry import SH_C0, crop_intrinsics, project
 from .binding import Frames, bind_frames
-from .render import project_gaussians, rasterize, rasterize_mesh
+from .projection import project_gaussians
+from .render import rasterize
+from .mesh import rasterize_mesh
 from .metrics import psnr, ssim
 from .clips import Clip, Frame, on_background
 from .avatar import Avatar, bleed, erode, look_up, open_splats, see, texel_mask

@@ -15,11 +15,11 @@ import math
 import torch, torch.nn.functional as F
 from torch import Tensor
 
-# %% ../nbs/08_synth.ipynb #2252900e
+# %% ../nbs/08_synth.ipynb #13f09e00
 from .core import smooth
 from .head import Head, open_head
 from .binding import Binding, bind_points, bind_uv
-from .render import rasterize_mesh, sample_texture, vertex_normals
+from .mesh import rasterize_mesh, sample_texture, vertex_normals
 from .clips import Frame
 
 # %% ../nbs/08_synth.ipynb #5faae0cb

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor
 
-# %% ../nbs/13_track.ipynb #28221a78
+# %% ../nbs/13_track.ipynb #ca22acf4
 from .core import InputError,to_numpy
 from .geometry import axis_angle_to_mat,crop_intrinsics,project
 from .head import open_head
-from .render import rasterize_mesh,shade_mesh
+from .mesh import rasterize_mesh,shade_mesh
 from .clips import Frame,resize
 
 # %% ../nbs/13_track.ipynb #25dafdac

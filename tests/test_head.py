@@ -6,7 +6,7 @@ from conftest import ROOT
 from spatialavatar0.binding import bind_uv
 from spatialavatar0.geometry import axis_angle_to_mat, intrinsics, orbit
 from spatialavatar0.head import open_head, write_flame_folder, write_obj
-from spatialavatar0.render import rasterize_mesh
+from spatialavatar0.mesh import rasterize_mesh
 
 ASSET = ROOT/'spatialavatar0'/'assets'/'open_head.npz'
 head = open_head()

@@ -33,8 +33,8 @@ MODULES = sorted(p for p in (ROOT/'spatialavatar0').glob('*.py') if not p.name.s
 
 def test_every_module_has_a_page():
     assert {p.stem for p in MODULES} == set(LAYERS)
-    numbers = [p[:2] for p in LAYERS.values()]
-    assert all(n.isdigit() for n in numbers) and len(set(numbers)) == len(numbers)
+    numbers = [p.split('_')[0] for p in LAYERS.values()]
+    assert all(re.fullmatch(r'\d\d[a-z]?', n) for n in numbers) and len(set(numbers)) == len(numbers)
 
 def imports(node):
     "Names of the modules an import statement asks for, package-relative ones with their full name."

@@ -17,7 +17,7 @@ from spatialavatar0 import synth
 from spatialavatar0.core import atomic_path, set_seed, to_uint8
 from spatialavatar0.geometry import intrinsics, orbit
 from spatialavatar0.head import open_head
-from spatialavatar0.render import rasterize_mesh, vertex_normals
+from spatialavatar0.mesh import rasterize_mesh, vertex_normals
 
 PEOPLE, FIRST_SEED, SIZE = 16, 500, 384
 VIEWS = [(y,0) for y in (-45,-30,-15,0,15,30,45)]+[(y,p) for y in (-20,0,20) for p in (-15,15)]
@@ -207,7 +207,7 @@ def picture(table, head, path):
     "The landmarks on the grey head, front and side: green below 2 mm, orange below 4, red above, blue: contour."
     import matplotlib; matplotlib.use('Agg'); import matplotlib.pyplot as plt
     from spatialavatar0.geometry import project
-    from spatialavatar0.render import shade_mesh, visible_points
+    from spatialavatar0.mesh import shade_mesh, visible_points
     verts = head()[0]; p = (verts[head.faces[table['face_ids']]]*torch.as_tensor(table['bary'])[...,None]).sum(1)
     fig,axs = plt.subplots(1, 2, figsize=(18,9.3), layout='constrained')
     for ax,yaw in zip(axs, (0,50)):
