@@ -243,7 +243,7 @@ class _Project(torch.autograd.Function):
             project_backward(*ctx.arrays, ctx.V[c], ctx.cams[c], ctx.white[c], ctx.reach[c], *g, *grads)
         return *[torch.from_numpy(g) for g in grads], *[None]*8
 
-# %% ../nbs/04b_projection.ipynb #470e9c4a
+# %% ../nbs/04b_projection.ipynb #5c3e9962
 def project_splats(
     means:Tensor,     # (N,3) metres
     quats:Tensor,     # (N,4) wxyz
@@ -258,4 +258,4 @@ def project_splats(
 )->tuple: # means2d (C,N,2), depths (C,N), white (C,N,3), reach (C,N), extents (C,N,2): float32 on the CPU
     "Project Gaussians with numba; differentiable in means, quats and scales. Expects moments for `white`."
     if viewmats.requires_grad or Ks.requires_grad: raise InputError("this backend gives no gradient to cameras; use backend='dense' or 'torch'")
-    return _Project.apply(*[x.cpu().float() for x in (means,quats,scales,opacities,viewmats,Ks)], int(width), int(height), near_plane, far_plane, eps2d)
+    return _Project.apply(*[x.cpu().float() for x in (means,quats,scales,opacities.detach(),viewmats,Ks)], int(width), int(height), near_plane, far_plane, eps2d)

@@ -72,10 +72,11 @@ def _blend_dense(means2d, depths, conics, reach, half, opacities, values, width,
     image,T = blend(splat_alphas(d, conics[order], opacities[order], max_alpha), values[order])
     return image.reshape(height,width,-1), T.reshape(height,width)
 
-# %% ../nbs/05_render.ipynb #f92e783e
+# %% ../nbs/05_render.ipynb #f9a36e26
 def _watch(d, order, absgrad):
     "When the gradient of d (...,P,2) arrives, add its absolute values to the rows `order` (...) of absgrad."
-    if d.requires_grad: d.register_hook(lambda g: absgrad.index_add_(0, order.reshape(-1), g.abs().sum(-2).reshape(-1,2).to(absgrad)))
+    def add(g): absgrad.index_add_(0, order.reshape(-1), g.abs().sum(-2).reshape(-1,2).to(absgrad))
+    if d.requires_grad: d.register_hook(add)
 
 # %% ../nbs/05_render.ipynb #bb0bbd5d
 _TILE = 8
@@ -471,7 +472,7 @@ def _blend_numba(kernels, means2d, depths, white, reach, half, opacities, values
     "The numba rungs: image (H,W,D), T (H,W)."
     return _Blend.apply(means2d, white, opacities.cpu().float(), values.cpu().float(), depths, reach, half, width, height, max_alpha, absgrad, kernels)
 
-# %% ../nbs/05_render.ipynb #dcfc6bf3
+# %% ../nbs/05_render.ipynb #2692ea3b
 @functools.cache
 def gsplat_max_alpha()->float:
     "The largest alpha of the installed gsplat: .999 in 1.5, .99 in later versions."
@@ -480,10 +481,14 @@ def gsplat_max_alpha()->float:
     _,alpha,_ = gsplat.rasterization(x([0.,0,1]), x([1.,0,0,0]), x([1.,1,1]), x(1.), x([1.,1,1]), torch.eye(4,device='cuda')[None], x([[9.,0,.5],[0,9.,.5],[0,0,1]]), 1, 1, packed=False)
     return round(alpha.item(),4)
 
-def _rasterize_gsplat(means, quats, scales, opacities, colors, viewmats, Ks, width, height, max_alpha=None, **kw):
-    "gsplat's CUDA kernels, called as they are."
+def _need_cuda(means):
+    "One clear error instead of gsplat's many."
     if not torch.cuda.is_available(): raise InputError('gsplat needs a CUDA GPU and there is none here; use backend="cpu"')
     if not means.is_cuda: raise InputError(f'gsplat needs CUDA tensors; got {means.device}: move everything with .cuda(), or use backend="cpu"')
+
+def _rasterize_gsplat(means, quats, scales, opacities, colors, viewmats, Ks, width, height, max_alpha=None, **kw):
+    "gsplat's CUDA kernels, called as they are."
+    _need_cuda(means)
     if max_alpha is not None and abs(max_alpha-gsplat_max_alpha())>1e-4: raise InputError(f'this gsplat was built with max_alpha {gsplat_max_alpha()}; got {max_alpha}: leave it out, or use backend="cpu"')
     import gsplat
     return gsplat.rasterization(means, quats, scales, opacities, colors, viewmats, Ks, width, height, packed=False, **kw)

@@ -42,17 +42,20 @@ def run(inputs, views, Ks, backend, dtype, mode='RGB+D', seed=0, skip=None, **kw
     ((colors*wc).sum()+(alphas*wa).sum()).backward()
     return colors.detach().double(), alphas.detach().double(), meta, [(torch.zeros_like(t) if t.grad is None else t.grad).double() for t in x]
 
-def compare(*s, grad_tol=1e-4, **kw):
-    """Numba in float32 against dense in float64. Where a splat fell on the other side of the 1/255 cut the two pictures may
+RUNGS = ('cpu','per_pixel','torch')
+
+def compare(*s, grad_tol=1e-4, rung='cpu', **kw):
+    """A rung in float32 (PyTorch in float64) against dense in float64. Where a splat fell on the other side of the 1/255 cut the two pictures may
     differ by up to 5e-3 in a few pixels, and their gradients are of different pictures: such pixels do not count for gradients."""
-    dense = run(*s,'dense',torch.float64,**kw); cpu = run(*s,'cpu',torch.float32,**kw); flipped = False
+    dtype = torch.float64 if rung=='torch' else torch.float32
+    dense = run(*s,'dense',torch.float64,**kw); cpu = run(*s,rung,dtype,**kw); flipped = False
     for a,b in zip(cpu[:2],dense[:2]):
         assert a.shape==b.shape
         err = (a-b).abs().amax(-1,keepdim=True)/b.abs().amax().clamp(min=1)
         assert (err>1e-4).double().mean()<=1e-3 and err.max()<=5e-3
         flipped = flipped | (err>2e-5)
     assert flipped.double().mean()<=2e-3
-    if flipped.any(): dense,cpu = run(*s,'dense',torch.float64,skip=flipped,**kw), run(*s,'cpu',torch.float32,skip=flipped,**kw)
+    if flipped.any(): dense,cpu = run(*s,'dense',torch.float64,skip=flipped,**kw), run(*s,rung,dtype,skip=flipped,**kw)
     for name,a,b in zip(NAMES,cpu[3],dense[3]):
         assert (a-b).norm()<=grad_tol*b.norm()+1e-8, f'{name}: {(a-b).norm()/b.norm():.1e}'
     return cpu
@@ -60,15 +63,17 @@ def compare(*s, grad_tol=1e-4, **kw):
 KINDS = ('plain','behind','near','huge','needle','transparent','opaque','offscreen','gone')
 @pytest.mark.parametrize('seed', (0,1))
 @pytest.mark.parametrize('kind', KINDS)
-def test_cpu_is_dense(kind, seed):
+@pytest.mark.parametrize('rung', RUNGS)
+def test_rung_is_dense(rung, kind, seed):
     s = scene(kind, seed)
-    compare(*s, seed=seed)
+    compare(*s, seed=seed, rung=rung)
 
 @pytest.mark.parametrize('mode', ('RGB','D','ED','RGB+D','RGB+ED'))
 @pytest.mark.parametrize('D', (1,3,9))
-def test_modes_channels_cameras(mode, D):
+@pytest.mark.parametrize('rung', RUNGS)
+def test_modes_channels_cameras(rung, mode, D):
     s = scene('plain', 5, C=2, D=D)
-    cpu = compare(*s, mode=mode)
+    cpu = compare(*s, mode=mode, rung=rung)
     assert cpu[0].shape==(2,H,W,(D if 'RGB' in mode else 0)+('D' in mode))
 
 def test_colors_per_camera_and_limits():
@@ -86,7 +91,37 @@ def test_meta_agrees():
         x,y = a[k][drawn].double(), b[k][drawn].detach()
         assert ((x-y).abs()<=1e-3+1e-4*y.abs()).all(), k
 
-@pytest.mark.parametrize('backend', ('dense','cpu'))
+@pytest.mark.parametrize('rung', (*RUNGS,'dense'))
+def test_means2d_is_in_the_way_of_the_gradient(rung):
+    "meta['means2d'] gets a .grad and an .absgrad: the oracle takes every pixel's pull one by one."
+    (m,q,s,o,c,b),views,Ks = scene('plain', 11, N=40, C=2)
+    w = torch.randn(2,H,W,4,generator=torch.Generator().manual_seed(1)).double()
+    def pulls(rung, dtype):
+        colors,_,meta = rasterize(*[x.to(dtype).requires_grad_() for x in (m,q,s,o,c)], views.to(dtype), Ks.to(dtype), W, H, render_mode='RGB+D', backend=rung, absgrad=True)
+        meta['means2d'].retain_grad(); (colors*w.to(dtype)).sum().backward()
+        return meta['means2d'].grad.double(), meta['means2d'].absgrad.double()
+    def one_pixel_at_a_time():
+        colors,_,meta = rasterize(*[x.clone().requires_grad_() for x in (m,q,s,o,c)], views, Ks, W, H, render_mode='RGB+D', backend='dense')
+        pull = 0
+        for y in range(0,H,4):
+            for x in range(0,W,4): pull = pull+torch.autograd.grad((colors*w)[:,y,x].sum(), meta['means2d'], retain_graph=True)[0].abs()
+        return pull
+    grad,absgrad = pulls(rung, torch.float64 if rung in ('torch','dense') else torch.float32)
+    if rung=='dense':
+        w = w*((torch.arange(H)%4==0)[:,None,None]&(torch.arange(W)%4==0)[:,None])
+        assert torch.allclose(pulls('dense',torch.float64)[1], one_pixel_at_a_time())
+        return
+    for a,b in zip((grad,absgrad), pulls('dense',torch.float64)): assert (a-b).norm()<=1e-4*b.norm()
+    assert (absgrad>=grad.abs()*(1-1e-4)-1e-6).all()
+
+def test_nobody_asks_for_gradients():
+    (m,q,s,o,c,b),views,Ks = scene('plain', 12)
+    with torch.no_grad(): free = rasterize(m,q,s,o,c,views,Ks,W,H)
+    colors,_,meta = rasterize(m,q,s,o.clone().requires_grad_(),c,views,Ks,W,H)
+    colors.sum().backward()
+    assert torch.equal(free[0],colors) and not meta['means2d'].requires_grad
+
+@pytest.mark.parametrize('backend', ('dense','cpu','torch','per_pixel'))
 def test_empty_scene_shows_the_background(backend):
     e = torch.zeros
     x = [e(0,3),e(0,4),e(0,3),e(0),e(0,3)]
@@ -117,7 +152,7 @@ def test_gsplat_accepts_our_call(monkeypatch):
         called.update(inspect.signature(real).bind(*a,**k).arguments)
         return 'colors','alphas',{}
     real = gsplat.rasterization
-    monkeypatch.setattr(gsplat,'rasterization',fake); monkeypatch.setattr(torch.cuda,'is_available',lambda: True)
+    monkeypatch.setattr(gsplat,'rasterization',fake); monkeypatch.setattr(render,'_need_cuda',lambda means: None)
     (m,q,s,o,c,b),views,Ks = scene('plain',0)
     assert rasterize(m,q,s,o,c,views,Ks,W,H,backgrounds=b,render_mode='RGB+ED',backend='gsplat')[0]=='colors'
     assert called['packed'] is False and called['render_mode']=='RGB+ED' and called['width']==W and called['backgrounds'] is b
@@ -137,7 +172,7 @@ def test_bad_input_is_named(name):
     args = [m,q,s,o,c,views,Ks]; args[i] = args[i].clone(); args[i].view(-1)[1] = float('inf')
     with pytest.raises(InputError,match=name+'.*finite'): rasterize(*args,W,H)
 
-@pytest.mark.parametrize('kw', (dict(render_mode='rgb'),dict(backend='metal'),dict(backgrounds=torch.zeros(3))))
+@pytest.mark.parametrize('kw', (dict(render_mode='rgb'),dict(backend='metal'),dict(backgrounds=torch.zeros(3)),dict(near_plane=0.)))
 def test_bad_options(kw):
     (m,q,s,o,c,b),views,Ks = scene('plain',0)
     with pytest.raises(InputError,match=next(iter(kw))): rasterize(m,q,s,o,c,views,Ks,W,H,**kw)
