@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ZERO', 'HALF', 'ONE', 'TWO', 'FOUR', 'kernel', 'inline', 'camera_jacobian', 'project_gaussians', 'covs_to_conics',
-           'project_kernel', 'whiteners_to_conics', 'project_backward', 'project_splats']
+           'project_kernel', 'whiteners_to_conics', 'project_backward', 'project_splats', 'aspect_kernel',
+           'log_aspects']
 
 # %% ../nbs/04b_projection.ipynb #5388ca9d
 from .core import InputError
@@ -259,3 +260,61 @@ def project_splats(
     "Project Gaussians with numba; differentiable in means, quats and scales. Expects moments for `white`."
     if viewmats.requires_grad or Ks.requires_grad: raise InputError("this backend gives no gradient to cameras; use backend='dense' or 'torch'")
     return _Project.apply(*[x.cpu().float() for x in (means,quats,scales,opacities.detach(),viewmats,Ks)], int(width), int(height), near_plane, far_plane, eps2d)
+
+# %% ../nbs/04b_projection.ipynb #a5dd17e9
+@inline
+def _log_ratio(u0, u1, u2):
+    "Half the log of the ratio of eigenvalues of U U^T, and its derivative xx, xy, yy."
+    xx = u0[0]*u0[0]+u1[0]*u1[0]+u2[0]*u2[0]
+    xy = u0[0]*u0[1]+u1[0]*u1[1]+u2[0]*u2[1]
+    yy = u0[1]*u0[1]+u1[1]*u1[1]+u2[1]*u2[1]
+    d01,d02,d12 = u0[0]*u1[1]-u0[1]*u1[0], u0[0]*u2[1]-u0[1]*u2[0], u1[0]*u2[1]-u1[1]*u2[0]
+    d,h = HALF*(xx-yy), np.float32(1e-12); h = math.sqrt(d*d+xy*xy+h*h)
+    l1 = HALF*(xx+yy)+h; l2 = max((d01*d01+d02*d02+d12*d12)/l1, np.float32(1e-10)*l1+np.float32(1e-20))
+    c,s = HALF*d/h, HALF*xy/h; p,m = HALF/l1, HALF/l2
+    return HALF*math.log(l1/l2), (p*(HALF+c)-m*(HALF-c), (p+m)*s, p*(HALF-c)-m*(HALF+c))
+
+# %% ../nbs/04b_projection.ipynb #194fa069
+@nb.njit(parallel=True, **kernel)
+def aspect_kernel(means, quats, scales, V, cam, near, ratio, slope):
+    "Fill ratio (N,), the log of each aspect ratio on the screen (-1 behind the camera), and slope (N,3), its derivative by the covariance."
+    for i in nb.prange(len(means)):
+        p = _plus(_rotate(V,(means[i,0],means[i,1],means[i,2])), (V[0,3],V[1,3],V[2,3]))
+        ratio[i] = -ONE; slope[i,0]=slope[i,1]=slope[i,2] = ZERO
+        if p[2]<near: continue
+        q,_ = _unit_quat(quats,i); r0,r1,r2 = _axes(q); J = _jacobian(cam,p); s0,s1,s2 = scales[i,0],scales[i,1],scales[i,2]
+        u0,u1,u2 = _to_screen(J,_rotate(V,r0)), _to_screen(J,_rotate(V,r1)), _to_screen(J,_rotate(V,r2))
+        ratio[i],g = _log_ratio((s0*u0[0],s0*u0[1]), (s1*u1[0],s1*u1[1]), (s2*u2[0],s2*u2[1]))
+        for d in range(3): slope[i,d] = g[d]
+
+# %% ../nbs/04b_projection.ipynb #8e5a9eb3
+class _Aspect(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, means, quats, scales, viewmat, K, width, height, near):
+        ctx.arrays,ctx.V,ctx.cam = [_np(x) for x in (means,quats,scales)], _np(viewmat), _camera(_np(K),width,height)
+        ctx.ratio,ctx.slope = np.empty(len(means),np.float32), np.empty((len(means),3),np.float32)
+        aspect_kernel(*ctx.arrays, ctx.V, ctx.cam, np.float32(near), ctx.ratio, ctx.slope)
+        return torch.from_numpy(ctx.ratio)
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        n = len(ctx.ratio); grads = [np.zeros_like(x) for x in ctx.arrays]; identity = np.tile(np.float32([1,0,1]),(n,1))
+        project_backward(*ctx.arrays, ctx.V, ctx.cam, identity, ctx.ratio, np.zeros((n,2),np.float32), np.zeros(n,np.float32), HALF*_np(g)[:,None]*ctx.slope, *grads)
+        return *[torch.from_numpy(x) for x in grads], *[None]*5
+
+# %% ../nbs/04b_projection.ipynb #5a9b975a
+def log_aspects(
+    means:Tensor,   # (N,3) metres
+    quats:Tensor,   # (N,4) wxyz
+    scales:Tensor,  # (N,3) metres
+    viewmat:Tensor, # (4,4) world -> camera
+    K:Tensor,       # (3,3) pixels
+    width:int, height:int, # pixels
+    near_plane:float=.01,  # metres
+)->Tensor:          # (N,) log of the ratio of axes on the screen, without blur; -1 behind the camera
+    "How elongated each Gaussian appears; numba for float32 on the CPU, else PyTorch; differentiable in all but the camera."
+    if means.device.type=='cpu' and means.dtype==torch.float32: return _Aspect.apply(means, quats, scales, viewmat, K, width, height, near_plane)
+    _,z,cov = project_gaussians(means, quats, scales, viewmat, K, width, height, 0., near_plane)
+    mean,half = cov.diagonal(dim1=1,dim2=2).mean(-1), (cov[:,0,0]-cov[:,1,1])/2
+    long = mean+(half**2+cov[:,0,1]**2+1e-24).sqrt()
+    return torch.where(z>=near_plane, .5*(long**2/cov.det().clamp(min=1e-20)).log(), -1.)
