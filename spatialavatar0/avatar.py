@@ -58,7 +58,7 @@ def texel_mask(
     "A region mask of the head, per Gaussian."
     return bind_points(head.masks[name][:,None], binding)[:,0]
 
-# %% ../nbs/09_avatar.ipynb #cf6cf970
+# %% ../nbs/09_avatar.ipynb #e15e828d
 def open_splats(
     splats:dict,  # raw local attributes
     frames,       # binding.Frames
@@ -77,13 +77,13 @@ def new_avatar(
     offset = torch.zeros(head.num_verts,3) if static_offset is None else static_offset
     b = bind_uv(head, resolution); body = dict(shape=shape, static_offset=offset)
     splats = new_splats(b, head, head(**body)[0])
-    if 'lids' in head.masks: # lids are folded away in an open eye: size theirs on the closed one
+    if 'lids' in head.masks and hasattr(head,'arkit_names'): # lids are folded away in an open eye: size theirs on the closed one
         shut = new_splats(b, head, head(**body, **head.arkit(dict(eyeBlinkLeft=1.,eyeBlinkRight=1.)))[0])
         lid = texel_mask(head, 'lids', b)>.05
         for k in ('quats','log_scales'): splats[k] = torch.where(lid[:,None], shut[k], splats[k])
     return Avatar(splats, b, head, shape, offset, torch.zeros(len(b)))
 
-# %% ../nbs/09_avatar.ipynb #6220a677
+# %% ../nbs/09_avatar.ipynb #ca90cba6
 SCHEMA = 1
 _SHAPES = dict(offsets=('N',3), quats=('N',4), log_scales=('N',3), logit_opacities=('N',), sh0=('N',3),
                face_ids=('N',), bary=('N',3), texels=('N',2), shape=(1,'S'), static_offset=('V',3), seen=('N',))
@@ -91,8 +91,8 @@ _SHAPES = dict(offsets=('N',3), quats=('N',4), log_scales=('N',3), logit_opaciti
 def head_id(
     head:Head,
 )->str: # 16 hex digits
-    "Fingerprint of a head's mesh: vertex count, triangles and UV."
-    h = hashlib.sha256(f'{head.num_verts} {head.num_shape} {head.num_expr}'.encode())
+    "Fingerprint of a head: vertex count, triangles and UV; of a FLAME also its directions, which differ between releases."
+    h = hashlib.sha256(f'{head.num_verts} {head.num_shape} {head.num_expr}{head.code}'.encode())
     for t in (head.faces, head.uv_faces): h.update(t.cpu().numpy().astype('<i4').tobytes())
     return h.hexdigest()[:16]
 
@@ -102,7 +102,7 @@ def _tensors(a): return dict(a.splats, face_ids=a.binding.face_ids, bary=a.bindi
 def save_avatar(avatar, path): # path: .safetensors
     "Write an avatar to one file, whole or not at all."
     from safetensors.torch import save_file
-    meta = dict(schema=SCHEMA, head=head_id(avatar.head), resolution=avatar.binding.resolution, info=avatar.info)
+    meta = dict(schema=SCHEMA, head=head_id(avatar.head), head_name=avatar.head.name, resolution=avatar.binding.resolution, info=avatar.info)
     with atomic_path(path) as tmp:
         save_file({k: v.detach().cpu().contiguous() for k,v in _tensors(avatar).items()}, tmp, metadata=dict(spatialavatar0=json.dumps(meta)))
 Avatar.save = save_avatar
@@ -120,7 +120,7 @@ def _checked(path, t, head):
         raise InputError(f'{path}: face_ids should lie in 0..{len(head.faces)-1}')
     return t
 
-# %% ../nbs/09_avatar.ipynb #76ec6b69
+# %% ../nbs/09_avatar.ipynb #4a546544
 def load_avatar(
     path,           # file written by Avatar.save
     head:Head=None, # the head it was made on; default: the open head
@@ -134,7 +134,7 @@ def load_avatar(
     except (SafetensorError, json.JSONDecodeError, OSError) as e: raise InputError(f'{path} is not a readable avatar file ({e}); make it again') from e
     if meta is None: raise InputError(f'{path} is a safetensors file, but not an avatar of this kit')
     if meta['schema']>SCHEMA: raise InputError(f'{path} has schema {meta["schema"]}, this version reads up to {SCHEMA}: update spatialavatar0')
-    if meta['head']!=head_id(head): raise InputError(f'{path} was made on another head ({meta["head"]}); pass that one as head=, this is {head_id(head)}')
+    if meta['head']!=head_id(head): raise InputError(f'{path} was made on another head ({meta.get("head_name","its name was not kept")}, {meta["head"]}); pass that one as head=, this is {head.name}, {head_id(head)}')
     t = _checked(path, t, head)
     return Avatar({k: t[k] for k in ('offsets','quats','log_scales','logit_opacities','sh0')},
         Binding(t['face_ids'], t['bary'], t['texels'], head.faces, meta['resolution']), head, t['shape'], t['static_offset'], t['seen'], meta['info'])

@@ -194,7 +194,7 @@ def find_parts(
     label = np.where(eye[0], 1, np.where(eye[1], 2, 0))[piece[faces[:,0]]]
     return label,np.array(['skin','eye_l','eye_r'])
 
-# %% ../nbs/02c_flame_files.ipynb #b422e8b0
+# %% ../nbs/02c_flame_files.ipynb #3608455c
 def read_flame(
     path,             # file, folder, or a name of the manifest
     num_shape=None, num_expr=None, # how many directions to keep; default: all
@@ -209,7 +209,9 @@ def read_flame(
         pose_basis=np.ascontiguousarray(m['posedirs'].transpose(2,0,1), np.float32), weights=m['weights'], J_regressor=m['J_regressor'], parents=_tree(m,where),
         joint_names=np.array(['root','neck','jaw','eye_l','eye_r']), parts=parts, part_names=part_names)
     if p:=uv or find_beside(path,'uv'): out['uv'],out['uv_faces'] = read_uv(p, faces)
-    if p:=embedding or find_beside(path,'embedding'): out['lmk_faces'],out['lmk_bary'] = read_landmarks(p, len(faces))
+    if p:=embedding or find_beside(path,'embedding'):
+        f,b = read_landmarks(p, len(faces))
+        if f.min()<f.max(): out['lmk_faces'],out['lmk_bary'] = f,b      # all in one triangle: placeholders, which smplx asks for
     regions = {'eyeballs':np.isin(np.arange(V), faces[parts>0]), **(read_masks(p, V) if (p:=masks or find_beside(path,'masks')) else {})}
     if not regions['eyeballs'].any(): del regions['eyeballs']
     return dict(out, mask_names=np.array([*regions],'U40'), mask_table=np.array([*regions.values()],np.float32).reshape(-1,V))

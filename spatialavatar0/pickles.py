@@ -31,14 +31,16 @@ class Thing:
 
 class Refused(Exception): "The file asks for something that no array file needs."
 
-# %% ../nbs/02b_pickles.ipynb #0c3f27e5
+# %% ../nbs/02b_pickles.ipynb #73b0e3ba
 _KEEP = '''MARK STOP POP POP_MARK DUP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT
     STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8
     LIST EMPTY_LIST APPEND APPENDS TUPLE EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT EMPTY_SET
     GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE PROTO FRAME GLOBAL STACK_GLOBAL'''.split()
 
 class _Table(dict):
-    def __missing__(self, op): raise Refused(f'the instruction {bytes([op])!r}')
+    def __missing__(self, op):
+        if op in pickle._Unpickler.dispatch: raise Refused(f'the instruction {bytes([op])!r}')
+        raise pickle.UnpicklingError(f'no instruction starts with {bytes([op])!r}')
 
 class Reader(pickle._Unpickler):
     "Python's pickle machine without its hands: it fetches nothing and calls nothing."
@@ -188,7 +190,7 @@ def unpickle(
     except (EOFError,pickle.UnpicklingError) as e: raise InputError(f'{where} breaks off or is not a pickle ({len(data):,} bytes; {str(e).strip(".") or "no end"}): download it again') from None
     except Exception as e: raise InputError(f'{where} is not a sound pickle of arrays ({type(e).__name__}: {str(e)[:80]}): download it again') from None
 
-# %% ../nbs/02b_pickles.ipynb #983dbbab
+# %% ../nbs/02b_pickles.ipynb #ca9b011e
 def _bytes_of(path, limit):
     "A file's bytes, or one sentence about what it is instead."
     path = Path(path)
@@ -198,6 +200,7 @@ def _bytes_of(path, limit):
     if not start: raise InputError(f'{path} is empty: the download failed, fetch it again')
     if start.startswith(b'version https://git-lfs'): raise InputError(f'{path} is a git-lfs pointer, not the file itself: run `git lfs pull` where it came from')
     if start.startswith((b'<!doctype',b'<html',b'<?xml')): raise InputError(f'{path} is a web page, perhaps of a login: log in and download the file again')
+    if start[:2]==b'\x1f\x8b': raise InputError(f'{path} is packed with gzip: unpack it first')
     return data
 
 # %% ../nbs/02b_pickles.ipynb #809f35ca
