@@ -6,12 +6,12 @@
 __all__ = ['WHERE', 'KEYS', 'read_uv', 'read_masks', 'read_landmarks', 'find_model', 'find_beside', 'release_of', 'fingerprint',
            'find_parts', 'read_flame']
 
-# %% ../nbs/02c_flame_files.ipynb #9f204013
+# %% ../nbs/02c_flame_files.ipynb #6e60d67a
 import hashlib,re
 from pathlib import Path
 import numpy as np
 from .core import InputError
-from .manifest import asset
+from .manifest import asset, data_dir
 from .pickles import read_arrays
 
 # %% ../nbs/02c_flame_files.ipynb #2c87083f
@@ -88,16 +88,16 @@ def _same_corners(faces, other, values, where):
     if (at<0).any(): raise InputError(f"{where}: lacks {(at<0).sum():,} of the model's {len(faces):,} triangles; the atlas belongs to another mesh")
     return np.stack([values[at,(other[at]==faces[:,[k]]).argmax(1)] for k in range(3)],1)
 
-# %% ../nbs/02c_flame_files.ipynb #768324b3
+# %% ../nbs/02c_flame_files.ipynb #fa7cbfa5
 def read_uv(
     path,             # an .obj with vt, or an .npz with vt and ft (v up) or uv and uv_faces (v down)
     faces:np.ndarray, # (F,3) the model's triangles
 )->tuple:             # uv (U,2) with v down, uv_faces (F,3)
     "A mesh's atlas."
     try:
-        if Path(path).suffix=='.obj': vt,f,ft = _obj(path); ft = _same_corners(faces, f, ft, path)
+        if Path(path).suffix.lower()=='.obj': vt,f,ft = _obj(path); ft = _same_corners(faces, f, ft, path)
         else:
-            d = read_arrays(path); up = 'vt' in d; vt,ft = np.array(d['vt' if up else 'uv']),np.asarray(d['ft' if up else 'uv_faces'])
+            d = read_arrays(path, keys=('vt','ft','uv','uv_faces')); up = 'vt' in d; vt,ft = np.array(d['vt' if up else 'uv']),np.asarray(d['ft' if up else 'uv_faces'])
             if not up: vt[:,1] = 1-vt[:,1]
         ft = ft.astype(np.int64); uv = np.stack([vt[:,0],1-vt[:,1]],1).astype(np.float32)
     except InputError: raise
@@ -106,7 +106,9 @@ def read_uv(
     if not (np.abs(uv-.5)<=.5+1e-4).all(): raise InputError(f'{path}: uv should lie in 0..1; got {uv.min():.3g} to {uv.max():.3g}')
     return uv.clip(0,1),ft
 
-# %% ../nbs/02c_flame_files.ipynb #8270cfaa
+# %% ../nbs/02c_flame_files.ipynb #e38bafe8
+def _about(x): return f'{x.dtype} {x.shape}'+(f' up to {x.max()}' if x.dtype.kind in 'iuf' and x.size else '')
+
 def read_masks(
     path,          # FLAME_masks.pkl, or an .npz of index lists
     num_verts:int, # of the model
@@ -116,11 +118,12 @@ def read_masks(
     if not isinstance(d,dict): raise InputError(f'{path} should hold a dictionary of vertex lists; got {type(d).__name__}')
     for k,i in d.items():
         i = np.asarray(i)
-        if i.ndim!=1 or i.dtype.kind not in 'iu' or (len(i) and not 0<=i.min()<=i.max()<num_verts): raise InputError(f'{path}: {k} should be a list of vertex indices below {num_verts}; got {i.dtype} {i.shape}, up to {i.max(initial=0)}')
+        if i.ndim!=1 or i.dtype.kind not in 'iu' or (len(i) and not 0<=i.min()<=i.max()<num_verts): raise InputError(f'{path}: {k} should be a list of vertex indices below {num_verts}; got {_about(i)}')
         masks[str(k)] = np.zeros(num_verts,np.float32); masks[str(k)][i] = 1
     if 'ears' not in masks and {'left_ear','right_ear'}<=set(masks): masks['ears'] = np.maximum(masks['left_ear'], masks['right_ear'])
     return masks
 
+# %% ../nbs/02c_flame_files.ipynb #5c4afd0a
 _MARKS = ('full_lmk_faces_idx','full_lmk_bary_coords'), ('lmk_face_idx','lmk_b_coords'), ('static_lmk_faces_idx','static_lmk_bary_coords')
 
 def read_landmarks(
@@ -131,11 +134,11 @@ def read_landmarks(
     d = read_arrays(path); keys = next((k for k in _MARKS if isinstance(d,dict) and set(k)<=set(d)), None)
     if keys is None: raise InputError(f'{path} should hold landmarks: {" or ".join(k[0]+" with "+k[1] for k in _MARKS)}; it has {", ".join(map(str,d)) if isinstance(d,dict) else type(d).__name__}')
     f,b = (np.asarray(d[k]) for k in keys); f,b = f.reshape(-1),b.reshape(-1,b.shape[-1] if b.ndim else 1)
-    if f.dtype.kind not in 'iu' or b.shape!=(len(f),3) or not len(f) or not 0<=f.min()<=f.max()<num_faces: raise InputError(f'{path}: {keys[0]} should be triangles 0..{num_faces-1} with (n,3) weights; got {f.shape} and {b.shape}, up to {f.max(initial=0)}')
+    if f.dtype.kind not in 'iu' or b.dtype.kind not in 'iuf' or b.shape!=(len(f),3) or not len(f) or not 0<=f.min()<=f.max()<num_faces: raise InputError(f'{path}: {keys[0]} should be triangles 0..{num_faces-1} with (n,3) weights; got {_about(f)} and {_about(b)}')
     if not (np.abs(b.sum(1)-1)<1e-3).all(): raise InputError(f'{path}: weights of a landmark should sum to 1; got {b.sum(1).min():.3g} to {b.sum(1).max():.3g}')
     return f.astype(np.int64),b.astype(np.float32)
 
-# %% ../nbs/02c_flame_files.ipynb #df8ff343
+# %% ../nbs/02c_flame_files.ipynb #130f49f5
 _RELEASES = ['FLAME_NEUTRAL'], ['flame2023_Open'], ['flame2023','flame2023_no_jaw'], ['generic_model']
 _BESIDE = dict(masks=r'flame_?masks.*\.(pkl|npz)', embedding=r'(flame_static_embedding|landmark_embedding).*\.(pkl|npy|npz)', uv=r'head_template.*\.obj|uv.*\.(obj|npz)|flame_texture\.npz')
 
@@ -156,12 +159,14 @@ def find_model(
     if found: raise InputError(f'{path} holds several models: {", ".join(p.name for p in found)}. Their expression numbers differ; pass the file itself')
     raise InputError(f'{path} holds no FLAME model: {", ".join(known)} (.pkl or .npz) were looked for. {WHERE}')
 
+# %% ../nbs/02c_flame_files.ipynb #579e8dcb
 def find_beside(
     model:Path,  # the model's file
     what:str,    # masks, embedding or uv
 ):               # Path, or None
-    "The file of that kind that lies next to a model."
-    return next((p for p in _files(model.parent) if re.fullmatch(_BESIDE[what], p.name, re.I)), None)
+    "The file of that kind that lies next to a model, or in the kit's data folder if the model does."
+    places = [model.parent] + ([data_dir()/'flame_masks',data_dir()/'flame_embeddings'] if model.resolve().is_relative_to(data_dir().resolve()) else [])
+    return next((p for d in places for p in _files(d) if re.fullmatch(_BESIDE[what], p.name, re.I)), None)
 
 # %% ../nbs/02c_flame_files.ipynb #420803de
 def release_of(

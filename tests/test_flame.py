@@ -11,6 +11,7 @@ from spatialavatar0.geometry import intrinsics, orbit
 from spatialavatar0.head import load_flame, open_head, write_flame_folder, write_obj
 from spatialavatar0.pickles import read_arrays, unpickle
 from spatialavatar0.mesh import rasterize_mesh
+from spatialavatar0.teeth import add_teeth
 
 SMALL = ff.model()
 def poses(B=3, S=300, E=100, seed=0):
@@ -153,6 +154,25 @@ def test_landmarks(tmp_path, n, keys, kind):
     with pytest.raises(InputError, match=r'e.pkl: .* should be triangles 0..99'): load_flame(p, embedding=tmp_path/'e.pkl')
     with pytest.raises(InputError, match='no landmarks.*embedding='): load_flame(p).landmarks(h())
 
+def test_landmark_file_with_tensors(tmp_path, canary):
+    "A much used file keeps torch tensors beside its arrays: they stay unread, whatever they hold."
+    p = ff.write_original(tmp_path/'generic_model.pkl', SMALL); e = tmp_path/'landmark_embedding.npy'
+    np.save(e, dict(static_lmk_faces_idx=np.arange(51), static_lmk_bary_coords=np.full((51,3),1/3), dynamic_lmk_faces_idx=torch.arange(9)))
+    assert load_flame(p).lmk_faces.tolist() == list(range(51)) and read_arrays(e)['dynamic_lmk_faces_idx'] is None
+    e.write_bytes(b'(dS"lmk_face_idx"\n'+g('torch.storage','_load_from_bytes')+b'(S"'+repr(EVIL['os_system'])[2:-1].replace('"','\\"').encode()+b'"\ntRsS"lmk_b_coords"\nNs.')
+    refused(e, lambda _: load_flame(p), canary)
+
+def test_texture_file_gives_its_atlas_alone(tmp_path):
+    ft = np.arange(300).reshape(100,3); np.savez_compressed(tmp_path/'FLAME_texture.npz', vt=np.random.rand(300,2), ft=ft, mean=np.zeros((512,512,3)), tex_dir=np.zeros((512,512,3,20)))
+    p = ff.write_original(tmp_path/'generic_model.pkl', SMALL); tracemalloc.start(); assert load_flame(p).uv_faces.tolist() == ft.tolist(); peak = tracemalloc.get_traced_memory()[1]; tracemalloc.stop(); assert peak < 2e7
+
+def test_data_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv('SPATIALAVATAR0_DATA', str(tmp_path))
+    for d in ('flame2020','flame_masks','flame_embeddings'): (tmp_path/d).mkdir()
+    ff.write_original(tmp_path/'flame2020'/'generic_model.pkl', SMALL); (tmp_path/'flame_masks'/'FLAME_masks.pkl').write_bytes(pickle.dumps(dict(nose=np.arange(3))))
+    np.savez(tmp_path/'flame_embeddings'/'landmark_embedding.npz', lmk_face_idx=np.arange(51), lmk_b_coords=np.full((51,3),1/3))
+    h = load_flame('flame2020'); assert h.name == 'FLAME 2020' and 'nose' in h.masks and len(h.lmk_faces) == 51
+
 # ---- the head that comes out
 
 def test_it_is_a_head(tmp_path):
@@ -184,6 +204,19 @@ def test_teeth_need_lips(tmp_path):
     with pytest.raises(InputError, match='two lists of 15 vertices below 60'): load_flame(p, lips=(range(14),range(14)))
     h = load_flame(p, teeth=True, lips=(range(15),range(15,30))); assert h.num_verts == 180 and h.part_names[-2:] == ['teeth_up','teeth_low'] and h.masks['teeth'].sum() == 120
     assert (h.weights[60:120,1] == 1).all() and (h.weights[120:,2] == 1).all() and (h.J_regressor[:,60:] == 0).all() and h.expr_basis[:,60:].abs().max() == 0 == h.pose_basis[:,60:].abs().max()
+
+def test_teeth_from_landmarks(tmp_path):
+    "On a sheet of triangles, lips are where the landmarks say: 51 or 68 of them, the same teeth."
+    x, y = np.meshgrid(np.linspace(-.05,.05,21), np.linspace(-.05,.05,21)); v = np.stack([x.ravel(), y.ravel(), .02-x.ravel()**2*8], 1)
+    c = np.arange(420); c = c[c%21 < 20]; f = np.concatenate([np.stack([c,c+1,c+22],1), np.stack([c,c+22,c+21],1)])
+    t = np.linspace(0,2*np.pi,13)[:-1]; at = np.array([np.abs(v[:,:2]-(-.025*np.cos(s),.012*np.sin(s))).sum(1).argmin() for s in t])
+    tri = np.array([np.argwhere(f == i)[0] for i in at]); lips = tri[:,0], np.eye(3)[tri[:,1]]; r = np.random.default_rng(0)
+    a = dict(name='sheet', template=v, faces=f, shape_basis=r.normal(size=(4,441,3)), expr_basis=r.normal(size=(2,441,3)), weights=np.eye(5)[np.ones(441,int)], J_regressor=np.full((5,441),1/441),
+             parts=np.zeros(len(f),int), part_names=np.array(['skin']), mask_names=np.array([],'U9'), mask_table=np.zeros((0,441)))
+    def marks(n): k = 17*(n == 68)+31; i, b = np.zeros(n,int), np.full((n,3),1/3); i[k:k+12], b[k:k+12] = lips; return dict(a, lmk_faces=i, lmk_bary=b)
+    out = [add_teeth(marks(n)) for n in (51, 68)]; assert np.array_equal(out[0]['template'], out[1]['template'])
+    new = out[0]['template'][441:]; assert abs(new[:,0].mean()) < 1e-9 and np.ptp(new[:,0]) > .03 and new[:,2].max() < .02 and (np.diff(new.reshape(8,15,3)[...,0], axis=1) > 0).all()
+    with pytest.raises(InputError, match='do not lie on a line'): add_teeth(dict(marks(51), lmk_faces=np.zeros(51,int)))
 
 # ---- malformed: one clear sentence
 
