@@ -13,7 +13,7 @@ from scenes import Scene
 RUNGS = list(render._BACKENDS)
 MODES = ('RGB','D','ED','RGB+D','RGB+ED')
 asked = int(os.environ.get('PROPERTY_EXAMPLES',0))
-settings.register_profile('steady', derandomize=not asked, database=None, deadline=None, max_examples=asked or 25,
+settings.register_profile('steady', derandomize=not asked, database=None, deadline=None, max_examples=asked or 50,
                           suppress_health_check=[HealthCheck.too_slow,HealthCheck.filter_too_much])
 settings.load_profile('steady')
 rungs = pytest.mark.parametrize('backend',RUNGS)
