@@ -14,7 +14,8 @@ from spatialavatar0.clips import on_background
 from spatialavatar0.core import atomic_path, set_seed
 from spatialavatar0.geometry import intrinsics, orbit
 from spatialavatar0.metrics import psnr
-from spatialavatar0.refine import front_psnr, photo_config, refine, screen_aspect
+from spatialavatar0.photo import front_psnr, refine_photo
+from spatialavatar0.refine import screen_aspect
 from spatialavatar0.synth import make_person, paint
 
 YAWS = (0,-25,25,-45,45)
@@ -38,7 +39,7 @@ def one(seed, a):
         from dataclasses import replace
         from spatialavatar0.track import fit
         found = fit(frame.image); frame = replace(found, mask=frame.mask)
-    t = time.perf_counter(); start = from_frame(frame, a.resolution); avatar,_ = refine(start, frame, a.iters, config=photo_config()); t = time.perf_counter()-t
+    t = time.perf_counter(); start = from_frame(frame, a.resolution); avatar,_ = refine_photo(start, frame, a.iters); t = time.perf_counter()-t
     whole,head,aspect = side_views(avatar, person, K, a.size, frame.viewmat)
     return dict(person=seed, seconds=round(t,1), gaussians=len(avatar), front_matte=round(front_psnr(avatar, frame),2), aspect_999=round(aspect,2),
                 whole={str(k): round(v,2) for k,v in whole.items()}, head={str(k): round(v,2) for k,v in head.items()})

@@ -66,21 +66,21 @@ def track_photo(
     frame = fit(photo, head, found)
     return frame, dict(landmarks=fit_report(frame, found, head), landmarks_held_out=held_out_report(image, found, head))
 
-# %% ../nbs/18_cli.ipynb #8c9fc398
+# %% ../nbs/18_cli.ipynb #652c352d
 def avatar_from_frame(
     frame,             # Frame of a photo, from track_photo
     head,
     cfg:BuildConfig,
     say=print,         # told what happens, one line per step
 )->tuple:              # Avatar; Frame of the head, cfg.size square; dict of measurements
-    "09_avatar, then 12_refine."
+    "09_avatar, then 12b_photo."
     from spatialavatar0.avatar import from_frame, head_square, without_clothes
     from spatialavatar0.clips import crop
-    from spatialavatar0.refine import front_psnr, photo_config, refine
+    from spatialavatar0.photo import front_psnr, refine_photo
     cut = without_clothes(crop(frame, *head_square(frame, head), cfg.size), head)
     avatar = from_frame(cut, cfg.resolution, head); warped = front_psnr(avatar, cut)
     say(f'warped: {len(avatar):,} Gaussians, {warped:.1f} dB inside the matte')
-    avatar,_ = refine(avatar, cut, cfg.iters, config=photo_config(), seed=cfg.seed); refined = front_psnr(avatar, cut)
+    avatar,_ = refine_photo(avatar, cut, cfg.iters, seed=cfg.seed); refined = front_psnr(avatar, cut)
     say(f'refined: {refined:.1f} dB after {cfg.iters} steps')
     return avatar, cut, dict(gaussians=len(avatar), psnr_warped=warped, psnr_refined=refined)
 
