@@ -6,13 +6,13 @@
 __all__ = ['WHERE', 'KEYS', 'read_uv', 'read_masks', 'read_landmarks', 'find_model', 'find_beside', 'release_of', 'fingerprint',
            'find_parts', 'read_flame']
 
-# %% ../nbs/02c_flame_files.ipynb #6e60d67a
+# %% ../nbs/02c_flame_files.ipynb #0d74d506
 import hashlib,re
 from pathlib import Path
 import numpy as np
 from .core import InputError
 from .manifest import asset, data_dir
-from .pickles import read_arrays
+from .pickles import printable, read_arrays
 
 # %% ../nbs/02c_flame_files.ipynb #2c87083f
 WHERE = 'FLAME comes from https://flame.is.tue.mpg.de after registration (2020 and 2023 non-commercial, 2023 Open CC-BY-4.0)'
@@ -33,7 +33,7 @@ def _numbers(d, key, sizes, where):
     if not np.isfinite(x).all(): raise InputError(f'{where}: {key} holds nan or inf; the file is damaged, download it again')
     return x
 
-# %% ../nbs/02c_flame_files.ipynb #1fb23dcb
+# %% ../nbs/02c_flame_files.ipynb #c72236a1
 def _tree(d, where):
     "FLAME's five joints, or an error that says which came."
     rows = _plain(d, 'kintree_table', where); got = rows[0].astype(np.int64) if rows.ndim==2 and len(rows)==2 and rows.dtype.kind in 'iu' else []
@@ -46,7 +46,7 @@ def _checked(d, where):
     "The seven arrays of a model, each what it should be."
     if not isinstance(d,dict): raise InputError(f'{where} should hold a dictionary of arrays; got {type(d).__name__}. {WHERE}')
     lacks = [k for k in KEYS if k not in d]
-    if lacks: raise InputError(f'{where} is not a FLAME model: it lacks {", ".join(lacks)}; it has {", ".join(sorted(map(str,d))[:12]) or "nothing"}. {WHERE}')
+    if lacks: raise InputError(f'{where} is not a FLAME model: it lacks {", ".join(lacks)}; it has {printable(", ".join(sorted(map(str,d)))) or "nothing"}. {WHERE}')
     _tree(d, where); sizes = {}; m = {k:_numbers(d, k, sizes, where) for k in KEYS}; V = sizes['V']
     if m['f'].dtype.kind=='f' or not len(m['f']) or m['f'].min()<0 or m['f'].max()>=V: raise InputError(f'{where}: f should hold vertex indices 0..{V-1}; got {m["f"].dtype} up to {m["f"].max(initial=0)}')
     for k,axis in (('weights',1),('J_regressor',1)):
@@ -88,7 +88,7 @@ def _same_corners(faces, other, values, where):
     if (at<0).any(): raise InputError(f"{where}: lacks {(at<0).sum():,} of the model's {len(faces):,} triangles; the atlas belongs to another mesh")
     return np.stack([values[at,(other[at]==faces[:,[k]]).argmax(1)] for k in range(3)],1)
 
-# %% ../nbs/02c_flame_files.ipynb #fa7cbfa5
+# %% ../nbs/02c_flame_files.ipynb #abbb7bf7
 def read_uv(
     path,             # an .obj with vt, or an .npz with vt and ft (v up) or uv and uv_faces (v down)
     faces:np.ndarray, # (F,3) the model's triangles
@@ -101,12 +101,12 @@ def read_uv(
             if not up: vt[:,1] = 1-vt[:,1]
         ft = ft.astype(np.int64); uv = np.stack([vt[:,0],1-vt[:,1]],1).astype(np.float32)
     except InputError: raise
-    except Exception as e: raise InputError(f'{path} should hold an atlas: an .obj with vt and f a/b lines, or an .npz with vt and ft ({type(e).__name__}: {e})') from None
+    except Exception as e: raise InputError(f'{path} should hold an atlas: an .obj with vt and f a/b lines, or an .npz with vt and ft ({type(e).__name__}: {printable(e)})') from None
     if ft.shape!=faces.shape or ft.min()<0 or ft.max()>=len(uv): raise InputError(f'{path}: uv_faces should be {faces.shape} indices below {len(uv)}; got {ft.shape} from {ft.min()} to {ft.max()}')
     if not (np.abs(uv-.5)<=.5+1e-4).all(): raise InputError(f'{path}: uv should lie in 0..1; got {uv.min():.3g} to {uv.max():.3g}')
     return uv.clip(0,1),ft
 
-# %% ../nbs/02c_flame_files.ipynb #e38bafe8
+# %% ../nbs/02c_flame_files.ipynb #bdf03439
 def _about(x): return f'{x.dtype} {x.shape}'+(f' up to {x.max()}' if x.dtype.kind in 'iuf' and x.size else '')
 
 def read_masks(
@@ -118,12 +118,12 @@ def read_masks(
     if not isinstance(d,dict): raise InputError(f'{path} should hold a dictionary of vertex lists; got {type(d).__name__}')
     for k,i in d.items():
         i = np.asarray(i)
-        if i.ndim!=1 or i.dtype.kind not in 'iu' or (len(i) and not 0<=i.min()<=i.max()<num_verts): raise InputError(f'{path}: {k} should be a list of vertex indices below {num_verts}; got {_about(i)}')
-        masks[str(k)] = np.zeros(num_verts,np.float32); masks[str(k)][i] = 1
+        if i.ndim!=1 or i.dtype.kind not in 'iu' or (len(i) and not 0<=i.min()<=i.max()<num_verts): raise InputError(f'{path}: {printable(k)} should be a list of vertex indices below {num_verts}; got {_about(i)}')
+        masks[printable(k)] = np.isin(np.arange(num_verts), i).astype(np.float32)
     if 'ears' not in masks and {'left_ear','right_ear'}<=set(masks): masks['ears'] = np.maximum(masks['left_ear'], masks['right_ear'])
     return masks
 
-# %% ../nbs/02c_flame_files.ipynb #5c4afd0a
+# %% ../nbs/02c_flame_files.ipynb #2f14ed1f
 _MARKS = ('full_lmk_faces_idx','full_lmk_bary_coords'), ('lmk_face_idx','lmk_b_coords'), ('static_lmk_faces_idx','static_lmk_bary_coords')
 
 def read_landmarks(
@@ -132,7 +132,7 @@ def read_landmarks(
 )->tuple:          # (n,) triangle of each, (n,3) where in it
     "Landmarks on a mesh."
     d = read_arrays(path); keys = next((k for k in _MARKS if isinstance(d,dict) and set(k)<=set(d)), None)
-    if keys is None: raise InputError(f'{path} should hold landmarks: {" or ".join(k[0]+" with "+k[1] for k in _MARKS)}; it has {", ".join(map(str,d)) if isinstance(d,dict) else type(d).__name__}')
+    if keys is None: raise InputError(f'{path} should hold landmarks: {" or ".join(k[0]+" with "+k[1] for k in _MARKS)}; it has {printable(", ".join(map(str,d))) if isinstance(d,dict) else type(d).__name__}')
     f,b = (np.asarray(d[k]) for k in keys); f,b = f.reshape(-1),b.reshape(-1,b.shape[-1] if b.ndim else 1)
     if f.dtype.kind not in 'iu' or b.dtype.kind not in 'iuf' or b.shape!=(len(f),3) or not len(f) or not 0<=f.min()<=f.max()<num_faces: raise InputError(f'{path}: {keys[0]} should be triangles 0..{num_faces-1} with (n,3) weights; got {_about(f)} and {_about(b)}')
     if not (np.abs(b.sum(1)-1)<1e-3).all(): raise InputError(f'{path}: weights of a landmark should sum to 1; got {b.sum(1).min():.3g} to {b.sum(1).max():.3g}')

@@ -271,7 +271,7 @@ EVIL = dict(
     reconstructor=g('copy_reg','_reconstructor')+b'('+g('builtins','object')+g('builtins','object')+b'NtR.', reconstructor_base=g('copy_reg','_reconstructor')+b'('+g('chumpy.ch','Ch')+g('builtins','set')+b'(ltR.', reconstruct_other=g('numpy.core.multiarray','_reconstruct')+b'('+g('chumpy.ch','Ch')+b'(I0\ntS"b"\ntR.',
     encode_other=g('_codecs','encode')+b'(S"x"\nS"unicode_escape"\ntR.', encode_registered=g('_codecs','encode')+b'(S"x"\nS"canary"\ntR.', codecs_lookup=g('_codecs','lookup')+b'(S"canary"\ntR.', set_of_trap=g('builtins','set')+b'('+g('os','system')+b'('+CMD+b'tRtR.',
     call_text=b'S"os.system"\n('+CMD+b'tR.', call_result=g('builtins','set')+b'((ltR('+CMD+b'tR.', hidden_late=GOOD[:-1]+b'0'+g('os','system')+b'('+CMD+b'tR.', torch=g('torch._utils','_rebuild_tensor')+b'(tR.', pip=g('pip','main')+b'(]'+CMD+b'atR.',
-    shadow=g('numpy.core.multiarray','scalar')+b'('+g('os','system')+CMD+b'tR.')
+    newline=b'\x80\x04'+s4('os\nAll is well.\n\x1b[2J')+s4('system')+b'\x93.', shadow=g('numpy.core.multiarray','scalar')+b'('+g('os','system')+CMD+b'tR.')
 BOMBS = dict(
     declared=ARR.replace(b'K\x03\x85', b'I1000000000000\n\x85') if b'K\x03\x85' in ARR else ARR.replace(b'(K\x03t', b'(I1000000000000\nt'), huge_tuple=ARR.replace(b'(K\x03t', b'('+b'M\xff\xff'*9+b't'),
     negative=ARR.replace(b'(K\x03t', b'(I-1\nt'), object_bytes=ARR.replace(b'U\x02f8', b'U\x02O8'), fields=ARR.replace(b'U\x02f8', b'U\x04V999'), long_double=ARR.replace(b'U\x02f8', b'U\x03f16'),
@@ -282,6 +282,7 @@ BOMBS = dict(
     sparse_out=ff.Python2(2).dumps(ff.Made('scipy.sparse.csc','csc_matrix', _shape=(5,1), data=np.zeros(1), indices=np.array([7]), indptr=np.array([0,1]))), select_out=ff.Python2(2).dumps(ff.Made('chumpy.reordering','Select', a=np.zeros(3), idxs=np.array([9]), preferred_shape=(1,))),
     itself=ff.Python2(2).dumps(ff.Made('chumpy.ch','Ch', y=1)), select_shape=ff.Python2(2).dumps(ff.Made('chumpy.reordering','Select', a=np.zeros(3), idxs=np.array([1]), preferred_shape=(10**9,10**9))))
 
+'x'.encode('raw_unicode_escape')                           # a codec Python fetches when first used
 HEARD, LISTENING = [], []
 def listen(event, args):
     if LISTENING and (event in ('os.system','subprocess.Popen','os.exec','os.posix_spawn','exec','pickle.find_class','ctypes.dlopen','socket.connect','os.remove') or event == 'open' and isinstance(args[1], str) and set(args[1])&set('wax+')
@@ -300,7 +301,7 @@ def refused(path, read, canary):
         with pytest.raises(InputError) as e: read(path)
     finally: LISTENING.clear()
     assert canary() == ([], [], [], False), 'something ran'
-    assert path.name in str(e.value) and '\n' not in str(e.value) and len(str(e.value)) < 600; return str(e.value)
+    assert path.name in str(e.value) and '\n' not in str(e.value) and len(str(e.value)) < 600 and str(e.value).isprintable(); return str(e.value)
 
 @pytest.mark.parametrize('kind', EVIL)
 @pytest.mark.parametrize('where', ['model', 'masks', 'npy', 'npz'])
