@@ -106,12 +106,12 @@ def undecided(s, max_alpha, others):
 @rungs
 @given(s=scenes(), mode=st.sampled_from(('RGB','D','RGB+D')), max_alpha=limits)
 def test_agrees_with_the_oracle(backend, s, mode, max_alpha):
-    """Pictures and gradients, to 1e-5 plus ten times what float32's rounding of the scene's numbers (and of each pixel's share of a gradient,
-    where these cancel) does to the float64 oracle."""
+    """Pictures and gradients, to 1e-5 plus ten times what float32's rounding of the scene's numbers (also of max_alpha, and of each pixel's
+    share of a gradient, where these cancel) does to the float64 oracle."""
     kw = dict(render_mode=mode, max_alpha=max_alpha)
     s64 = s.to(torch.float64); others = [rounded(s64,k) for k in (1,2,3)]
     keep = ~undecided(s64,max_alpha,others)[...,None]
-    c,a,g = gradients(s64,'dense',keep,**kw); nearby = [gradients(o,'dense',keep,shake=2e-7,**kw) for o in others]
+    c,a,g = gradients(s64,'dense',keep,**kw); nearby = [gradients(o,'dense',keep,shake=2e-7,render_mode=mode,max_alpha=max_alpha*(1+d)) for o,d in zip(others,(0,1e-7,-1e-7))]
     C,A,G = gradients(s.to(own(backend)),backend,keep,**kw)
     for x,y,near in ((C,c,[n[0] for n in nearby]),(A,a,[n[1] for n in nearby])):
         assert x.shape==y.shape and x.dtype==own(backend)
