@@ -114,3 +114,72 @@ def test_mediapipe_finds_the_face(yaw, head, table):
     error = np.linalg.norm(project(p,V,K)[0].numpy()-found, axis=1); keep = table['valid']&~table['contour']
     eyes = np.linalg.norm(found[33]-found[263])/np.cos(np.radians(yaw))
     assert error[keep].mean()/eyes<.05                        # a person who is not in the table, in units of the outer eye distance
+
+
+def unit(scores):
+    for n,x in scores.items(): assert 0<=x.min() and x.max()<=1, n
+
+@pytest.mark.parametrize('frames', [8,25,60,400])
+@pytest.mark.parametrize('seed', [0,1,2])
+def test_a_take_keeps_its_promises(frames, seed, head):
+    w,turn = synth.motion_scores(frames, seed, yaw=25.); unit(w); blink = w['eyeBlinkLeft']
+    assert {len(x) for x in w.values()}=={frames}==({len(turn)}) and set(w)<=set(head.arkit_names)
+    assert (blink==1).sum()>=(3 if frames<25 else 6) and torch.equal(blink, w['eyeBlinkRight'])
+    yaw = turn[:,1].rad2deg()
+    assert yaw[0]==0 and yaw.abs().max()<=25.001
+    if frames>=25: assert yaw[:(frames+1)//2].max()>22 and yaw[:(frames+1)//2].min()<-22      # both sides, in the first half of any take
+    assert turn[:,[0,2]].rad2deg().abs().max()<=16.001
+
+def test_long_takes_are_smooth(head):
+    for seed in range(4):
+        verts = torch.cat([head(**p) for p in synth.motion(200, seed, head)])
+        step = (verts[1:]-verts[:-1]).norm(dim=-1)
+        assert step.max()<.015 and step.mean()<.004 and step.amax(1).median()>.001            # metres a frame: nothing jumps, nothing stands still
+
+def test_takes_repeat_and_differ(head):
+    a,b,c = synth.motion(20, 5, head),synth.motion(20, 5, head),synth.motion(20, 6, head)
+    assert all(torch.equal(p[k],q[k]) for p,q in zip(a,b) for k in p) and any((p['expr']!=q['expr']).any() for p,q in zip(a,c))
+    assert all(v.shape[0]==1 for p in a for v in p.values()) and set(a[0])=={'expr','jaw','eyes','rotation','neck','translation'}
+    with pytest.raises(ValueError, match='at least 8 frames'): synth.motion(7)
+
+def test_blinks_hide_the_eyes(head, person):
+    from spatialavatar0.mesh import rasterize_mesh
+    balls = torch.tensor([head.part_names.index(n) for n in ('eye_l','eye_r')])
+    def seen(p):
+        ids = rasterize_mesh(head(shape=person.shape, **p)[0], head.faces, *synth.portrait_camera(head, 256), 256, 256)[0]
+        return torch.isin(head.parts[ids[ids>=0]], balls).sum().item()
+    for seed in range(3):
+        take = synth.motion(100, seed, head); blink = synth.motion_scores(100, seed)[0]['eyeBlinkLeft']
+        shut,wide = [seen(take[t]) for t in (blink==1).nonzero()[:,0].tolist()],[seen(take[t]) for t in (blink==0).nonzero()[::6,0].tolist()]
+        assert max(shut)<=.1*np.median(wide) and np.median(wide)>60
+
+def test_clip_is_lazy_and_steady(head, person):
+    clip = synth.mono_clip(person, 40, 48, seed=2, head=head); a = clip[7]
+    assert torch.equal(a.image, clip[7].image) and torch.equal(a.image, synth.mono_clip(person, 40, 48, seed=2, head=head)[7].image)
+    part = clip[4::10].frames
+    assert [f.time for f in part]==[4,14,24,34] and all(torch.equal(f.viewmat, a.viewmat) and torch.equal(f.K, a.K) for f in part)
+    bg = a.image[0,0]
+    assert all(torch.equal(f.image[f.mask==0], bg.expand(int((f.mask==0).sum()),3)) for f in part)   # one colour, all the time
+    assert all(f.mask[0].max()==0 and f.mask[:,0].max()==0 and f.mask[:,-1].max()==0 for f in part)  # nobody leaves the picture
+    assert 'static_offset' not in a.params and torch.equal(a.params['shape'], person.shape)
+
+def test_background_drifts(head, person):
+    clip = synth.mono_clip(person, 50, 32, seed=2, drift=True, head=head); c = torch.stack([clip[t].image[0,0] for t in range(0,50,7)])
+    assert 0<(c[1:]-c[:-1]).abs().max()<.2 and (c[-1]-c[0]).abs().max()>.05
+
+def test_light_stays_in_the_room(head, person):
+    "Turning the head is walking around it, camera and lamp in hand."
+    from spatialavatar0.geometry import axis_angle_to_mat
+    turn = torch.tensor([0.,.6,0]); R = axis_angle_to_mat(turn); V,K = synth.portrait_camera(head, 96); d = torch.tensor([1.,.3,.4])
+    joint = (head.J_regressor@head.rest(person.shape, static_offset=person.static_offset)[0])[0]; T = torch.eye(4); T[:3,:3],T[:3,3] = R,joint-R@joint
+    shot = lambda V,d,**p: synth.paint(person, V, K, 96, p, synth.Light(tuple(d.tolist()), .2, .8), head=head)
+    a,b = shot(V, d, rotation=turn[None]),shot(V@T, R.T@d)
+    assert (a.image-b.image).abs().mean()<1e-3 and (a.image-shot(V@T, d).image).abs().mean()>.02
+
+def test_novel_views(head, person):
+    views = synth.novel_views(person, 48, head=head)
+    assert len(views)==12 and [f.camera for f in views][:5]==['-75','-55','+55','+75','-75'] and [f.time for f in views]==sorted(f.time for f in views)
+    eye = lambda f: -f.viewmat[:3,:3].T@f.viewmat[:3,3]-synth.face_centre(head)
+    for f,yaw in zip(views, (-75,-55,55,75)):
+        e = eye(f); assert abs(np.degrees(np.arctan2(e[0],e[2]))-yaw)<.1 and .2<f.mask.mean()<.7
+    assert (views[0].params['jaw']==0).all() and (views[4].params['jaw']!=0).any()
