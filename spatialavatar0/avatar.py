@@ -266,11 +266,11 @@ def grow_hair(
     grow = scalp*(edge*ring_lookup(ratio, d)+(1-edge)*behind*up)
     return (verts-c)*grow[:,None]
 
-# %% ../nbs/09_avatar.ipynb #c9b35746
+# %% ../nbs/09_avatar.ipynb #32ba58fa
 def part_is(head, binding, *names): # (N,) bool
     "Gaussians that sit on one of the named parts."
-    ids = [head.part_names.index(n) for n in names]
-    return torch.isin(head.parts[binding.face_ids], torch.tensor(ids))
+    ids = [i for i,n in enumerate(head.part_names) if n in names]              # FLAME has no tongue: nothing sits on it
+    return torch.isin(head.parts[binding.face_ids], torch.tensor(ids, dtype=torch.long))
 
 # %% ../nbs/09_avatar.ipynb #74b9bc37
 def shaded_lid(

@@ -3,8 +3,9 @@ import io, pickle, struct, sys, tracemalloc, types, zipfile
 import numpy as np, pytest, scipy.sparse, torch
 from hypothesis import given, settings, strategies as st
 import flame_files as ff
-from spatialavatar0.avatar import Avatar, head_id, new_avatar
+from spatialavatar0.avatar import Avatar, from_frame, head_id, new_avatar
 from spatialavatar0.binding import bind_uv
+from spatialavatar0.clips import Frame
 from spatialavatar0.core import InputError
 from spatialavatar0.flame_files import KEYS, read_flame
 from spatialavatar0.geometry import intrinsics, orbit
@@ -197,6 +198,13 @@ def test_avatars_know_their_head(tmp_path):
     new_avatar(a, 16).save(tmp_path/'a.safetensors'); assert len(Avatar.load(tmp_path/'a.safetensors', a)) > 0
     for other in (b, None):
         with pytest.raises(InputError, match='made on another head.*FLAME 2020.*this is .*'+('FLAME 2023' if other else 'open head')): Avatar.load(tmp_path/'a.safetensors', other)
+
+def test_portraits_on_a_head_without_regions(tmp_path):
+    "An avatar from a picture says which region it misses; a head with all of them works, whatever its parts."
+    write_flame_folder(open_head(), tmp_path); frame = Frame(torch.rand(48,48,3), torch.ones(48,48), orbit(0., distance=.6, target=(0,0,0)), intrinsics(60,48,48), dict(shape=torch.zeros(1,100)))
+    assert len(from_frame(frame, 16, load_flame(tmp_path, num_shape=100, num_expr=52))) > 0
+    (tmp_path/'FLAME_masks.pkl').write_bytes(pickle.dumps(dict(scalp=np.arange(9))))
+    with pytest.raises(InputError, match="no region 'lid_rims'; it has eyeballs, scalp"): from_frame(frame, 16, load_flame(tmp_path, num_shape=100, num_expr=52))
 
 def test_teeth_need_lips(tmp_path):
     p = ff.write_original(tmp_path/'generic_model.pkl', SMALL)
