@@ -466,7 +466,7 @@ def _stare(frames, g, turn):
     ways = dict(OutLeft=across, InRight=across, InLeft=-across, OutRight=-across, UpLeft=up, UpRight=up, DownLeft=-up, DownRight=-up)
     return {f'eyeLook{k}':x.clamp(0,1) for k,x in ways.items()}
 
-# %% ../nbs/08_synth.ipynb #9beeda66
+# %% ../nbs/08_synth.ipynb #4014f4f6
 def motion_scores(
     frames:int,     # at 25 a second
     seed:int=0,
@@ -474,8 +474,8 @@ def motion_scores(
 )->tuple:           # dict ARKit name -> (T,) 0..1; turns of the head (T,3): pitch, yaw, roll, radians
     "The score of a take: a face that talks, looks and blinks, and a head that turns."
     if frames<8: raise InputError(f'a take needs at least 8 frames, a blink alone has 6; got {frames}')
-    g = torch.Generator().manual_seed(seed); turn = _turns(frames, g, yaw)
-    w = {**_talk(frames, g), **_stare(frames, g, turn)}; blink = _blinks(frames, g)
+    g = torch.Generator().manual_seed(seed); turn = _turns(frames, g, yaw); rise = smooth(torch.arange(frames), 0, min(12,frames//2))
+    w = {**{k:x*rise for k,x in _talk(frames, g).items()}, **_stare(frames, g, turn)}; blink = _blinks(frames, g)
     w = {k:x*(1-blink) if k.startswith(('eyeLookDown','eyeLookUp','cheekSquint')) else x for k,x in w.items()}
     return {**w, 'eyeBlinkLeft':blink, 'eyeBlinkRight':blink}, turn
 

@@ -286,3 +286,17 @@ def test_reading_is_lazy(tmp_path):
     for t in range(4): (tmp_path/f'images/{t:05d}_00.png').unlink()
     assert clip[2:][-1].time==4
     with pytest.raises(InputError, match='not a readable picture'): clip[0]
+
+def test_heads_in_flames_format(tmp_path):
+    "Two releases with one mesh and other expressions; the open head; a file cut to fewer directions."
+    import flame_files as ff
+    from spatialavatar0.head import load_flame
+    m = ff.model(); late = dict(m, shapedirs=m['shapedirs'].copy()); late['shapedirs'][:,:,300:] *= -1
+    a,b = (load_flame(ff.write_original(tmp_path/f'{n}.pkl', x), release=n) for n,x in (('early',m),('late',late)))
+    g = torch.Generator().manual_seed(0); f = frame(shape=torch.randn(1,300,generator=g), expr=torch.randn(1,100,generator=g), neck=torch.randn(1,3,generator=g), static_offset=torch.randn(1,60,3,generator=g))
+    write_vhap([f], tmp_path/'c', a); same(f, load_clip(tmp_path/'c', a)[0]); assert torch.equal(a(**load_clip(tmp_path/'c', a)[0].params), a(**f.params))
+    for other in (b, open_head()):
+        with pytest.raises(InputError, match='was made on'): load_clip(tmp_path/'c', other)
+    edit(tmp_path/'c', lambda top: top.pop('head'))                              # a folder from elsewhere says nothing; sizes must do
+    with pytest.raises(InputError, match='300 numbers, .* has 20 directions'): load_clip(tmp_path/'c', load_flame(tmp_path/'early.pkl', num_shape=20, num_expr=100))[0]
+    with pytest.raises(InputError, match='open head'): load_clip(tmp_path/'c')[0]
