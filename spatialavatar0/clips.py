@@ -271,7 +271,7 @@ def _transforms(entries, first, head):
     indices = lambda k: sorted({e[k] for e in entries})
     return dict(top, head=fingerprint(head), head_name=head.name, timestep_indices=indices('timestep_index'), camera_indices=indices('camera_index'), frames=entries)
 
-# %% ../nbs/07_clips.ipynb #54d776d4
+# %% ../nbs/07_clips.ipynb #71d12832
 def _inside(folder, path, where):
     "A path of an entry; it may not leave the parent of the folder."
     if not isinstance(path,str): raise InputError(f'{where}: expected a path, got {path!r}')
@@ -284,11 +284,11 @@ def _camera(e, where):
     try:
         c2w = torch.tensor(e['transform_matrix'], dtype=torch.float64); w,h = int(e['w']),int(e['h'])
         fx = float(e['fl_x']) if 'fl_x' in e else w/2/math.tan(e['camera_angle_x']/2)
-        K = torch.tensor([[fx,0,float(e.get('cx',w/2))],[0,float(e.get('fl_y',fx)),float(e.get('cy',h/2))],[0,0,1]])
-    except (KeyError,TypeError,ValueError,ZeroDivisionError) as x: raise InputError(f'{where}: its camera cannot be read ({type(x).__name__}: {x}); it needs transform_matrix, w, h, fl_x') from x
+        K = torch.tensor([[fx,0,float(e.get('cx',w/2))],[0,float(e.get('fl_y',fx)),float(e.get('cy',h/2))],[0,0,1.]])
+    except (KeyError,TypeError,ValueError,ArithmeticError) as x: raise InputError(f'{where}: its camera cannot be read ({type(x).__name__}: {x}); it needs transform_matrix, w, h, fl_x') from x
     R = c2w[:3,:3] if c2w.shape==(4,4) else torch.zeros(3,3)
     if not K.isfinite().all() or K[0,0]<=0 or K[1,1]<=0: raise InputError(f'{where}: fl_x and fl_y should be positive and cx, cy finite')
-    if not c2w.isfinite().all() or (R@R.T-torch.eye(3)).abs().max()>1e-3 or R.det()<0: raise InputError(f'{where}: transform_matrix should be 4 x 4, camera to world, with a rotation in it')
+    if not c2w.isfinite().all() or (R@R.T-torch.eye(3)).abs().max()>1e-3 or R.det()<0 or (c2w[3]-c2w.new_tensor([0,0,0,1])).abs().max()>1e-6: raise InputError(f'{where}: transform_matrix should be 4 x 4, camera to world, with a rotation in it')
     return opengl_to_viewmat(c2w).float(), K
 
 # %% ../nbs/07_clips.ipynb #291f488d
@@ -333,7 +333,7 @@ def _load_shot(s, head):
     image,mask = (torch.from_numpy(np.ascontiguousarray(x)).float()/255 for x in (a[...,:3],m))
     return Frame(image, mask, s.viewmat, s.K, from_flame_param(_read_npz(s.params), head, s.params), s.time, s.camera)
 
-# %% ../nbs/07_clips.ipynb #d601b6e3
+# %% ../nbs/07_clips.ipynb #8a576149
 def _open_transforms(folder, split):
     "Contents of a transforms file."
     path = folder/f'transforms{"_"+split if split else ""}.json'
@@ -347,7 +347,7 @@ def _open_transforms(folder, split):
 
 def _check_files(shots):
     "Every file there; a warning where mattes are not."
-    files = {p for s in shots for p in (s.image,s.mask,s.params) if p}; gone = sorted(p for p in files if not p.is_file())
+    files = {p for s in shots for p in (s.image,s.mask,s.params) if p}; gone = sorted(p for p in files if not os.path.isfile(p))
     if gone: raise InputError(f'{len(gone)} of {len(files)} files are missing, the first is {gone[0]}')
     bare = next((s.image for s in shots if not s.mask), None)
     if bare and _read_image(bare).shape[-1]==3: warnings.warn(f'no matte for {bare}: the whole picture counts as the person; add fg_masks or an alpha channel', stacklevel=3)
