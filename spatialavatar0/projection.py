@@ -50,13 +50,13 @@ def project_gaussians(
     means2d = (p @ K.T)[:,:2] / p[:,2:]
     return means2d, depths, U @ U.mT + eps2d*torch.eye(2).to(U)
 
-# %% ../nbs/04b_projection.ipynb #7b42c2ea
+# %% ../nbs/04b_projection.ipynb #d41e0c25
 def covs_to_conics(
     covs2d:Tensor, # (N,2,2) pixels^2
 )->Tensor:         # (N,3) the entries xx, xy, yy of the inverse matrices
     "Inverses of 2x2 covariances."
     a,b,c = covs2d[:,0,0], covs2d[:,0,1], covs2d[:,1,1]
-    return torch.stack([c,-b,a],-1) / (a*c-b*b)[:,None]
+    return torch.stack([c,-b,a],-1) / (a*c-b*b).clamp(min=1e-10)[:,None]
 
 # %% ../nbs/04b_projection.ipynb #4309639b
 ZERO,HALF,ONE,TWO,FOUR = [np.float32(v) for v in (0,.5,1,2,4)]

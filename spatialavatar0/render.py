@@ -14,7 +14,7 @@ import functools, math
 import numba as nb, numpy as np, torch, torch.nn.functional as F
 from torch import Tensor
 
-# %% ../nbs/05_render.ipynb #d1c2753d
+# %% ../nbs/05_render.ipynb #27da25fb
 def pixel_centres(
     width:int, height:int, # pixels
 )->Tensor:                 # (H*W,2) x and y, row by row
@@ -31,7 +31,7 @@ def splat_alphas(
     "How much of each pixel each splat covers."
     (dx,dy),(A,B,C) = d.unbind(-1), conics[...,None].unbind(-2)
     sigma = .5*(A*dx*dx + C*dy*dy) + B*dx*dy
-    alphas = (opacities[...,None]*torch.exp(-sigma)).clamp(max=max_alpha)
+    alphas = (opacities[...,None]*torch.exp(-sigma.clamp(min=0))).clamp(max=max_alpha)   # rounding can make sigma negative
     return torch.where((alphas>=1/255)&(sigma>=0), alphas, 0.)
 
 # %% ../nbs/05_render.ipynb #4c0a48cf
@@ -528,15 +528,13 @@ def _check_inputs(means, quats, scales, opacities, colors, viewmats, Ks, backgro
     _check_range('opacities', opacities, 0, 1, 'pass sigmoid(logit_opacities)')
     _check_range('Ks[:,0,0] and Ks[:,1,1], the focal lengths,', Ks.diagonal(dim1=1,dim2=2)[:,:2], 1e-6, math.inf, 'pass pixels')
 
-# %% ../nbs/05_render.ipynb #2e3b6040
+# %% ../nbs/05_render.ipynb #56d54605
 def _compose(image, T, background, render_mode):
     "Background behind the colours; expected depth where asked for."
     alpha = 1-T[...,None]
-    if render_mode=='RGB': return image if background is None else image+T[...,None]*background, alpha
-    rgb,depth = image[...,:-1], image[...,-1:]
-    if 'ED' in render_mode: depth = depth/alpha.clamp(min=1e-10)
-    if 'RGB' not in render_mode: return depth, alpha
-    return torch.cat([rgb if background is None else rgb+T[...,None]*background, depth],-1), alpha
+    if background is not None and 'RGB' in render_mode: image = torch.addcmul(image, T[...,None], F.pad(background,(0,image.shape[-1]-len(background))))
+    if 'ED' in render_mode: image = torch.cat([image[...,:-1], image[...,-1:]/alpha.clamp(min=1e-10)], -1)
+    return image, alpha
 
 # %% ../nbs/05_render.ipynb #9d90d9e0
 _BACKENDS = dict(dense=(_project_readable,_blend_dense), torch=(_project_readable,_blend_torch),
@@ -547,7 +545,7 @@ def _meta(means2d, depths, conics, reach, half, width, height):
     return dict(means2d=means2d, depths=depths, conics=conics, radii=torch.where(reach[...,None]>=0,half,0.).ceil().clamp(max=2**30).int(),
         width=width, height=height, tile_size=_TILE, n_cameras=len(means2d), gaussian_ids=None)
 
-# %% ../nbs/05_render.ipynb #86582ff2
+# %% ../nbs/05_render.ipynb #674f48bf
 def _rasterize_here(backend, means, quats, scales, opacities, colors, viewmats, Ks, width, height, backgrounds, render_mode, near_plane, far_plane, eps2d, max_alpha, absgrad):
     "One of our own rungs for every camera."
     project,blend_views = _BACKENDS[backend]; device = means.device
@@ -559,7 +557,7 @@ def _rasterize_here(backend, means, quats, scales, opacities, colors, viewmats, 
         values = values[0] if len(values)==1 else torch.cat([v.to(z) for v in values], -1)
         image,T = blend_views(m, z, shape, reach[c], half[c], opacities, values, width, height, .999 if max_alpha is None else max_alpha, means2d.absgrad[c] if absgrad else None)
         views.append(_compose(image.to(device), T.to(device), None if backgrounds is None else backgrounds[c], render_mode))
-    return *[torch.stack(x) for x in zip(*views)], _meta(means2d, depths, shapes.detach() if project is _project_readable else whiteners_to_conics(shapes.detach()), reach, half, width, height)
+    return *[torch.stack(x) if len(x)>1 else x[0][None] for x in zip(*views)], _meta(means2d, depths, shapes.detach() if project is _project_readable else whiteners_to_conics(shapes.detach()), reach, half, width, height)
 
 # %% ../nbs/05_render.ipynb #e9647754
 def _renderer(backend, means):
