@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SHEET', 'FILES', 'UNITS', 'app', 'BuildConfig', 'Preset', 'build_preset', 'held_out_report', 'track_photo',
            'avatar_from_frame', 'film_camera', 'swung', 'view_of', 'contact_sheet', 'write_sheet', 'write_films',
-           'turned_error', 'judge', 'check_out', 'write_results', 'build_avatar', 'doctor', 'Device', 'check_device',
-           'demo', 'build', 'assets', 'main']
+           'turned_error', 'judge', 'check_out', 'write_results', 'build_avatar', 'clip_parts', 'first_avatar',
+           'refine_clip', 'doctor', 'Device', 'check_device', 'demo', 'build', 'assets', 'main']
 
 # %% ../nbs/18_cli.ipynb #f7efa554
 import json, os, platform, sys, time, warnings
@@ -267,6 +267,62 @@ def build_avatar(
 
 def _rounded(x): return {k: _rounded(v) for k,v in x.items()} if isinstance(x, dict) else round(x, 3) if isinstance(x, float) else x
 
+# %% ../nbs/18_cli.ipynb #cd009baf
+def clip_parts(
+    path,       # folder in VHAP format
+    head,
+)->tuple:       # train and test clips
+    "The folder's own split; without one, the last fifth is held out."
+    from spatialavatar0.clips import load_clip, split
+    parts = [load_clip(path, head, split=s) for s in ('train','test')]
+    return parts if all(map(len,parts)) else split(load_clip(path, head))
+
+def first_avatar(
+    clip,
+    head,
+    resolution:int, # texels per side
+    say=print,
+):                  # -> Avatar
+    "An avatar to start from: the most closed and frontal frame, warped; grey where the head model lacks what that needs."
+    from spatialavatar0.avatar import from_frame, new_avatar
+    from spatialavatar0.head import Lacks
+    from spatialavatar0.refine import start_frame
+    frame = clip[start_frame(clip)]
+    if hasattr(head,'arkit') and 'static_offset' not in frame.params:
+        try: return from_frame(frame, resolution, head=head)
+        except Lacks as e: say(f'note: {e}; starting grey')
+    offset = frame.params.get('static_offset')
+    return new_avatar(head, resolution, frame.params.get('shape'), None if offset is None else offset[0])
+
+# %% ../nbs/18_cli.ipynb #44e77302
+def refine_clip(
+    avatar,             # an avatar file, or 'new'
+    clip,               # folder in VHAP format
+    out,                # folder for the results
+    *,
+    iters:int=10_000,
+    head=None,          # file or folder of a FLAME-format model; default: the open head
+    resolution:int=128, # texels per side of a new avatar
+    paper:bool=False,   # without our remedy
+    seed:int=0,
+    say=print,
+)->dict:                # what metrics.json holds
+    "Stage 2 on a folder of frames; resumes from out/state.safetensors."
+    from spatialavatar0.avatar import load_avatar
+    from spatialavatar0.core import atomic_path
+    from spatialavatar0.head import load_flame, open_head
+    from spatialavatar0.refine import RefineConfig, measure, paper_config, refine
+    head = load_flame(head) if head else open_head(); out = Path(out)
+    train,test = clip_parts(clip, head); say(f'{len(train)} frames to learn from, {len(test)} held out')
+    start = first_avatar(train, head, resolution, say) if str(avatar)=='new' else load_avatar(avatar, head)
+    start.save(out/'start.safetensors')
+    end,log = refine(start, train, config=(paper_config if paper else RefineConfig)(iters=iters), seed=seed, state=out/'state.safetensors')
+    end.save(out/'avatar.safetensors')
+    numbers = dict(gaussians=len(end), iters=iters, steps=log[-1]['step']+1 if log else 0, seed=seed, start=measure(start,test), refined=measure(end,test), log=log)
+    with atomic_path(out/'metrics.json') as tmp: tmp.write_text(json.dumps(numbers, indent=1))
+    say(f"held out: {numbers['start']['psnr']:.1f} -> {numbers['refined']['psnr']:.1f} dB; longest splat {numbers['refined']['aspect_max']:.1f} times its width; {out/'avatar.safetensors'}")
+    return numbers
+
 # %% ../nbs/18_cli.ipynb #a446b877
 def _package(name, cost): # -> (name, found, note)
     from importlib.metadata import PackageNotFoundError, version
@@ -326,7 +382,7 @@ _PRESET = typer.Option(Preset.laptop, help='tiny: seconds, coarse. laptop: half 
 _SEED = typer.Option(0, min=0, help='Seed of all that is random.')
 _DEVICE = typer.Option(Device.cpu, help='Where to compute; cuda needs an NVIDIA GPU.')
 
-# %% ../nbs/18_cli.ipynb #16d8e204
+# %% ../nbs/18_cli.ipynb #86c6ac93
 def check_device(
     device:str, # cpu or cuda
 ):
@@ -335,7 +391,7 @@ def check_device(
     import torch
     from spatialavatar0.core import InputError
     if not torch.cuda.is_available(): raise InputError(f'--device cuda needs a CUDA GPU and torch {torch.__version__} sees none; use --device cpu')
-    raise InputError('a single photo is built on the CPU in this version; use --device cpu')
+    raise InputError('the commands compute on the CPU in this version; use --device cpu')
 
 def _built(photo, out, preset, seed, device):
     check_device(device.value)
@@ -344,7 +400,7 @@ def _built(photo, out, preset, seed, device):
                f'open {where["sheet"]} first, then {where["turntable"]} and {where["speaking"]};\n'
                f'{where["splats"]} opens in any splat viewer, {where["avatar"]} with Avatar.load;\nnbs/20_your_own_photo.ipynb tells how it was made')
 
-# %% ../nbs/18_cli.ipynb #64c1dc5f
+# %% ../nbs/18_cli.ipynb #d9b7db07
 @app.command()
 def demo(out:Path=_OUT, preset:Preset=_PRESET, seed:int=_SEED, device:Device=_DEVICE):
     "Make a talking head from a public-domain portrait that comes with scikit-image."
@@ -355,6 +411,14 @@ def demo(out:Path=_OUT, preset:Preset=_PRESET, seed:int=_SEED, device:Device=_DE
 def build(photo:Path=typer.Argument(help='A portrait: JPEG, PNG, WebP, TIFF ...'), out:Path=_OUT, preset:Preset=_PRESET, seed:int=_SEED, device:Device=_DEVICE):
     "Make a head from your own PHOTO. Faces belong to people: ask them first."
     _built(photo, out, preset, seed, device)
+
+@app.command('refine')
+def _refine(avatar:str=typer.Argument(help='An avatar file, or "new": one frame of the clip is warped.'), clip:Path=typer.Argument(help='Folder in VHAP / GaussianAvatars format.'),
+            out:Path=_OUT, iters:int=typer.Option(10_000, min=1, help='Steps.'), head:Path=typer.Option(None, help='FLAME model of the clip; default: the open head.'),
+            resolution:int=typer.Option(128, min=8, help='Texels per side of a new avatar.'), paper:bool=typer.Option(False, help='As the paper has it, without our remedy.'), seed:int=_SEED, device:Device=_DEVICE):
+    "Refine an AVATAR on a person's CLIP; stopped, the same command goes on."
+    check_device(device.value)
+    refine_clip(avatar, clip, out, iters=iters, head=head, resolution=resolution, paper=paper, seed=seed, say=typer.echo)
 
 @app.command('doctor')
 def _doctor():

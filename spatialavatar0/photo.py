@@ -76,12 +76,12 @@ def shut_eyes(
     on = (lids[h.faces].all(1)[ids.clamp_min(0)]&(ids>=0)).float()
     return Frame(rgb.clamp(0,1), alpha.clamp(0,1).round(), frame.viewmat, K, dict(frame.params, **p)), -erode(-on, 2)
 
-# %% ../nbs/12b_photo.ipynb #5c049b85
+# %% ../nbs/12b_photo.ipynb #97550a4b
 def photo_config(
     iters:int=300,
 )->RefineConfig:
     "A few hundred steps on one photo: the front sharpens, the sides keep their shape."
-    return RefineConfig(iters=iters, warmup=50, aspect=0., spread=1., grow=1., hold=0., carry=False, anchor=.02)
+    return RefineConfig(iters=iters, freeze=50, aspect=0., spread=1., grow=1., keep=0., anchor=.02)
 
 def refine_photo(
     avatar:Avatar,

@@ -1,0 +1,136 @@
+"""Stage 2: bounds, gradients, kill -9 and resume, what stops it, other heads."""
+import math, signal, subprocess, sys
+from dataclasses import replace
+import pytest, torch
+from spatialavatar0.avatar import from_frame, new_avatar
+from spatialavatar0.binding import bind_uv
+from spatialavatar0.clips import Clip, split
+from spatialavatar0.core import InputError
+from spatialavatar0.geometry import intrinsics, look_at
+from spatialavatar0.head import load_flame, open_head
+from spatialavatar0.projection import log_aspects, project_gaussians
+from spatialavatar0.refine import (NotFinite, RAW, RefineConfig, Refinement, clamp_scales, keep_loss, light_share, measure, paper_config, refine,
+                                   screen_aspect, start_frame, texel_neighbours)
+from spatialavatar0.synth import make_person, mono_clip
+
+CONFIG = RefineConfig(freeze=4, aspect_from=4)
+
+@pytest.fixture(scope='module')
+def clip(): return Clip(mono_clip(make_person(2), 12, 64, seed=1).frames)
+@pytest.fixture(scope='module')
+def start(clip): return from_frame(clip[start_frame(clip)], 32)
+
+def same(a, b): return all(torch.equal(a.splats[k], b.splats[k]) for k in RAW)
+
+def test_layout_stays_and_seeds_decide(start, clip):
+    a,log = refine(start, clip, 12, config=CONFIG, seed=3); b,_ = refine(start, clip, 12, config=CONFIG, seed=3); c,_ = refine(start, clip, 12, config=CONFIG, seed=4)
+    assert same(a,b) and not same(a,c) and len(a)==len(start)
+    for k in ('face_ids','bary','texels'): assert torch.equal(getattr(a.binding,k), getattr(start.binding,k))
+    assert not same(a,start) and [r['step'] for r in log]==[0,11] and measure(a,clip)['psnr']>measure(start,clip)['psnr']
+
+def test_scales_stand_still_then_move_within_bounds(start, clip):
+    run = Refinement(start, clip, replace(CONFIG, spread=.7, grow=.2, lr=dict(CONFIG.lr, log_scales=.5)), 12)
+    for i in range(4): run.step(); assert torch.equal(run.splats()['log_scales'], start.splats['log_scales'])
+    for i in range(8):
+        run.step(); s = run.splats()['log_scales']
+        assert (s.amax(-1)-s.amin(-1)).max()<=1.4+1e-4
+    assert not torch.equal(s, start.splats['log_scales'])
+
+def test_clamp_bounds_the_ratio():
+    g = torch.Generator().manual_seed(0); s = torch.randn(500,3,generator=g); x = clamp_scales(5*torch.randn(500,3,generator=g), s, 1., 2.)
+    assert (x.amax(-1)-x.amin(-1)).max()<=2+1e-5                                # whatever came in: no ratio above e^2
+    inside = (x-x.mean(-1,keepdim=True)).abs().amax(-1)<=1                       # clipping moves the mean: only what needed none stays
+    assert torch.allclose(clamp_scales(x, x, 1., 2.)[inside], x[inside], atol=1e-5)
+
+@pytest.mark.parametrize('killed_after', (3,))
+def test_killed_and_resumed(start, clip, tmp_path, killed_after):
+    "kill -9 in the middle of a run; the same call goes on and ends where an undisturbed one does."
+    start.save(tmp_path/'start.safetensors'); script = tmp_path/'run.py'
+    script.write_text(f'''
+import torch, time
+torch.set_num_threads(1)
+from spatialavatar0.avatar import load_avatar
+from spatialavatar0.clips import Clip
+from spatialavatar0.refine import Refinement, RefineConfig
+from spatialavatar0.synth import make_person, mono_clip
+clip = Clip(mono_clip(make_person(2), 12, 64, seed=1).frames)
+run = Refinement(load_avatar({str(tmp_path/"start.safetensors")!r}), clip, RefineConfig(freeze=4, aspect_from=4), 16, seed=5)
+while run.step_number<16:
+    run.step()
+    if run.step_number%3==0: run.save({str(tmp_path/"state.safetensors")!r}); print(run.step_number, flush=True)
+    if run.step_number>9: time.sleep(60)
+''')
+    p = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
+    for line in p.stdout:
+        if int(line)>=9: break
+    p.send_signal(signal.SIGKILL); p.wait()
+    resumed,_ = refine(start, clip, 16, config=CONFIG, seed=5, state=tmp_path/'state.safetensors')
+    whole,_ = refine(start, clip, 16, config=CONFIG, seed=5)
+    for k in RAW: assert torch.allclose(whole.splats[k], resumed.splats[k], atol=0 if torch.get_num_threads()==1 else 1e-6), k
+
+def test_state_of_another_run_is_refused(start, clip, tmp_path):
+    state = tmp_path/'s.safetensors'; refine(start, clip, 2, config=CONFIG, state=state)
+    for kw,word in ((dict(seed=1),'seed'),(dict(config=paper_config()),'config')):
+        with pytest.raises(InputError, match=f'another run: .*{word}'): refine(start, clip, 2, **{**dict(config=CONFIG, state=state), **kw})
+    with pytest.raises(InputError, match='iters'): refine(start, clip, 3, config=CONFIG, state=state)
+    state.write_bytes(b'not a state')
+    with pytest.raises(InputError, match='not the state of a refinement'): refine(start, clip, 2, config=CONFIG, state=state)
+
+def test_interrupt_keeps_what_is_there(start, clip, tmp_path, capsys):
+    def stop(step, avatar): raise KeyboardInterrupt
+    a,log = refine(start, clip, 12, config=CONFIG, callback=stop, state=tmp_path/'s.safetensors')
+    assert not same(a,start) and len(log)==1 and 'stopped after 1 of 12 steps' in capsys.readouterr().out
+    b,_ = refine(start, clip, 12, config=CONFIG, state=tmp_path/'s.safetensors'); c,_ = refine(start, clip, 12, config=CONFIG)
+    assert same(b,c)
+
+def test_nan_is_named_and_harms_nothing(start, clip, tmp_path):
+    run = Refinement(start, clip, CONFIG, 12); run.step(); before = {k: v.clone() for k,v in run.splats().items()}
+    run.delta['quats'].data[7] = torch.nan
+    with pytest.raises(InputError, match='quats'): run.step()                  # the rasterizer names it
+    run = Refinement(start, clip, replace(CONFIG, l1=math.nan), 12)
+    with pytest.raises(NotFinite, match='loss.* at step 0, frame'): run.step()
+    assert all(torch.equal(v, start.splats[k]) for k,v in run.splats().items())
+    with pytest.raises(NotFinite): refine(start, clip, 5, config=replace(CONFIG, l1=math.nan), state=tmp_path/'s.safetensors')
+    assert (tmp_path/'s.safetensors').exists()
+
+def test_pictures_may_not_fit(start, clip):
+    "Without room to keep pictures they are made again: the same result."
+    a,_ = refine(start, clip, 8, config=CONFIG); run = Refinement(start, clip, CONFIG, 8); run.room = 0; b,_ = run.go()
+    assert same(a,b) and not run.views
+
+def test_light_is_what_the_pictures_take(start, clip):
+    share = light_share(start, clip)
+    assert share.min()>=0 and abs(float(share.mean())-1)<1e-4 and float((share<.01).float().mean())>.1
+
+def test_neighbours(start):
+    near = texel_neighbours(start.binding); t = start.binding.texels
+    for k,(dr,dc) in enumerate(((0,1),(0,-1),(1,0),(-1,0))):
+        i = (near[:,k]>=0).nonzero()[:,0]
+        assert torch.equal(t[near[i,k].long()], t[i]+torch.tensor([dr,dc]))
+    x = torch.randn(len(start),2).requires_grad_(); s = torch.rand(len(start)); keep_loss(x,near,s).backward()
+    with torch.no_grad(): numeric = [(float(keep_loss(x+e,near,s))-float(keep_loss(x-e,near,s)))/.2 for e in (.1*torch.nn.functional.one_hot(torch.tensor(k),x.numel()).reshape(x.shape) for k in (0,7,31))]
+    assert torch.allclose(x.grad.reshape(-1)[[0,7,31]], torch.tensor(numeric), atol=1e-4)
+
+@pytest.mark.parametrize('dtype', (torch.float32,torch.float64))
+def test_aspect_of_a_known_disc(dtype):
+    "A disc of radii 3:1 seen from the front, and edge-on."
+    view,K = look_at((0,0,2.),(0,0,0)).to(dtype), intrinsics(200.,64,64).to(dtype); x = lambda *v: torch.tensor([v],dtype=dtype)
+    assert abs(float(log_aspects(x(0,0,0),x(1,0,0,0),x(.03,.01,.001),view,K,64,64))-math.log(3))<1e-3
+    assert float(log_aspects(x(0,0,5.),x(1,0,0,0),x(.03,.01,.001),view,K,64,64))==-1
+    half = math.sqrt(.5); edge = float(log_aspects(x(0,0,0),x(half,0,half,0),x(.03,.01,.001),view,K,64,64))       # turned about y: 1 mm by 10 mm
+    assert abs(edge-math.log(10))<.02
+
+def test_start_frame(clip):
+    f = clip[0]; turned = lambda jaw,yaw: replace(f, params=dict(f.params, jaw=torch.tensor([[jaw,0.,0]]), rotation=torch.tensor([[0.,yaw,0]]), neck=torch.zeros(1,3)))
+    many = Clip([turned(.3,0.), turned(0.,.5), turned(0.,.1), *[turned(.2,0.)]*20])
+    assert start_frame(many)==2
+    with pytest.raises(InputError, match='empty'): start_frame(Clip([]))
+
+def test_a_flame_head(tmp_path, clip):
+    "Stage 2 on a FLAME-format head that has neither regions nor an ARKit map."
+    h = open_head()
+    from spatialavatar0.head import write_flame_folder
+    write_flame_folder(h, tmp_path/'open'); flame = load_flame(tmp_path/'open')
+    frames = Clip([replace(f, params={k:v for k,v in f.params.items() if k in ('jaw','neck','rotation','eyes','translation')}) for f in clip[:4]])
+    a,_ = refine(new_avatar(flame, 24), frames, 8, config=CONFIG)
+    assert measure(a,frames)['psnr']>measure(new_avatar(flame,24),frames)['psnr'] and a.head is flame
