@@ -59,7 +59,7 @@ def _fill_mesh(threads, xyz, faces, near, face_ids, bary, depth):
             if min(a[2],b[2],c[2])<near: continue
             _fill_triangle(t,(a[0],a[1],a[2],b[0],b[1],b[2],c[0],c[1],c[2]),y0,y1,face_ids,bary,depth)
 
-# %% ../nbs/05b_mesh.ipynb #5b6b5e97
+# %% ../nbs/05b_mesh.ipynb #db91836b
 def _screen(points, viewmat, K):
     "Pixels x, y and depth z of world points, float64 (N,3)."
     p,R,K = [x.detach().cpu().double() for x in (points,viewmat,K)]
@@ -75,11 +75,11 @@ def rasterize_mesh(
     height:int,     # pixels
     near_plane:float=.01, # metres: triangles that reach nearer are left out
 )->tuple:           # face_ids (H,W) int64, -1 = none; bary (H,W,3); depth (H,W) metres, inf = none
-    "Which triangle each pixel centre sees, where in it (perspective-correct), and how far."
+    "Which triangle each pixel centre sees, where in it (perspective-correct), and how far; not differentiable."
     _check_mesh(verts, faces, viewmat, K)
     ids,bary,depth = np.full((height,width),-1), np.zeros((height,width,3),np.float32), np.full((height,width),np.inf,np.float32)
     _fill_mesh(nb.get_num_threads(), _screen(verts,viewmat,K).numpy(), np.ascontiguousarray(faces.cpu().numpy(),np.int64), near_plane, ids, bary, depth)
-    return [torch.from_numpy(x).to(verts.device) for x in (ids,bary,depth)]
+    return tuple(torch.from_numpy(x).to(verts.device) for x in (ids,bary,depth))
 
 # %% ../nbs/05b_mesh.ipynb #6e862a06
 def _check_mesh(verts, faces, viewmat, K):

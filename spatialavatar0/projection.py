@@ -63,15 +63,22 @@ ZERO,HALF,ONE,TWO,FOUR = [np.float32(v) for v in (0,.5,1,2,4)]
 kernel = dict(cache=True, error_model='numpy', fastmath={'reassoc','contract','arcp','nsz','afn'})
 inline = nb.njit(forceinline=True, **kernel)
 
-# %% ../nbs/04b_projection.ipynb #2217a498
+# %% ../nbs/04b_projection.ipynb #b2872f5c
 @inline
-def _whitener(u0, u1, u2, eps2d):
-    "a, b, c with sigma = (a dx + b dy)^2 + (c dy)^2, for a Gaussian with these axes on the screen."
+def _covariance(u0, u1, u2):
+    "Entries xx, xy, yy and the determinant of U U^T."
     xx = u0[0]*u0[0]+u1[0]*u1[0]+u2[0]*u2[0]
     xy = u0[0]*u0[1]+u1[0]*u1[1]+u2[0]*u2[1]
     yy = u0[1]*u0[1]+u1[1]*u1[1]+u2[1]*u2[1]
     d01,d02,d12 = u0[0]*u1[1]-u0[1]*u1[0], u0[0]*u2[1]-u0[1]*u2[0], u1[0]*u2[1]-u1[1]*u2[0]
-    det = d01*d01+d02*d02+d12*d12 + eps2d*(xx+yy+eps2d)
+    return xx,xy,yy, d01*d01+d02*d02+d12*d12
+
+# %% ../nbs/04b_projection.ipynb #fbb66cb7
+@inline
+def _whitener(u0, u1, u2, eps2d):
+    "a, b, c with sigma = (a dx + b dy)^2 + (c dy)^2, for a Gaussian with these axes on the screen."
+    xx,xy,yy,det = _covariance(u0,u1,u2)
+    det += eps2d*(xx+yy+eps2d)
     yy = yy+eps2d; c = ONE/math.sqrt(TWO*yy); root = math.sqrt(yy/det)
     return math.sqrt(HALF)*root, -xy/yy*math.sqrt(HALF)*root, c
 
@@ -127,10 +134,10 @@ def _half_size(a, b, c, reach):
 @inline
 def _on_screen(mx, my, ex, ey, width, height): return mx+ex>ZERO and mx-ex<width and my+ey>ZERO and my-ey<height
 
-# %% ../nbs/04b_projection.ipynb #c5e86964
+# %% ../nbs/04b_projection.ipynb #d0098f7a
 @nb.njit(parallel=True, **kernel)
 def project_kernel(means, quats, scales, opacities, V, cam, limits, means2d, depths, white, reach, extents):
-    "Fill the last five, one row per Gaussian; reach is -1 and the rest but the depth 0 where nothing is drawn."
+    "Fill the last five, one row per Gaussian; reach is -1 and the rest but the depth 0 where nothing is drawn. limits: width, height (pixels), near, far (metres), eps2d."
     width,height,near,far,eps2d = limits
     for i in nb.prange(len(means)):
         p = _plus(_rotate(V,(means[i,0],means[i,1],means[i,2])), (V[0,3],V[1,3],V[2,3]))
@@ -244,7 +251,7 @@ class _Project(torch.autograd.Function):
             project_backward(*ctx.arrays, ctx.V[c], ctx.cams[c], ctx.white[c], ctx.reach[c], *g, *grads)
         return *[torch.from_numpy(g) for g in grads], *[None]*8
 
-# %% ../nbs/04b_projection.ipynb #5c3e9962
+# %% ../nbs/04b_projection.ipynb #178a62fb
 def project_splats(
     means:Tensor,     # (N,3) metres
     quats:Tensor,     # (N,4) wxyz
@@ -256,21 +263,18 @@ def project_splats(
     height:int,       # pixels
     near_plane:float=.01, far_plane:float=1e10, # metres
     eps2d:float=.3,   # pixels^2
-)->tuple: # means2d (C,N,2), depths (C,N), white (C,N,3), reach (C,N), extents (C,N,2): float32 on the CPU
+)->tuple: # means2d (C,N,2) pixels, depths (C,N) metres, white (C,N,3) 1/pixels, reach (C,N) largest sigma or -1, extents (C,N,2) pixels
     "Project Gaussians with numba; differentiable in means, quats and scales. Expects moments for `white`."
     if viewmats.requires_grad or Ks.requires_grad: raise InputError("this backend gives no gradient to cameras; use backend='dense' or 'torch'")
     return _Project.apply(*[x.cpu().float() for x in (means,quats,scales,opacities.detach(),viewmats,Ks)], int(width), int(height), near_plane, far_plane, eps2d)
 
-# %% ../nbs/04b_projection.ipynb #a5dd17e9
+# %% ../nbs/04b_projection.ipynb #017f18a1
 @inline
 def _log_ratio(u0, u1, u2):
     "Half the log of the ratio of eigenvalues of U U^T, and its derivative xx, xy, yy."
-    xx = u0[0]*u0[0]+u1[0]*u1[0]+u2[0]*u2[0]
-    xy = u0[0]*u0[1]+u1[0]*u1[1]+u2[0]*u2[1]
-    yy = u0[1]*u0[1]+u1[1]*u1[1]+u2[1]*u2[1]
-    d01,d02,d12 = u0[0]*u1[1]-u0[1]*u1[0], u0[0]*u2[1]-u0[1]*u2[0], u1[0]*u2[1]-u1[1]*u2[0]
+    xx,xy,yy,det = _covariance(u0,u1,u2)
     d,h = HALF*(xx-yy), np.float32(1e-12); h = math.sqrt(d*d+xy*xy+h*h)
-    l1 = HALF*(xx+yy)+h; l2 = max((d01*d01+d02*d02+d12*d12)/l1, np.float32(1e-10)*l1+np.float32(1e-20))
+    l1 = HALF*(xx+yy)+h; l2 = max(det/l1, np.float32(1e-10)*l1+np.float32(1e-20))
     c,s = HALF*d/h, HALF*xy/h; p,m = HALF/l1, HALF/l2
     return HALF*math.log(l1/l2), (p*(HALF+c)-m*(HALF-c), (p+m)*s, p*(HALF-c)-m*(HALF+c))
 
@@ -302,7 +306,7 @@ class _Aspect(torch.autograd.Function):
         project_backward(*ctx.arrays, ctx.V, ctx.cam, identity, ctx.ratio, np.zeros((n,2),np.float32), np.zeros(n,np.float32), HALF*_np(g)[:,None]*ctx.slope, *grads)
         return *[torch.from_numpy(x) for x in grads], *[None]*5
 
-# %% ../nbs/04b_projection.ipynb #5a9b975a
+# %% ../nbs/04b_projection.ipynb #6f21af35
 def log_aspects(
     means:Tensor,   # (N,3) metres
     quats:Tensor,   # (N,4) wxyz
@@ -317,4 +321,5 @@ def log_aspects(
     _,z,cov = project_gaussians(means, quats, scales, viewmat, K, width, height, 0., near_plane)
     mean,half = cov.diagonal(dim1=1,dim2=2).mean(-1), (cov[:,0,0]-cov[:,1,1])/2
     long = mean+(half**2+cov[:,0,1]**2+1e-24).sqrt()
-    return torch.where(z>=near_plane, .5*(long**2/cov.det().clamp(min=1e-20)).log(), -1.)
+    short = (cov.det()/long).maximum(1e-10*long+1e-20)
+    return torch.where(z>=near_plane, .5*(long/short).log(), -1.)

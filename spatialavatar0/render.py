@@ -7,9 +7,9 @@ __all__ = ['pixel_centres', 'splat_alphas', 'blend', 'tile_lists', 'order_by_dep
            'blend_pixels', 'blend_tiles', 'blend_tiles_backward', 'blend_pixels_backward', 'hand_back',
            'gsplat_max_alpha', 'rasterize']
 
-# %% ../nbs/05_render.ipynb #f3307d0e
+# %% ../nbs/05_render.ipynb #f39f78d3
 from .core import InputError, expect_tensor
-from .projection import HALF, ONE, TWO, ZERO, covs_to_conics, inline, kernel, project_gaussians, project_splats, whiteners_to_conics
+from .projection import _np, HALF, ONE, TWO, ZERO, covs_to_conics, inline, kernel, project_gaussians, project_splats, whiteners_to_conics
 import functools, math
 import numba as nb, numpy as np, torch, torch.nn.functional as F
 from torch import Tensor
@@ -465,9 +465,7 @@ class _Blend(torch.autograd.Function):
         hand_back(ctx.order, packs[0], sums[0] if threads==1 else sums.sum(0), *grads, np.zeros((N,2),np.float32) if ctx.absgrad is None else ctx.absgrad.numpy())
         return *[torch.from_numpy(g) for g in grads], *[None]*8
 
-# %% ../nbs/05_render.ipynb #568dfe78
-def _np(t): return np.ascontiguousarray(t.detach().numpy(), np.float32)
-
+# %% ../nbs/05_render.ipynb #e7054ee4
 def _blend_numba(kernels, means2d, depths, white, reach, half, opacities, values, width, height, max_alpha, absgrad):
     "The numba rungs: image (H,W,D), T (H,W)."
     return _Blend.apply(means2d, white, opacities.cpu().float(), values.cpu().float(), depths, reach, half, width, height, max_alpha, absgrad, kernels)
@@ -566,7 +564,7 @@ def _renderer(backend, means):
     if backend not in ('gsplat',*_BACKENDS): raise InputError(f'backend should be one of auto, gsplat, {", ".join(_BACKENDS)}; got {backend!r}')
     return _rasterize_gsplat if backend=='gsplat' else functools.partial(_rasterize_here, backend)
 
-# %% ../nbs/05_render.ipynb #79c7828e
+# %% ../nbs/05_render.ipynb #cc1e42aa
 def rasterize(
     means:Tensor,     # (N,3) centres, metres
     quats:Tensor,     # (N,4) wxyz, any length
@@ -577,14 +575,14 @@ def rasterize(
     Ks:Tensor,        # (C,3,3) pixels
     width:int, height:int, # pixels
     *,
-    backgrounds:Tensor=None, # (C,D)
+    backgrounds:Tensor=None, # (C,D), in the units of colors
     near_plane:float=.01, far_plane:float=1e10, # metres: what lies outside is not drawn
     eps2d:float=.3,          # blur added to every splat, pixels^2
     render_mode:str='RGB',   # RGB, D, ED, RGB+D, RGB+ED (D: accumulated depth, ED: expected depth)
     backend:str='auto',      # gsplat, cpu, per_pixel, torch, dense; auto: gsplat for CUDA tensors, else cpu
     max_alpha:float=None,    # no splat hides more than this; None: gsplat's own on CUDA, else .999 as gsplat 1.5
-    absgrad:bool=False,      # give meta['means2d'] an .absgrad beside its .grad
-)->tuple:                    # colors (C,H,W,X), alphas (C,H,W,1), meta
+    absgrad:bool=False,      # give meta['means2d'] an .absgrad beside its .grad; at most 4 channels, depth included
+)->tuple: # colors (C,H,W,X): D, 1 or D+1 channels by render_mode, depth (metres) last; alphas (C,H,W,1) 0..1; meta, a dict
     "Pictures of 3D Gaussians, differentiable in everything but the cameras (dense and torch: in everything)."
     _check_inputs(means, quats, scales, opacities, colors, viewmats, Ks, backgrounds)
     _check_options(width, height, render_mode, near_plane, absgrad, ('RGB' in render_mode)*colors.shape[-1]+(render_mode!='RGB'))
