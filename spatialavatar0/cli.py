@@ -267,7 +267,7 @@ def build_avatar(
 
 def _rounded(x): return {k: _rounded(v) for k,v in x.items()} if isinstance(x, dict) else round(x, 3) if isinstance(x, float) else x
 
-# %% ../nbs/18_cli.ipynb #cd009baf
+# %% ../nbs/18_cli.ipynb #52741f95
 def clip_parts(
     path,       # folder in VHAP format
     head,
@@ -277,6 +277,7 @@ def clip_parts(
     parts = [load_clip(path, head, split=s) for s in ('train','test')]
     return parts if all(map(len,parts)) else split(load_clip(path, head))
 
+# %% ../nbs/18_cli.ipynb #08330377
 def first_avatar(
     clip,
     head,
@@ -294,18 +295,14 @@ def first_avatar(
     offset = frame.params.get('static_offset')
     return new_avatar(head, resolution, frame.params.get('shape'), None if offset is None else offset[0])
 
-# %% ../nbs/18_cli.ipynb #44e77302
+# %% ../nbs/18_cli.ipynb #3a05d630
 def refine_clip(
-    avatar,             # an avatar file, or 'new'
-    clip,               # folder in VHAP format
-    out,                # folder for the results
+    avatar, clip, out,  # an avatar file or 'new'; a folder in VHAP format; a folder for the results
     *,
     iters:int=10_000,
     head=None,          # file or folder of a FLAME-format model; default: the open head
     resolution:int=128, # texels per side of a new avatar
-    paper:bool=False,   # without our remedy
-    seed:int=0,
-    say=print,
+    paper:bool=False, seed:int=0, say=print, # paper: without our remedy
 )->dict:                # what metrics.json holds
     "Stage 2 on a folder of frames; resumes from out/state.safetensors."
     from spatialavatar0.avatar import load_avatar
@@ -320,7 +317,8 @@ def refine_clip(
     end.save(out/'avatar.safetensors')
     numbers = dict(gaussians=len(end), iters=iters, steps=log[-1]['step']+1 if log else 0, seed=seed, start=measure(start,test), refined=measure(end,test), log=log)
     with atomic_path(out/'metrics.json') as tmp: tmp.write_text(json.dumps(numbers, indent=1))
-    say(f"held out: {numbers['start']['psnr']:.1f} -> {numbers['refined']['psnr']:.1f} dB; longest splat {numbers['refined']['aspect_max']:.1f} times its width; {out/'avatar.safetensors'}")
+    before,after = numbers['start'],numbers['refined']
+    say(f"held out: {before['psnr']:.1f} -> {after['psnr']:.1f} dB; longest splat {after['aspect_max']:.1f} times its width; {out/'avatar.safetensors'}")
     return numbers
 
 # %% ../nbs/18_cli.ipynb #a446b877
@@ -400,7 +398,7 @@ def _built(photo, out, preset, seed, device):
                f'open {where["sheet"]} first, then {where["turntable"]} and {where["speaking"]};\n'
                f'{where["splats"]} opens in any splat viewer, {where["avatar"]} with Avatar.load;\nnbs/20_your_own_photo.ipynb tells how it was made')
 
-# %% ../nbs/18_cli.ipynb #d9b7db07
+# %% ../nbs/18_cli.ipynb #ab089400
 @app.command()
 def demo(out:Path=_OUT, preset:Preset=_PRESET, seed:int=_SEED, device:Device=_DEVICE):
     "Make a talking head from a public-domain portrait that comes with scikit-image."
@@ -412,6 +410,7 @@ def build(photo:Path=typer.Argument(help='A portrait: JPEG, PNG, WebP, TIFF ...'
     "Make a head from your own PHOTO. Faces belong to people: ask them first."
     _built(photo, out, preset, seed, device)
 
+# %% ../nbs/18_cli.ipynb #fa3501f9
 @app.command('refine')
 def _refine(avatar:str=typer.Argument(help='An avatar file, or "new": one frame of the clip is warped.'), clip:Path=typer.Argument(help='Folder in VHAP / GaussianAvatars format.'),
             out:Path=_OUT, iters:int=typer.Option(10_000, min=1, help='Steps.'), head:Path=typer.Option(None, help='FLAME model of the clip; default: the open head.'),
@@ -420,6 +419,7 @@ def _refine(avatar:str=typer.Argument(help='An avatar file, or "new": one frame 
     check_device(device.value)
     refine_clip(avatar, clip, out, iters=iters, head=head, resolution=resolution, paper=paper, seed=seed, say=typer.echo)
 
+# %% ../nbs/18_cli.ipynb #ac78f573
 @app.command('doctor')
 def _doctor():
     "Say what this machine has, and what each absence costs."

@@ -38,10 +38,11 @@ def start_frame(
     lowest = jaw.argsort()[:max(1,len(clip)//10)]
     return int(lowest[turn[lowest].argmin()])
 
-# %% ../nbs/12_refine.ipynb #34f13475
+# %% ../nbs/12_refine.ipynb #d8b760a8
 def _rates(): return dict(offsets=5e-3, quats=1e-2, log_scales=1.7e-2, logit_opacities=5e-2, sh0=2.5e-2)
 RAW = tuple(_rates())   # the attributes that move
 
+# %% ../nbs/12_refine.ipynb #a1f45894
 @dataclass
 class RefineConfig:
     "Stage 2: the paper's numbers, and ours where it gives none."
@@ -61,6 +62,7 @@ class RefineConfig:
     lr_end:float = .05    # the one cosine ends at this fraction (ours)
     eps:float = 1e-15     # of Adam (ours: 3D Gaussian Splatting's)
 
+# %% ../nbs/12_refine.ipynb #db84e650
 def paper_config(**changes)->RefineConfig:
     "Stage 2 as the paper has it, without our remedy."
     return RefineConfig(**{**dict(keep=0.), **changes})
@@ -242,8 +244,8 @@ def keep_bounds(self:Refinement):
         s,g,d = self.start[k],self.gate[k],self.delta[k]
         d.copy_(torch.where(g>1e-3, (inside(torch.addcmul(s,g,d))-s)/g.clamp_min(1e-3), 0.))
 
-# %% ../nbs/12_refine.ipynb #d0a08850
-KEEP = dict(offsets=3., log_scales=1., sh0=1.) # how much of each neighbours share
+# %% ../nbs/12_refine.ipynb #a94e69b8
+KEEP = dict(offsets=.05, log_scales=.05, sh0=1.) # how much of each neighbours share: colour mostly, shape costs sharpness in front
 ANCHOR = dict(offsets=3., quats=1., log_scales=1., logit_opacities=.05, sh0=.1) # how much of each the spring to the start weighs
 
 @patch
