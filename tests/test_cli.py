@@ -266,3 +266,21 @@ def test_killed_demo(tmp_path, kill, until):
     assert 'metrics.json' not in whole(tmp_path) and 'Traceback' not in err
     if kill == signal.SIGINT: assert job.returncode == 1 and 'interrupted' in err and not any(p.name.startswith('.') for p in tmp_path.iterdir())
     else: assert job.returncode == -signal.SIGKILL
+
+# ---- stage 2 on a folder of frames
+
+def test_refine_a_folder(tmp_path, capfd):
+    from spatialavatar0.clips import write_vhap
+    from spatialavatar0.head import open_head
+    from spatialavatar0.synth import make_person, mono_clip
+    write_vhap(mono_clip(make_person(5), 12, 64), tmp_path/'clip', open_head())
+    args = ('refine', 'new', tmp_path/'clip', '--out', tmp_path/'out', '--iters', 30, '--resolution', 32)
+    code, out, err = run(capfd, *args); assert code == 0 and 'held out' in out, err
+    first = (tmp_path/'out'/'avatar.safetensors').read_bytes()
+    assert run(capfd, *args)[0] == 0 and (tmp_path/'out'/'avatar.safetensors').read_bytes() == first          # goes on from the end: nothing changes
+    assert run(capfd, 'refine', tmp_path/'out'/'avatar.safetensors', tmp_path/'clip', '--out', tmp_path/'more', '--iters', 5)[0] == 0
+    numbers = json.loads((tmp_path/'out'/'metrics.json').read_text()); assert numbers['refined']['psnr'] > numbers['start']['psnr']
+    assert 'another run' in refused(capfd, *args[:-4], '--iters', 31, '--resolution', 32)
+    assert 'not a clip' in refused(capfd, 'refine', 'new', tmp_path/'out', '--out', tmp_path/'x')
+    assert 'no avatar' in refused(capfd, 'refine', tmp_path/'gone.safetensors', tmp_path/'clip', '--out', tmp_path/'x')
+    assert '--device cpu' in refused(capfd, 'refine', 'new', tmp_path/'clip', '--device', 'cuda')
