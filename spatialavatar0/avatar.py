@@ -310,7 +310,7 @@ def borrow(
     total = t+tm
     return (t[:,None]*rgb+tm[:,None]*rgb[i])/total.clamp_min(1e-6)[:,None], total
 
-# %% ../nbs/09_avatar.ipynb #478ef8cd
+# %% ../nbs/09_avatar.ipynb #436d94bd
 def strands(
     rgb:Tensor,     # (N,3) filled colours
     known:Tensor,   # (N,) 0..1 trust
@@ -319,7 +319,7 @@ def strands(
     waves:int=96,   # streaks are a sum of so many waves around the head
 )->Tensor:          # (N,3)
     "Draw streaks on the hair nobody saw."
-    if not (hair&(known>.7)).any(): return rgb
+    if (hair&(known>.7)).sum()<2: return rgb       # one texel has no spread
     light = rgb[hair&(known>.7)].mean(-1); strength = (light.std()/light.mean()).clamp_max(.22)
     g = torch.Generator().manual_seed(0); rand = lambda lo,hi: lo+(hi-lo)*torch.rand(waves, generator=g)
     p = points-points[hair].mean(0); around = torch.atan2(p[:,0], -p[:,2])[:,None]; down = p[:,1:2]/.1

@@ -134,3 +134,9 @@ def test_a_flame_head(tmp_path, clip):
     frames = Clip([replace(f, params={k:v for k,v in f.params.items() if k in ('jaw','neck','rotation','eyes','translation')}) for f in clip[:4]])
     a,_ = refine(new_avatar(flame, 24), frames, 8, config=CONFIG)
     assert measure(a,frames)['psnr']>measure(new_avatar(flame,24),frames)['psnr'] and a.head is flame
+
+def test_one_lit_texel_of_hair():
+    "A start frame in which a single texel of hair is seen well: its colours have no spread, and once became nan."
+    from spatialavatar0.avatar import strands
+    rgb = torch.rand(6,3); known = torch.tensor([1.,0,0,0,0,0]); hair = torch.tensor([True]*3+[False]*3)
+    assert torch.equal(strands(rgb, known, torch.rand(6,3), hair), rgb)
