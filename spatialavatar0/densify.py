@@ -199,7 +199,7 @@ def step(self:Densification):
     if due(cfg.reset): self.fade()
     return dict(row, count=len(self.root))
 
-# %% ../nbs/12c_densify.ipynb #5b10627a
+# %% ../nbs/12c_densify.ipynb #d44cd235
 def densify(
     avatar:Avatar,
     clip,                       # a Clip, or one Frame
@@ -216,5 +216,5 @@ def densify(
     begun = time.perf_counter()
     def watch(step, now):
         if callback: callback(step, now)
-        if budget_seconds and time.perf_counter()-begun>budget_seconds: raise KeyboardInterrupt
+        if budget_seconds is not None and time.perf_counter()-begun>budget_seconds: raise KeyboardInterrupt
     return Densification(avatar, clip, config or DensifyConfig(), iters, seed).go(watch)
