@@ -40,7 +40,7 @@ def _box_pairs(
     k = torch.arange(len(f)) - (n.cumsum(0)-n)[f]
     return f, lo[f]+torch.stack([k%w[f], k//w[f]],-1)
 
-# %% ../nbs/04_binding.ipynb #e9cbaf50
+# %% ../nbs/04_binding.ipynb #c69d240f
 @dataclass(frozen=True)
 class Binding:
     "Which triangle, and where in it, each Gaussian sits. Its tensors are not to be written into."
@@ -48,18 +48,20 @@ class Binding:
     bary:Tensor      # (N,3) float32, rows sum to 1
     texels:Tensor    # (N,2) int64, row and column in the UV grid
     faces:Tensor     # (F,3) int64, the head's triangles
-    resolution:int   # texels per side
+    resolution:int   # texels per side; 0 where growing and pruning gave the UV layout up
     def __len__(self): return len(self.face_ids)
     @cached_property
     def lists(self): return _make_lists(self) # who sits where, for the fast loops below
+    def need_layout(self): # InputError where there is no UV grid
+        if not self.resolution: raise InputError(f'these {len(self):,} Gaussians have no UV layout: cloning and pruning gave it up; use an avatar made by from_frame or refine')
     def to_map(self, values, fill=0.): # (N,...) per Gaussian -> (R,R,...) picture of the UV grid
         "Lay values out on the UV grid."
-        m = values.new_full((self.resolution,self.resolution,*values.shape[1:]), fill)
+        self.need_layout(); m = values.new_full((self.resolution,self.resolution,*values.shape[1:]), fill)
         m[self.texels[:,0],self.texels[:,1]] = values
         return m
     def from_map(self, grid): # (R,R,...) -> (N,...)
         "Read values off the UV grid."
-        return grid[self.texels[:,0],self.texels[:,1]]
+        self.need_layout(); return grid[self.texels[:,0],self.texels[:,1]]
 
 # %% ../nbs/04_binding.ipynb #bbbd0d3d
 def bind_uv(

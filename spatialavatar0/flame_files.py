@@ -33,10 +33,12 @@ def _numbers(d, key, sizes, where):
     if not np.isfinite(x).all(): raise InputError(f'{where}: {key} holds nan or inf; the file is damaged, download it again')
     return x
 
-# %% ../nbs/02c_flame_files.ipynb #c72236a1
+# %% ../nbs/02c_flame_files.ipynb #db77bb1f
 def _tree(d, where):
     "FLAME's five joints, or an error that says which came."
-    rows = _plain(d, 'kintree_table', where); got = rows[0].astype(np.int64) if rows.ndim==2 and len(rows)==2 and rows.dtype.kind in 'iu' else []
+    rows = _plain(d, 'kintree_table', where)
+    if rows.dtype.kind not in 'iu': raise InputError(f'{where}: kintree_table should hold integers; got {rows.dtype}. {WHERE}')
+    got = rows[0].astype(np.int64) if rows.ndim==2 and len(rows)==2 else []
     parents = [-1 if p in (2**32-1,-1) else int(p) for p in got]
     if parents!=[-1,0,1,1,1] or rows[1].tolist()!=list(range(5)):
         raise InputError(f"{where}: kintree_table should be FLAME's tree of five joints (root, neck, jaw, left eye, right eye: parents -1 0 1 1 1); got {len(parents)} joints with parents {' '.join(map(str,parents[:8]))}. {WHERE}")

@@ -47,7 +47,7 @@ _KEEP = '''MARK STOP POP POP_MARK DUP NONE NEWTRUE NEWFALSE INT BININT BININT1 B
     LIST EMPTY_LIST APPEND APPENDS TUPLE EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT EMPTY_SET
     GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE PROTO FRAME GLOBAL STACK_GLOBAL'''.split()
 
-# %% ../nbs/02b_pickles.ipynb #66c90645
+# %% ../nbs/02b_pickles.ipynb #79694456
 class _Table(dict):
     "Instruction -> method; whatever is not in it is refused."
     def __missing__(self, op):
@@ -72,6 +72,11 @@ class Reader(pickle._Unpickler):
 def _does(op): # register a method of the machine in its own table
     def add(f): Reader.dispatch[ord(op)] = f; return f
     return add
+
+def _costs(op, bytes=256): # a container in memory is larger than the one byte that asks for it: count it
+    make = Reader.dispatch[ord(getattr(pickle,op))]
+    Reader.dispatch[ord(getattr(pickle,op))] = lambda self: (self.spend(bytes), make(self))[1]
+for _op in 'LIST EMPTY_LIST TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT EMPTY_SET'.split(): _costs(_op)
 
 # %% ../nbs/02b_pickles.ipynb #7c3e05ca
 @_does(pickle.REDUCE)
