@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['RAW', 'KEEP', 'ANCHOR', 'start_frame', 'RefineConfig', 'paper_config', 'render_frame', 'photo_loss', 'clamp_scales',
            'aspect_loss', 'light_share', 'texel_neighbours', 'keep_loss', 'View', 'look', 'Refinement', 'like',
-           'NotFinite', 'refine', 'screen_aspect', 'measure']
+           'NotFinite', 'refine', 'calm', 'screen_aspect', 'measure']
 
-# %% ../nbs/12_refine.ipynb #e25c6d0e
+# %% ../nbs/12_refine.ipynb #97adb37d
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 import json, math, time
 from pathlib import Path
@@ -169,7 +170,7 @@ def keep_loss(
     "Squared differences between neighbouring texels, weighted; float32 on the CPU."
     return _Smooth.apply(change, near, s)
 
-# %% ../nbs/12_refine.ipynb #272848f9
+# %% ../nbs/12_refine.ipynb #ca13e4c5
 @dataclass
 class View:
     "A picture to learn from, with all that never changes."
@@ -177,20 +178,23 @@ class View:
     mask:Tensor          # (H,W) uint8
     viewmat:Tensor
     K:Tensor
-    mesh:Frames          # of its posed mesh
+    verts:Tensor         # (V,3) its posed mesh
+    binding:object
     time:int = 0
     care:Tensor = None   # (H,W) 1 where pixels count
     @property
     def height(self): return self.image.shape[0]
     @property
     def width(self): return self.image.shape[1]
-    def bytes(self): return sum(x.numel()*x.element_size() for x in (self.image,self.mask,self.mesh.points,self.mesh.quats,self.mesh.scales))
+    @property
+    def mesh(self): return bind_frames(self.binding, self.verts) # Frames of the posed mesh, in half a millisecond
+    def bytes(self): return sum(x.numel()*x.element_size() for x in (self.image,self.mask,self.verts))
     def on(self, background): # (3,) -> (H,W,3) float
         "The person on a plain colour."
         m = self.mask[...,None].float().mul_(1/255)
         return background+m*(self.image.float().mul_(1/255)-background)
 
-# %% ../nbs/12_refine.ipynb #3b7aa0f9
+# %% ../nbs/12_refine.ipynb #4fd6681e
 def look(
     avatar:Avatar,
     frame:Frame,
@@ -200,8 +204,8 @@ def look(
     for name in ('image','mask'):
         if not torch.isfinite(getattr(frame,name)).all(): raise InputError(f'the {name} of frame {frame.time} holds nan or inf; leave that frame out')
     byte = lambda x: (x.detach().clamp(0,1)*255).round().byte()
-    with torch.no_grad(): mesh = bind_frames(avatar.binding, avatar.verts(**frame.pose))
-    return View(byte(frame.image), byte(frame.mask), frame.viewmat, frame.K, mesh, frame.time, care)
+    with torch.no_grad(): verts = avatar.verts(**frame.pose)
+    return View(byte(frame.image), byte(frame.mask), frame.viewmat, frame.K, verts, avatar.binding, frame.time, care)
 
 # %% ../nbs/12_refine.ipynb #a2d75201
 class Refinement:
@@ -340,21 +344,30 @@ def refine(
     if state and Path(state).exists(): run.load(state)
     return run.go(callback, state)
 
-# %% ../nbs/12_refine.ipynb #88c7540a
+# %% ../nbs/12_refine.ipynb #9e3fb601
+@contextmanager
+def calm(
+    pixels:int, # of a picture
+):
+    "For a loop of many small operations: tiny numbers are zero, and a second thread of torch is only woken for large pictures."
+    threads = torch.get_num_threads(); torch.set_flush_denormal(True)   # vanishing gradients would cost ten times the time
+    if pixels<200_000: torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_flush_denormal(False); torch.set_num_threads(threads)
+
 @patch
 def go(self:Refinement, callback=None, state=None, every=50):
     "Run to the end; an interrupt keeps what is there."
-    flush = torch.set_flush_denormal(True)   # vanishing gradients of hidden Gaussians would cost ten times the time
     begun,bar = time.perf_counter(), progress(range(self.step_number,self.iters), 'refine')
     try:
-        for i in bar:
-            row = self.step()
-            if i%every==0 or i==self.iters-1: self.log.append(dict(row, seconds=round(time.perf_counter()-begun,2))); bar.set_postfix(psnr=f"{row['psnr']:.1f} dB")
-            if callback and i%every==0: callback(i, self.result())
-            if state and self.step_number%500==0: self.save(state)
+        with calm(self.view(0).width*self.view(0).height):
+            for i in bar:
+                row = self.step()
+                if i%every==0 or i==self.iters-1: self.log.append(dict(row, seconds=round(time.perf_counter()-begun,2))); bar.set_postfix(psnr=f"{row['psnr']:.1f} dB")
+                if callback and i%every==0: callback(i, self.result())
+                if state and self.step_number%500==0: self.save(state)
     except KeyboardInterrupt: print(f'stopped after {self.step_number} of {self.iters} steps'+(f'; the same call goes on from {state}' if state else ''))
     finally:
-        torch.set_flush_denormal(False)
         if state: self.save(state)
     return self.result(), self.log
 
