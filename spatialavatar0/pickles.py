@@ -47,7 +47,7 @@ _KEEP = '''MARK STOP POP POP_MARK DUP NONE NEWTRUE NEWFALSE INT BININT BININT1 B
     LIST EMPTY_LIST APPEND APPENDS TUPLE EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT EMPTY_SET
     GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE PROTO FRAME GLOBAL STACK_GLOBAL'''.split()
 
-# %% ../nbs/02b_pickles.ipynb #79694456
+# %% ../nbs/02b_pickles.ipynb #528a3611
 class _Table(dict):
     "Instruction -> method; whatever is not in it is refused."
     def __missing__(self, op):
@@ -69,6 +69,7 @@ class Reader(pickle._Unpickler):
         if self.left<0: raise Refused('more memory than the limit')
         return n
 
+# %% ../nbs/02b_pickles.ipynb #dc04521a
 def _does(op): # register a method of the machine in its own table
     def add(f): Reader.dispatch[ord(op)] = f; return f
     return add

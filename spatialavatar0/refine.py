@@ -344,7 +344,7 @@ def refine(
     if state and Path(state).exists(): run.load(state)
     return run.go(callback, state)
 
-# %% ../nbs/12_refine.ipynb #9e3fb601
+# %% ../nbs/12_refine.ipynb #94803fbb
 @contextmanager
 def calm(
     pixels:int, # of a picture
@@ -355,6 +355,7 @@ def calm(
     try: yield
     finally: torch.set_flush_denormal(False); torch.set_num_threads(threads)
 
+# %% ../nbs/12_refine.ipynb #53a228cd
 @patch
 def go(self:Refinement, callback=None, state=None, every=50):
     "Run to the end; an interrupt keeps what is there."

@@ -232,7 +232,7 @@ def broken(**change): return {k:v for k,v in {**SMALL, **change}.items() if v is
 nan = SMALL['v_template'].copy(); nan[3,1] = np.nan
 MALFORMED = dict(
     lacks_a_key=(broken(posedirs=None), 'lacks posedirs'), smpl=(broken(kintree_table=np.array([[2**32-1,*range(23)],range(24)])), 'got 24 joints with parents -1 0 1 2'),
-    other_tree=(broken(kintree_table=np.array([[2**32-1,0,0,1,1],range(5)])), 'parents -1 0 0 1 1'), float_tree=(broken(kintree_table=np.zeros((2,5))), 'five joints'),
+    other_tree=(broken(kintree_table=np.array([[2**32-1,0,0,1,1],range(5)])), 'parents -1 0 0 1 1'), float_tree=(broken(kintree_table=np.zeros((2,5))), 'should hold integers; got float64'),
     wrong_shape=(broken(posedirs=np.zeros((60,3,207))), r'posedirs should be \(60,3,36\); got \(60, 3, 207\)'), other_count=(broken(weights=np.full((59,5),.2)), r'weights should be \(60,5\)'),
     nan=(broken(v_template=nan), 'v_template holds nan'), face_out_of_range=(broken(f=np.full((100,3),60)), r'vertex indices 0..59'), negative_face=(broken(f=np.full((100,3),-1)), 'vertex indices'), float_faces=(broken(f=np.zeros((100,3))), 'vertex indices'),
     weights=(broken(weights=SMALL['weights']*1.1), 'weights should sum to 1; they are off by up to 0.1'), negative=(broken(weights=np.tile([1.5,-.5,0,0,0],(60,1))), 'not be negative'),
