@@ -1,4 +1,4 @@
-"Two threads, no display, and an environment that no test leaves changed."
+"Two threads, no display, and an environment (thread counts, too) that no test leaves changed."
 import os
 from pathlib import Path
 import pytest
@@ -18,3 +18,5 @@ def same_environment():
     before, folder = dict(os.environ), os.getcwd()
     yield
     os.environ.clear(); os.environ.update(before); os.chdir(folder)
+    import numba, torch                                # pages that compare speeds use one thread, and run in this process
+    numba.set_num_threads(numba.config.NUMBA_NUM_THREADS); torch.set_num_threads(int(threads))

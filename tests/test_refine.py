@@ -1,5 +1,5 @@
 """Stage 2: bounds, gradients, kill -9 and resume, what stops it, other heads."""
-import math, signal, subprocess, sys
+import math, os, signal, subprocess, sys
 from dataclasses import replace
 import pytest, torch
 from spatialavatar0.avatar import from_frame, new_avatar
@@ -60,7 +60,8 @@ with calm(64*64):
         if run.step_number%3==0: run.save({str(tmp_path/"state.safetensors")!r}); print(run.step_number, flush=True)
         if run.step_number>9: time.sleep(60)
 ''')
-    p = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
+    import numba; env = dict(os.environ, NUMBA_NUM_THREADS=str(numba.get_num_threads()))    # sums of two threads are added in another order
+    p = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=env)
     for line in p.stdout:
         if int(line)>=9: break
     p.send_signal(signal.SIGKILL); p.wait()
