@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'INSIDE', 'Avatar', 'texel_mask', 'open_splats', 'new_avatar', 'head_id', 'save_avatar', 'load_avatar',
            'Seen', 'see', 'look_up', 'erode', 'bleed', 'mirror_texels', 'fill', 'silhouette', 'ring_lookup',
-           'grow_hair', 'part_is', 'shaded_lid', 'trust', 'borrow', 'strands', 'light_lids', 'bake_eyes', 'bake',
-           'sink', 'from_frame', 'head_square', 'without_clothes', 'below']
+           'grow_hair', 'part_is', 'shaded_lid', 'trust', 'borrow', 'strands', 'light_lids', 'bake_eyes', 'complete',
+           'bake', 'sink', 'from_frame', 'head_square', 'without_clothes', 'below']
 
 # %% ../nbs/09_avatar.ipynb #edca62a0
 from dataclasses import dataclass, field, replace
@@ -359,16 +359,16 @@ def bake_eyes(
 
 INSIDE = dict(mouth=(.16,.05,.05), tongue=(.5,.22,.22), teeth_up=(.86,.80,.71), teeth_low=(.80,.74,.65)) # colours nobody's photo shows
 
-# %% ../nbs/09_avatar.ipynb #fb7360e5
-def bake(
+# %% ../nbs/09_avatar.ipynb #0734a107
+def complete(
     avatar:Avatar,
-    frame:Frame,   # params and matte are the avatar's
-)->tuple:          # (N,3) colours 0..1, (N,) 0..1 how well each Gaussian was seen
-    "Warp a picture onto the UV grid and complete what it does not show."
+    rgb:Tensor,    # (N,3) warped colours
+    t:Tensor,      # (N,) 0..1 trust in each
+    eyes:Tensor,   # (N,3) from bake_eyes
+)->Tensor:         # (N,3) 0..1
+    "Colours for all a picture does not show."
     h,b = avatar.head,avatar.binding
-    s = see(b, avatar.verts(**frame.pose), frame); clean = bleed(frame)
-    t = trust(avatar, frame, s)
-    rgb,known = borrow(look_up(clean, s.uv), t, mirror_texels(b, h))
+    rgb,known = borrow(rgb, t, mirror_texels(b, h))
     rest = bind_points(h()[0], b); hair = texel_mask(h, 'scalp', b)>.5; skin = part_is(h, b, 'skin')
     for group,pull in ((skin&hair, 1e-4), (skin&~hair, .005)):
         sure = group&(known>.5)
@@ -377,8 +377,18 @@ def bake(
     rgb = strands(rgb, known, rest, skin&hair)
     rgb[part_is(h, b, 'socket_l', 'socket_r')] = rgb[texel_mask(h, 'eye_region', b)>.5].median(0).values
     for name,color in INSIDE.items(): rgb[part_is(h, b, name)] = torch.tensor(color)
-    ball = part_is(h, b, 'eye_l', 'eye_r'); rgb[ball] = bake_eyes(avatar, clean, s)[ball]
-    return rgb.clamp(.01,.99), t
+    ball = part_is(h, b, 'eye_l', 'eye_r'); rgb[ball] = eyes[ball]
+    return rgb.clamp(.01,.99)
+
+# %% ../nbs/09_avatar.ipynb #e68dc9d6
+def bake(
+    avatar:Avatar,
+    frame:Frame,   # params and matte are the avatar's
+)->tuple:          # (N,3) colours 0..1, (N,) 0..1 how well each Gaussian was seen
+    "Warp a picture onto the UV grid and complete what it does not show."
+    s = see(avatar.binding, avatar.verts(**frame.pose), frame); clean = bleed(frame)
+    t = trust(avatar, frame, s)
+    return complete(avatar, look_up(clean, s.uv), t, bake_eyes(avatar, clean, s)), t
 
 # %% ../nbs/09_avatar.ipynb #942e061d
 def sink(

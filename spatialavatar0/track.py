@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MIN_SIDE', 'MAX_SIDE', 'load_photo', 'landmarker', 'NoFace', 'Detection', 'detect', 'LandmarkTable', 'landmark_table',
            'LandmarkModel', 'landmark_model', 'State', 'start_pose', 'whitening', 'point_gradients', 'pixels', 'Target',
-           'minimise', 'camera_guess', 'set_up', 'solve', 'to_frame', 'frame_landmarks', 'fit_report', 'matte',
-           'overlay', 'fit']
+           'normal_equations', 'moving', 'minimise', 'camera_guess', 'set_up', 'solve', 'to_frame', 'frame_landmarks',
+           'fit_report', 'matte', 'overlay', 'fit']
 
 # %% ../nbs/13_track.ipynb #1380ac9a
 import contextlib,math,os,sys,warnings
@@ -319,8 +319,10 @@ class Target:
         data = torch.where(e<self.huber, e*e, self.huber*(2*e-self.huber)).sum()
         return data+(self.precision*(state.c-self.prior)**2).sum()
 
-# %% ../nbs/13_track.ipynb #6545b8f7
-def _normal_equations(model, state, target):
+# %% ../nbs/13_track.ipynb #9f9ea931
+def normal_equations(
+    model:LandmarkModel, state:State, target:Target,
+)->tuple: # (6+S+52,), (6+S+52,6+S+52)
     "Gradient and Gauss-Newton matrix of the energy, halved."
     p,J = pixels(model, state, target.K, grad=True); r = target.residual(p)
     J = torch.einsum('lab,lbk->lak', target.whiten, J); w = target.huber/r.norm(dim=1).clamp(min=target.huber)
@@ -329,13 +331,17 @@ def _normal_equations(model, state, target):
     g[6:] += target.precision*(state.c-target.prior); H.diagonal()[6:] += target.precision
     return g,H
 
-def _moving(state, g, free):
+def moving(
+    state:State,
+    g:Tensor,    # (6+S+52,) gradient
+    free:Tensor, # (6+S+52,) bool, what was chosen
+)->Tensor:
     "Indices of the unknowns that may move: chosen, and not pushed against a bound."
     a,ga = state.c[-52:],g[-52:]
     stuck = torch.cat([torch.zeros(len(g)-52, dtype=bool), ((a<=0)&(ga>0))|((a>=1)&(ga<0))])
     return (free&~stuck).nonzero()[:,0]
 
-# %% ../nbs/13_track.ipynb #9b1dd948
+# %% ../nbs/13_track.ipynb #90d5a191
 def minimise(
     model:LandmarkModel, state:State, target:Target,
     free=('pose','shape','arkit'), # what may change
@@ -346,8 +352,8 @@ def minimise(
     n = len(state.c)-52; on = torch.cat([torch.full((k,), name in free) for name,k in (('pose',6),('shape',n),('arkit',52))])
     damp,E = 1e-3,target.energy(model, state)
     for _ in range(steps):
-        g,H = _normal_equations(model, state, target)
-        i = _moving(state, g, on); H,g = H[i][:,i],g[i]
+        g,H = normal_equations(model, state, target)
+        i = moving(state, g, on); H,g = H[i][:,i],g[i]
         while True:
             step = torch.zeros(len(on)).to(H); step[i] = -torch.linalg.solve(H+damp*H.diag().diag(), g)
             new = state.moved(step); E_new = target.energy(model, new)
