@@ -373,13 +373,13 @@ def paint(
     backdrop = torch.as_tensor(.75 if background is None else background).float().expand_as(image)
     return Frame(image+(1-mask)*backdrop, mask[...,0], viewmat, K, {'shape':person.shape, **params})
 
-# %% ../nbs/08_synth.ipynb #28dacc09
+# %% ../nbs/08_synth.ipynb #b3839f27
 def _samples(person, verts, head, viewmat, K, size, light):
     "(S,S,3) shaded colours, 0 off the head, and (S,S) 1 on the head."
     face_ids,bary,_ = rasterize_mesh(verts, head.faces, viewmat, K, size, size)
     face_ids,bary = torch.as_tensor(face_ids),torch.as_tensor(bary); on = face_ids>=0
     f,b = face_ids[on],bary[on][...,None].to(verts)
-    at = lambda values,index: (values[index[f]]*b).sum(1)
+    def at(values, index): x,y,z = (values.index_select(0,index[f,k])*b[:,k] for k in range(3)); return x+y+z
     n = F.normalize(at(vertex_normals(verts, head.faces), head.faces), dim=-1)
     colour = shade(sample_texture(person.texture, at(head.uv, head.uv_faces)), n, light, lamp(light, viewmat))
     rgb = verts.new_zeros(size, size, 3); rgb[on] = colour
