@@ -176,7 +176,7 @@ def hair_where(
     if style.hair=='horseshoe': m = m*smooth(p[:,1]+.5*wobble,1.25,.75)*smooth(-p[:,2],.3,.8)
     return torch.maximum(m, _hangs(p, style, .72))
 
-# %% ../nbs/08b_domains.ipynb #758b27e4
+# %% ../nbs/08b_domains.ipynb #1a329ff0
 def stand_off(
     head:Head,
     verts:Tensor,     # (V,3) the person's neutral shape, metres
@@ -199,7 +199,7 @@ def _curtain(p, verts, head, look, style, g):
     eyes = [verts[part_verts(head,n)].mean(0) for n in ('eye_l','eye_r')]; unit = (eyes[0]-eyes[1]).norm(); q = (verts-(eyes[0]+eyes[1])/2)/unit
     d = torch.stack([q[:,0], 0*q[:,0], q[:,2]+1.3],1); r = d.norm(dim=-1).clamp_min(.05); d = d/r[:,None]
     fall = smooth(-q[:,1],0.,2.5); v = look.volume/unit
-    oval = (((d[:,0]/(1.2+v))**2+(d[:,2]/(1.55+v-.25*fall))**2)**-.5)*(1+.035*noise(p*p.new_tensor([1,.25,1]),7.,g))
+    oval = (((d[:,0]/(1.2+v))**2+(d[:,2]/(1.68+v-.4*fall))**2)**-.5)*(1+.035*noise(p*p.new_tensor([1,.25,1]),7.,g))
     m = _hangs(p, style, .86)*smooth(-p[:,1],-.35,.25)*(p[:,1]>-3.2); m[part_verts(head,*[n for n in head.part_names if n!='skin'])] = 0
     return (m*(oval-r)*unit)[:,None]*d
 
@@ -315,8 +315,8 @@ def make_character(
     colour = (colour*(1+look.age*colour.new_tensor(_ALWAYS)@lines)[:,None]).clamp(.01,1); offset = stand_off(head, head(shape=shape)[0], look, style, g)
     return Character(seed, shape, colour[c.nearest], offset, look, style, lines[:,c.nearest.flatten()], red.clamp(0,1)[c.nearest.flatten()])
 
-# %% ../nbs/08b_domains.ipynb #c432f674
-_RED = (.02,.34,.28) # what a full blush takes from red, green, blue
+# %% ../nbs/08b_domains.ipynb #401aa53b
+_RED = (.01,.22,.17) # what a full blush takes from red, green, blue
 
 def emote(
     person:Character,
@@ -353,15 +353,13 @@ def _tracked(domain, who, t, params):
     s = {k:_draw(who,'tracked',k,*([] if k=='shape' else [t])) for k in params}
     return {k:x+domain.tracking*TRACKING[k]*torch.randn(x.shape, generator=s[k]) for k,x in params.items()}
 
-# %% ../nbs/08b_domains.ipynb #ad7d71d1
+# %% ../nbs/08b_domains.ipynb #9372e9bd
 def _light(domain, who):
-    "The lamp of somebody's clip."
+    "The lamp of somebody's clip; a harsh one may stand behind the ear, with deep shadows and a colour."
     if domain.studio: return STUDIO
-    g = _draw(who,'light'); l = random_light(g)
-    if not domain.harsh: return l
-    az,el,h = _uniform(g,-1.7,1.7),_uniform(g,-.4,1.2),domain.harsh
-    tint = tuple(1+(x-1)*(1+2*h) for x in l.tint)
-    return Light((math.sin(az)*math.cos(el), math.sin(el), math.cos(az)*math.cos(el)), l.ambient*(1-.35*h), l.diffuse*(1+.4*h), tint, in_room=False)
+    g,h = _draw(who,'light'),domain.harsh; l = random_light(g); az,el = _uniform(g,-1.7,1.7),_uniform(g,-.4,1.2); level = _uniform(g,.78,1.)/(l.ambient+.5*l.diffuse)
+    if h: l = replace(l, direction=(math.sin(az)*math.cos(el), math.sin(el), math.cos(az)*math.cos(el)), ambient=l.ambient*(1-.4*h), diffuse=l.diffuse*(1+.5*h))
+    return replace(l, ambient=level*l.ambient, diffuse=level*l.diffuse, tint=tuple(1+(x-1)*(.7+h) for x in l.tint))
 
 def backdrop_picture(
     generator:torch.Generator,

@@ -49,7 +49,7 @@ def face_centre(
     eyes = head()[0][part_verts(head,'eye_l','eye_r')].mean(0)
     return eyes+eyes.new_tensor([0,-.02,-.06])
 
-# %% ../nbs/08_synth.ipynb #692ef096
+# %% ../nbs/08_synth.ipynb #2ac91932
 @dataclass(eq=False)
 class Canvas:
     "The texels of a head's atlas, with what a painter must know about each."
@@ -60,6 +60,7 @@ class Canvas:
     masks:dict       # name -> (N,) soft region masks, 0..1
     gaze:Tensor      # (N,) angle to the straight gaze, seen from the own eyeball's centre, radians
     nearest:Tensor   # (R,R) index of the nearest texel, to fill the gaps between the islands
+    @lru_cache(maxsize=64)
     def on(self, *names): # (N,) float 0 or 1
         "Texels of some parts."
         ids = torch.tensor([self.part_names.index(n) for n in names])
