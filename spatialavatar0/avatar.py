@@ -359,7 +359,7 @@ def bake_eyes(
 
 INSIDE = dict(mouth=(.16,.05,.05), tongue=(.5,.22,.22), teeth_up=(.86,.80,.71), teeth_low=(.80,.74,.65)) # colours nobody's photo shows
 
-# %% ../nbs/09_avatar.ipynb #0734a107
+# %% ../nbs/09_avatar.ipynb #ed26fc09
 def complete(
     avatar:Avatar,
     rgb:Tensor,    # (N,3) warped colours
@@ -370,7 +370,8 @@ def complete(
     h,b = avatar.head,avatar.binding
     rgb,known = borrow(rgb, t, mirror_texels(b, h))
     rest = bind_points(h()[0], b); hair = texel_mask(h, 'scalp', b)>.5; skin = part_is(h, b, 'skin')
-    for group,pull in ((skin&hair, 1e-4), (skin&~hair, .005)):
+    apart = (skin&hair&(known>.5)).any()                                       # a scalp nobody saw is taken for skin
+    for group,pull in ((skin&hair, 1e-4), (skin&~hair, .005)) if apart else ((skin, .005),):
         sure = group&(known>.5)
         if sure.any(): rgb[group] = fill(rgb[group], known[group], rest[group], .93*rgb[sure].median(0).values, pull)
     rgb = light_lids(rgb, t, texel_mask(h, 'lids', b), skin&(texel_mask(h, 'eye_region', b)>.5))

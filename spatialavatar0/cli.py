@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SHEET', 'FILES', 'UNITS', 'app', 'BuildConfig', 'Preset', 'build_preset', 'held_out_report', 'track_photo',
-           'avatar_from_frame', 'film_camera', 'swung', 'view_of', 'contact_sheet', 'write_sheet', 'write_films',
-           'turned_error', 'judge', 'check_out', 'write_results', 'build_avatar', 'clip_parts', 'first_avatar',
-           'refine_clip', 'doctor', 'Device', 'check_device', 'demo', 'build', 'assets', 'main']
+           'track_photos', 'avatar_from_frame', 'film_camera', 'swung', 'view_of', 'contact_sheet', 'write_sheet',
+           'write_films', 'turned_error', 'judge', 'check_out', 'write_results', 'build_avatar', 'clip_parts',
+           'first_avatar', 'refine_clip', 'doctor', 'Device', 'check_device', 'demo', 'build', 'assets', 'main']
 
 # %% ../nbs/18_cli.ipynb #f7efa554
 import json, os, platform, sys, time, warnings
@@ -66,23 +66,40 @@ def track_photo(
     frame = fit(photo, head, found)
     return frame, dict(landmarks=fit_report(frame, found, head), landmarks_held_out=held_out_report(image, found, head))
 
-# %% ../nbs/18_cli.ipynb #652c352d
+# %% ../nbs/18_cli.ipynb #20cb34a1
+def _name(photo): return Path(photo).name if isinstance(photo, (str,Path)) else 'array'
+
+def track_photos(
+    photos:list, # files or arrays
+    head,
+)->tuple:        # Frames, the most frontal one first; their names; landmark errors of the first
+    "13b_photos: one identity from all photos, for each its own pose and face."
+    if len(photos)==1: frame,numbers = track_photo(photos[0], head); return [frame],[_name(photos[0])],numbers
+    from spatialavatar0.photos import fit_together, frontal_first
+    from spatialavatar0.track import detect, fit_report
+    found = fit_together(photos, head); frames = frontal_first(found)
+    at = [next(i for i,f in enumerate(found) if f is g) for g in frames]
+    return frames, [_name(photos[i]) for i in at], dict(landmarks=fit_report(frames[0], detect(frames[0].image), head))
+
+# %% ../nbs/18_cli.ipynb #5857de48
 def avatar_from_frame(
-    frame,             # Frame of a photo, from track_photo
+    frame,             # Frame of a photo, from track_photo; or several, from track_photos
     head,
     cfg:BuildConfig,
     say=print,         # told what happens, one line per step
 )->tuple:              # Avatar; Frame of the head, cfg.size square; dict of measurements
-    "09_avatar, then 12b_photo."
-    from spatialavatar0.avatar import from_frame, head_square, without_clothes
-    from spatialavatar0.clips import crop
+    "09_avatar (of several photos 13b_photos), then 12b_photo."
+    from spatialavatar0.avatar import head_square, without_clothes
+    from spatialavatar0.clips import Frame, crop
     from spatialavatar0.photo import front_psnr, refine_photo
-    cut = without_clothes(crop(frame, *head_square(frame, head), cfg.size), head)
-    avatar = from_frame(cut, cfg.resolution, head); warped = front_psnr(avatar, cut)
+    from spatialavatar0.photos import added, from_photos
+    frames = [frame] if isinstance(frame, Frame) else frame
+    cuts = [without_clothes(crop(f, *head_square(f, head), cfg.size), head) for f in frames]
+    avatar,trusted,cuts = from_photos(cuts, cfg.resolution, head); cut = cuts[0]; warped = front_psnr(avatar, cut)
     say(f'warped: {len(avatar):,} Gaussians, {warped:.1f} dB inside the matte')
-    avatar,_ = refine_photo(avatar, cut, cfg.iters, seed=cfg.seed); refined = front_psnr(avatar, cut)
+    avatar,_ = refine_photo(avatar, cuts, cfg.iters, seed=cfg.seed); refined = front_psnr(avatar, cut)
     say(f'refined: {refined:.1f} dB after {cfg.iters} steps')
-    return avatar, cut, dict(gaussians=len(avatar), psnr_warped=warped, psnr_refined=refined)
+    return avatar, cut, dict(gaussians=len(avatar), psnr_warped=warped, psnr_refined=refined, added=added(trusted))
 
 # %% ../nbs/18_cli.ipynb #19e900a7
 SHEET = [('yaw -45°',-45,0,{}), ('yaw -25°',-25,0,{}), ('yaw 25°',25,0,{}), ('yaw 45°',45,0,{}),  # title, yaw, pitch, ARKit weights
@@ -197,12 +214,12 @@ def judge(
     with torch.no_grad(): ratios = torch.cat([screen_aspect(avatar, swung(avatar, cut, y), K, size, size, **cut.pose) for y in yaws])
     return dict(landmarks_by_yaw=errors, aspect_999=torch.quantile(ratios, .999).item())
 
-# %% ../nbs/18_cli.ipynb #c789be77
+# %% ../nbs/18_cli.ipynb #fcc7d8f2
 FILES = dict(tracking='tracking.jpg', avatar='avatar.safetensors', splats='head.ply', sheet='contact_sheet.png', turntable='turntable.mp4',
              turntable_gif='turntable.gif', speaking='speaking.mp4', speaking_gif='speaking.gif', metrics='metrics.json')
 
 UNITS = dict(landmarks='% of the outer-eye distance (33-263) in the photo; px: pixels of the photo',
-    landmarks_held_out='the same, on every fifth landmark, by a fit that did not use them',
+    added='fraction of the Gaussians that each photo, the most frontal one first, is the first to show well', landmarks_held_out='the same, on every fifth landmark, by a fit that did not use them',
     landmarks_by_yaw='mean without contour landmarks, % of the unturned head\'s outer-eye distance on the screen; null: no face found',
     psnr='dB inside the matte, the photo completed outside of it', aspect_999='ratio of screen axes, 99.9th percentile', seconds='on the wall')
 
@@ -242,9 +259,9 @@ def _save_overlay(frame, head, path):
     from spatialavatar0.track import overlay
     with atomic_path(path) as tmp: Image.fromarray(to_uint8(overlay(frame, head))).save(tmp, quality=92)
 
-# %% ../nbs/18_cli.ipynb #78567616
+# %% ../nbs/18_cli.ipynb #3c82752f
 def build_avatar(
-    photo,                # file or array
+    photo,                # file or array; or a list of them, all of one person
     out,                  # folder for the results
     cfg:BuildConfig=None, # default: laptop
     say=print,            # told what happens, one line per step
@@ -252,12 +269,15 @@ def build_avatar(
     "Photo to avatar, films, sheet, splat file and numbers."
     from spatialavatar0.core import atomic_path, set_seed
     from spatialavatar0.head import open_head
-    cfg,out = cfg or build_preset(),check_out(out, photo); set_seed(cfg.seed); head,t = open_head(),[time.perf_counter()]
-    frame,numbers = track_photo(photo, head); t.append(time.perf_counter()); (out/FILES['metrics']).unlink(missing_ok=True)
+    photos = list(photo) if isinstance(photo, (list,tuple)) else [photo]
+    for p in photos: out = check_out(out, p)
+    cfg = cfg or build_preset(); set_seed(cfg.seed); head,t = open_head(),[time.perf_counter()]
+    frames,names,numbers = track_photos(photos, head); frame = frames[0]; t.append(time.perf_counter()); (out/FILES['metrics']).unlink(missing_ok=True)
     say(f'tracked: landmarks fit to {numbers["landmarks"]["mean"]:.2f} % of the distance between the eyes')
     _save_overlay(frame, head, out/FILES['tracking'])
-    avatar,cut,quality = avatar_from_frame(frame, head, cfg, say); t.append(time.perf_counter())
-    avatar.info.update(photo=Path(photo).name if isinstance(photo, (str,Path)) else 'array', config=asdict(cfg))
+    avatar,cut,quality = avatar_from_frame(frames, head, cfg, say); t.append(time.perf_counter())
+    if len(names)>1: say('; '.join(f'{n} shows {100*v:.0f}% of the head'+' more'*(k>0) for k,(n,v) in enumerate(zip(names,quality['added']))))
+    avatar.info.update(photo=names[0], photos=names, config=asdict(cfg))
     write_results(avatar, frame, cut, cfg, out, say); t.append(time.perf_counter())
     numbers |= quality|judge(avatar, cut, max(cfg.film, 256)); t.append(time.perf_counter())
     steps = {k: b-a for k,a,b in zip(('track','build','write','judge'), t, t[1:])}
@@ -398,7 +418,7 @@ def _built(photo, out, preset, seed, device):
                f'open {where["sheet"]} first, then {where["turntable"]} and {where["speaking"]};\n'
                f'{where["splats"]} opens in any splat viewer, {where["avatar"]} with Avatar.load;\nnbs/20_your_own_photo.ipynb tells how it was made')
 
-# %% ../nbs/18_cli.ipynb #ab089400
+# %% ../nbs/18_cli.ipynb #9e8f4da4
 @app.command()
 def demo(out:Path=_OUT, preset:Preset=_PRESET, seed:int=_SEED, device:Device=_DEVICE):
     "Make a talking head from a public-domain portrait that comes with scikit-image."
@@ -406,9 +426,9 @@ def demo(out:Path=_OUT, preset:Preset=_PRESET, seed:int=_SEED, device:Device=_DE
     _built(skimage.data.astronaut(), out, preset, seed, device)
 
 @app.command()
-def build(photo:Path=typer.Argument(help='A portrait: JPEG, PNG, WebP, TIFF ...'), out:Path=_OUT, preset:Preset=_PRESET, seed:int=_SEED, device:Device=_DEVICE):
-    "Make a head from your own PHOTO. Faces belong to people: ask them first."
-    _built(photo, out, preset, seed, device)
+def build(photos:list[Path]=typer.Argument(help='A portrait (JPEG, PNG, WebP, TIFF ...), or several of one person.'), out:Path=_OUT, preset:Preset=_PRESET, seed:int=_SEED, device:Device=_DEVICE):
+    "Make a head from your own PHOTOS. Faces belong to people: ask them first."
+    _built(photos, out, preset, seed, device)
 
 # %% ../nbs/18_cli.ipynb #fa3501f9
 @app.command('refine')

@@ -76,7 +76,7 @@ def shut_eyes(
     on = (lids[h.faces].all(1)[ids.clamp_min(0)]&(ids>=0)).float()
     return Frame(rgb.clamp(0,1), alpha.clamp(0,1).round(), frame.viewmat, K, dict(frame.params, **p)), -erode(-on, 2)
 
-# %% ../nbs/12b_photo.ipynb #97550a4b
+# %% ../nbs/12b_photo.ipynb #037fb98f
 def photo_config(
     iters:int=300,
 )->RefineConfig:
@@ -85,17 +85,18 @@ def photo_config(
 
 def refine_photo(
     avatar:Avatar,
-    frame:Frame,      # the photo
+    photos,           # a Frame, or several of one person, the most frontal first
     iters:int=300,
     *,
     seed:int=0,
     callback=None,    # called as callback(step, avatar) every 50 steps
     lids:bool=True,   # every fourth step keeps the closed lids as they were
 )->tuple:             # the refined Avatar, and a log
-    "Sharpen an avatar on one photo."
-    front = look(avatar, bleed(frame), uncovered(avatar, frame))
-    extra = [look(avatar, *shut_eyes(avatar, frame))] if lids and 'lids' in avatar.head.masks else []
-    return refine(avatar, Clip([front]), iters, config=photo_config(iters), seed=seed, callback=callback, gate=gates(avatar, Clip([frame])), extra=extra)
+    "Sharpen an avatar on one photo, or on a few."
+    clip = Clip([photos] if isinstance(photos, Frame) else photos)
+    seen = Clip([look(avatar, bleed(f), uncovered(avatar, f)) for f in clip])
+    extra = [look(avatar, *shut_eyes(avatar, clip[0]))] if lids and 'lids' in avatar.head.masks else []
+    return refine(avatar, seen, iters, config=photo_config(iters), seed=seed, callback=callback, gate=gates(avatar, clip), extra=extra)
 
 # %% ../nbs/12b_photo.ipynb #be27c449
 def front_psnr(

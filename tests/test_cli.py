@@ -84,6 +84,19 @@ def test_command_builds_and_says_where(photos, tmp_path, capfd, monkeypatch):
     assert code == 0 and 'Traceback' not in err and 'contact_sheet.png' in out and str(tmp_path/'here') in out
     assert json.loads((tmp_path/'here/metrics.json').read_text())['config']['seed'] == 3
 
+def test_several_photos(photos, tmp_path, capfd, monkeypatch):
+    "The mirrored photo stands for a second one: it is fitted with the first, and says what it adds."
+    from dataclasses import replace
+    from PIL import Image, ImageOps
+    small = replace(cli.build_preset('tiny'), size=96, resolution=32, iters=4, film=64, seconds=.1, gif=32)
+    monkeypatch.setattr(cli, 'build_preset', lambda name, seed: replace(small, seed=seed))
+    ImageOps.mirror(Image.open(photos/'good.png').convert('RGB')).save(tmp_path/'mirrored.png')
+    code, out, err = run(capfd, 'build', photos/'good.png', tmp_path/'mirrored.png', '--out', tmp_path/'out')
+    assert code == 0 and 'Traceback' not in err and 'of the head more' in out, err
+    numbers = json.loads((tmp_path/'out/metrics.json').read_text())
+    assert len(numbers['added']) == 2 and numbers['added'][0] > .1 and 0 <= numbers['added'][1] < .2
+    assert 'no such file' in refused(capfd, 'build', photos/'good.png', tmp_path/'nobody.png', '--out', tmp_path/'out')
+
 def test_the_ruler_does_not_shrink(built):
     "A view's landmark error is divided by the unturned eye distance: a perfect detector that is 3 pixels off reads the same at every yaw."
     from spatialavatar0.avatar import Avatar
@@ -128,7 +141,7 @@ def test_help_lists_the_commands(capfd):
         assert code == 0 and all(o in out for o in ('--out', '--preset', '--seed', '--device'))
 
 @pytest.mark.parametrize('args', [[], ['fly'], ['demo', '--fast'], ['build'], ['demo', '--preset', 'huge'], ['demo', '--device', 'tpu'],
-                                  ['demo', '--seed', 'x'], ['demo', '--seed', '-1'], ['build', 'a', 'b'], ['demo', '--out']], ids=' '.join)
+                                  ['demo', '--seed', 'x'], ['demo', '--seed', '-1'], ['demo', '--out']], ids=' '.join)
 def test_wrong_usage(capfd, args):
     code, out, err = run(capfd, *args)
     assert code == 2 and 'Traceback' not in out+err and (not args or (err.startswith('usage: ') and err.count('\n') == 1))
