@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['STUDIO', 'VIEW_SCORES', 'face_coords', 'part_verts', 'face_centre', 'Canvas', 'canvas', 'lay', 'noise', 'Palette',
-           'random_palette', 'paint_skin', 'paint_lips', 'paint_brows', 'paint_lashes', 'above_hairline', 'hair_mask',
-           'paint_beard', 'paint_hair', 'paint_eyes', 'paint_mouth', 'paint_texture', 'hair_volume', 'Person',
-           'make_person', 'Light', 'random_light', 'lamp', 'shade', 'paint', 'random_scores', 'random_expression',
-           'glide', 'motion_scores', 'motion', 'portrait_camera', 'backdrop', 'mono_clip', 'novel_views']
+           'random_palette', 'spot', 'paint_skin', 'paint_lips', 'paint_brows', 'paint_lashes', 'above_hairline',
+           'hair_mask', 'paint_beard', 'paint_hair', 'paint_eyes', 'paint_mouth', 'paint_texture', 'hair_volume',
+           'Person', 'make_person', 'Light', 'random_light', 'lamp', 'shade', 'paint', 'random_scores',
+           'random_expression', 'glide', 'motion_scores', 'motion', 'portrait_camera', 'backdrop', 'mono_clip',
+           'novel_views']
 
 # %% ../nbs/08_synth.ipynb #fe28934d
 from dataclasses import dataclass, replace
@@ -171,9 +172,13 @@ def random_palette(
         lashes=_uniform(g,.3,.55) if male else _uniform(g,.6,.9), hairline=_normal(g,.07)-.3*fringe, sideburn=_uniform(g,.3,1) if male else _uniform(g,0,.4),
         hair_edge=.25 if bald else _uniform(g,.03,.07), cover=_uniform(g,.08,.25) if bald else 1., volume=0. if bald else _uniform(g,.005,.016)*(1 if male else 1.2))
 
-# %% ../nbs/08_synth.ipynb #1ac5d6e1
-def _spot(p, at, size):
-    "(N,) a soft blob around a place and around its mirror image."
+# %% ../nbs/08_synth.ipynb #d2688fcc
+def spot(
+    p:Tensor,  # (N,3) places, eye distances
+    at:tuple,  # (3,) middle of the blob
+    size:tuple,# (3,) its reach along each axis
+)->Tensor:     # (N,) 0..1
+    "A soft blob around a place and around its mirror image."
     at,size = p.new_tensor(at),p.new_tensor(size)
     q = torch.cat([p[:,:1].abs(), p[:,1:]],1)
     return (-((q-at)/size)**2).sum(-1).exp()
@@ -186,12 +191,12 @@ def paint_skin(
     "Skin with its blotches, blush, shadows and freckles."
     g,p = generator,c.where; a = look.skin.expand(len(p),3)
     a = a*(1+_uniform(g,.02,.04)*noise(p,1.2,g)+_uniform(g,.01,.02)*noise(p,4.3,g)+_uniform(g,.01,.03)*noise(p,25.,g))[:,None]
-    red = _spot(p,(.73,-.62,.1),(.33,.33,.6))+.7*_spot(p,(0.,-.52,.7),(.25,.25,.5))
+    red = spot(p,(.73,-.62,.1),(.33,.33,.6))+.7*spot(p,(0.,-.52,.7),(.25,.25,.5))
     a = a*(1-look.blush*red[:,None]*a.new_tensor([.1,.6,.6]))
-    dots = look.freckles*smooth(noise(p,40.,g),.8,1.6)*_spot(p,(0.,-.45,.5),(1.1,.5,1.))
+    dots = look.freckles*smooth(noise(p,40.,g),.8,1.6)*spot(p,(0.,-.45,.5),(1.1,.5,1.))
     a = a*(1-dots[:,None]*a.new_tensor([.4,.55,.6]))
-    tired = (.06+.16*look.age)*_spot(p,(.5,-.27,.2),(.26,.09,.6))
-    lines = look.age*.14*smooth((p[:,1]*37+2*noise(p,1.2,g)).sin(),.5,1)*_spot(p,(0.,.75,.4),(.8,.25,.9))
+    tired = (.06+.16*look.age)*spot(p,(.5,-.27,.2),(.26,.09,.6))
+    lines = look.age*.14*smooth((p[:,1]*37+2*noise(p,1.2,g)).sin(),.5,1)*spot(p,(0.,.75,.4),(.8,.25,.9))
     return a*(1-tired[:,None]*a.new_tensor([.6,.8,.6]))*(1-lines[:,None])
 
 # %% ../nbs/08_synth.ipynb #ddb6f3f9
@@ -233,7 +238,7 @@ def hair_mask(p, look, wobble=0.):
     "(N,) 1 where there is hair; `wobble` (N,) moves the line, eye distances."
     return smooth(above_hairline(p, look)+wobble, -look.hair_edge, look.hair_edge)
 
-# %% ../nbs/08_synth.ipynb #41b8ffec
+# %% ../nbs/08_synth.ipynb #3b36e16b
 def paint_beard(a, c, look, strands):
     "Stubble to full beard, on jaw, chin and upper lip."
     p,lips = c.where,smooth(c.masks['lips'],.2,.5)
@@ -243,7 +248,7 @@ def paint_beard(a, c, look, strands):
 def paint_hair(a, c, look, strands, generator):
     "The hair cap; ears stay skin."
     m = hair_mask(c.where, look, .05*noise(c.where,5.,generator))*(1-c.masks['ears'])*c.on('skin')
-    shine = 1+.2*strands+.1*noise(c.where,1.2,generator)+.25*_spot(c.where,(.0,1.7,-.6),(2.,.3,.5))
+    shine = 1+.2*strands+.1*noise(c.where,1.2,generator)+.25*spot(c.where,(.0,1.7,-.6),(2.,.3,.5))
     return lay(a, look.hair*shine[:,None], look.cover*m)
 
 # %% ../nbs/08_synth.ipynb #8cbb9543
