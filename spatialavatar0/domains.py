@@ -66,7 +66,7 @@ def _domain(changes, **usual):
     if wrong: raise InputError(f'a domain has no {min(wrong)!r}; it has {", ".join(f.name for f in fields(Domain))}')
     return _checked(Domain(**{**usual, **changes}))
 
-# %% ../nbs/08b_domains.ipynb #f8b2ab8b
+# %% ../nbs/08b_domains.ipynb #0b4bd35d
 def mono(
     size:int=128,    # pixels
     instants:int=10, # frames of each clip
@@ -85,6 +85,7 @@ def multi(
     if type(cameras) is not int or cameras<1: raise InputError(f'cameras should be their number, 1 or more; got {cameras!r}')
     return _domain(changes, name='multi', block=2, size=size, instants=instants, cameras=_rig(cameras), turn=75., studio=True, flicker=.02)
 
+# %% ../nbs/08b_domains.ipynb #54589649
 def shifted(
     size:int=128,    # pixels
     instants:int=10, # frames of each clip
@@ -354,13 +355,13 @@ def emote(
     if flush: t = t*(1-(flush*red*person.redness)[:,None]*t.new_tensor(_RED)).reshape(R,R,3)
     return replace(person, texture=t.clamp(0,1))
 
-# %% ../nbs/08b_domains.ipynb #60314735
+# %% ../nbs/08b_domains.ipynb #bc4c4dea
 def _light(domain, who):
     "The lamp of somebody's clip; a harsh one may stand behind the ear, with deep shadows and a colour."
     if domain.studio: return STUDIO
     g,h = _draw(who,'light'),domain.harsh; l = random_light(g); az,el = _uniform(g,-1.7,1.7),_uniform(g,-.4,1.2); level = _uniform(g,.78,1.)/(l.ambient+.5*l.diffuse)
     if h: l = replace(l, direction=(math.sin(az)*math.cos(el), math.sin(el), math.cos(az)*math.cos(el)), ambient=l.ambient*(1-.4*h), diffuse=l.diffuse*(1+.5*h))
-    return replace(l, ambient=level*l.ambient, diffuse=level*l.diffuse, tint=tuple(1+(x-1)*(.7+h) for x in l.tint))
+    return replace(l, ambient=level*l.ambient, diffuse=level*l.diffuse, tint=tuple(1+(x-1)*(.5+.7*h) for x in l.tint))
 
 # %% ../nbs/08b_domains.ipynb #9f4c4dd5
 def backdrop_picture(
@@ -445,7 +446,7 @@ def people(
     if type(n) is not int or n<1: raise InputError(f'n should be a number of people, 1 or more; got {n!r}')
     return People(_checked(domain), [person_seed(domain.block, seed, i) for i in range(n)], head)
 
-# %% ../nbs/08b_domains.ipynb #3613718c
+# %% ../nbs/08b_domains.ipynb #43339a15
 @dataclass
 class Trial:
     "A question with its answer: from these pictures, what does that camera see?"
@@ -453,6 +454,7 @@ class Trial:
     target:Frame # another frame of the same person
     person:int   # number within its test set
 
+# %% ../nbs/08b_domains.ipynb #85b26dd2
 _HELD = dict(mono=(mono,dict(block=11),24,2), multi=(multi,dict(block=12),8,6), shifted=(shifted,dict(block=13),16,3)) # domain, its own people, how many, targets each
 
 def _spread(n, k, g):
