@@ -121,7 +121,7 @@ def sample(
     "Bilinear look-up."
     return F.grid_sample(images, uv[:,None], align_corners=False)[:,:,0].mT
 
-# %% ../nbs/10_generator.ipynb #af1b67f7
+# %% ../nbs/10_generator.ipynb #66d2cc3d
 def check_frame(frame, name='frame'):
     "One clear error for a frame that cannot be used."
     if not isinstance(frame, Frame): raise InputError(f'{name} should be a Frame: picture, matte, camera, head parameters; got {type(frame).__name__}')
@@ -130,6 +130,8 @@ def check_frame(frame, name='frame'):
         if not torch.isfinite(x).all() or not x.any(): raise InputError(f'{name} has no camera ({k} is empty or not finite): track the picture first')
     for k in ('image','mask'):
         if not torch.isfinite(getattr(frame,k)).all(): raise InputError(f'{name} has NaN or infinite values in its {k}')
+    for k,v in frame.params.items():
+        if not torch.isfinite(v).all(): raise InputError(f'{name} has NaN or infinite values in its params: {k}')
 
 # %% ../nbs/10_generator.ipynb #64c98a41
 class _Block(nn.Sequential):
@@ -604,7 +606,7 @@ def forward(self:Generator,
     shape = torch.stack(shapes).mean(0) if shapes else torch.zeros(1,self.head.num_shape)
     return replace(self.avatar_[0], splats={k:v.cpu().contiguous() for k,v in splats.items()}, shape=shape, seen=code.seen[0].cpu(), info=dict(generator=self.config.pool, sources=len(looks)))
 
-# %% ../nbs/10_generator.ipynb #b5455e3a
+# %% ../nbs/10_generator.ipynb #9a030e0e
 def from_preset(
     name:str,       # tiny, laptop or paper
     head:Head=None, # default: the open head
@@ -615,6 +617,8 @@ def from_preset(
     "An untrained generator."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        wrong = set(changes)-{f.name for f in fields(GeneratorConfig)}
+        if wrong: raise InputError(f'not in a GeneratorConfig: {", ".join(sorted(wrong))}')
         return Generator(replace(config(name), **changes), head, weights)
 Generator.from_preset = staticmethod(from_preset)
 
@@ -641,7 +645,7 @@ def _find(name):
     if not path.is_file(): raise InputError(f'no generator at {name}: expected a .safetensors file written by Generator.save, or the name of a shipped one')
     return path
 
-# %% ../nbs/10_generator.ipynb #87b8eaf9
+# %% ../nbs/10_generator.ipynb #c1c5b720
 def from_pretrained(
     name,           # 'toy' or a path
     head:Head=None, # the head it was trained on; default: the open head
@@ -656,7 +660,9 @@ def from_pretrained(
     if meta['schema']>SCHEMA: raise InputError(f'{path} has schema {meta["schema"]}, this version reads up to {SCHEMA}: update spatialavatar0')
     if meta['head']!=head_id(head): raise InputError(f'{path} was trained on another head ({meta["head_name"]}, {meta["head"]}); pass that one as head=, this is {head.name}, {head_id(head)}')
     known = {f.name for f in fields(GeneratorConfig)}
-    g = Generator(GeneratorConfig(**{k:tuple(v) if isinstance(v,list) else v for k,v in meta['config'].items() if k in known}), head, weights=False)
+    c = {k:tuple(v) if isinstance(v,list) else v for k,v in meta['config'].items() if k in known}
+    try: g = Generator(GeneratorConfig(**c), head, weights=False)
+    except (InputError, TypeError) as e: raise InputError(f'{path} holds a configuration that cannot be built: {e}') from e
     return _fill(g, t, path).eval()
 Generator.from_pretrained = staticmethod(from_pretrained)
 
