@@ -24,7 +24,7 @@ from .clips import Clip, Frame
 from .synth import (Light, Palette, Person, STUDIO, above_hairline, canvas, face_centre, face_coords, hair_mask, lay, noise, paint, paint_beard, paint_brows,
     paint_eyes, paint_lashes, paint_lips, paint_mouth, paint_skin, part_verts, random_light, random_palette, random_scores, spot)
 
-# %% ../nbs/08b_domains.ipynb #e8abe002
+# %% ../nbs/08b_domains.ipynb #a4df1646
 @dataclass(frozen=True)
 class Domain:
     "What the pictures of a data set are like. The same people stay the same whatever else is changed."
@@ -43,7 +43,10 @@ class Domain:
     tracking:float=1.      # error of the parameters handed out, in units of TRACKING
     grain:float=0.         # noise of the sensor, 0..1
     def __len__(self): return self.instants*len(self.cameras) # frames per person
-    def index(self, instant, camera=0): return instant*len(self.cameras)+camera # place of a frame in a person's clip
+    def index(self, instant:int, camera:int=0)->int: # place of a frame in a person's clip
+        "Frames are ordered by instant, then by camera."
+        if not (0<=instant<self.instants and 0<=camera<len(self.cameras)): raise InputError(f'{self.name} has instants 0 to {self.instants-1} and cameras 0 to {len(self.cameras)-1}; got instant {instant}, camera {camera}')
+        return instant*len(self.cameras)+camera
 
 # %% ../nbs/08b_domains.ipynb #f47d193c
 def _rig(cameras):
