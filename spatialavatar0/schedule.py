@@ -382,7 +382,7 @@ def _roll(self:Shelf, p, generator):
     return Roll(torch.stack([l.direction for l in looks]), torch.stack([l.code(generator.head) for l in looks]),
                 rows['time'].tolist(), [c.decode() for c in rows['camera']], f'person {p}')
 
-# %% ../nbs/11_schedule.ipynb #9b0b4c48
+# %% ../nbs/11_schedule.ipynb #b2e8b534
 class BadBatch(InputError):
     "A loss or a gradient became nan or inf; the state before that step is intact."
 
@@ -412,6 +412,7 @@ class Trainer:
         self.accelerator = accelerator; self.rank,self.world = (accelerator.process_index,accelerator.num_processes) if accelerator else (0,1)
         self.pairs = texel_pairs(generator.binding); self.rng = torch.Generator().manual_seed(seed); self.step_number,self.seconds,self.log = 0,0.,[]
         self.lpips = open_lpips() if any(p.weights.lpips for p in schedule) else None
+        if not self.lpips and any(p.weights.lpips for p in schedule): print("note: LPIPS is left out of the loss: AlexNet's weights are not here; spatialavatar0 assets says how to get them")
         self.names,self.params = zip(*[(n,p) for n,p in generator.named_parameters() if p.requires_grad])
         self.begin(0)
     total = property(lambda self: sum(p.steps for p in self.schedule), doc='steps of all phases')
@@ -458,7 +459,7 @@ def draw(self:Trainer): # -> Batch, this process's share
                  [shelf.records[shelf.first[p]+f]['box'].tolist() for p,_,f in drawn], backgrounds[mine], [v[mine] for v in probes],
                  [f'person {p}, frame {f} (sources {", ".join(map(str,s))})' for p,s,f in drawn])
 
-# %% ../nbs/11_schedule.ipynb #7efd93cf
+# %% ../nbs/11_schedule.ipynb #251b6efd
 @patch
 def render(self:Trainer, batch, weights, bf16=False):
     "Pictures (B,S,S,3), truths, what was decoded, and gamma."
@@ -467,10 +468,15 @@ def render(self:Trainer, batch, weights, bf16=False):
     codes = torch.stack([l.code(g.head) for l in batch.targets])
     with torch.autocast('cuda', torch.bfloat16, enabled=bf16 and dev.type=='cuda'):
         d = g.decode(g.encode(batch.sources), expr_code=codes, gamma=gamma)
-    rgb = torch.stack([g.draw({k:v.float() for k,v in s.items()}, l, b)[0] for s,l,b in zip(d.splats, batch.targets, batch.backgrounds)])
+    rgb = torch.stack([_drawn(g, *x) for x in zip(d.splats, batch.targets, batch.backgrounds, batch.names)])
     return rgb, torch.stack([l.target(b)[0] for l,b in zip(batch.targets, batch.backgrounds)]).to(dev), d, gamma
 
-# %% ../nbs/11_schedule.ipynb #71d8817f
+# %% ../nbs/11_schedule.ipynb #e050cbf0
+def _drawn(generator, splats, look, background, name):
+    "One person's picture; the rasterizer refuses nan, and then we say whose it is."
+    try: return generator.draw({k:v.float() for k,v in splats.items()}, look, background)[0]
+    except InputError as e: raise BadBatch(f'{e}: {name}') from None
+
 @patch
 def terms(self:Trainer, batch, w, bf16=False):
     "Each term that weighs something, and L1 per picture."
@@ -486,7 +492,7 @@ def terms(self:Trainer, batch, w, bf16=False):
     if w.offset: t['offset'] = m['position'].square().mean()
     return t, each.detach()
 
-# %% ../nbs/11_schedule.ipynb #a1317ede
+# %% ../nbs/11_schedule.ipynb #f606a4cf
 @patch
 def share_gradients(self:Trainer):
     "The mean over processes, in one exchange. (A double backward rules out hooks that exchange while the backward runs.)"
@@ -510,17 +516,18 @@ def step(self:Trainer):
     if i!=self.phase_number: self.begin(i)
     before = self.rng.get_state(); batch = self.draw()
     for g in self.opt.param_groups: g['lr'] = phase.rate(t)*g['scale']
-    terms,each = self.backward(batch, w, phase.bf16); total = sum(getattr(w,k)*x for k,x in terms.items())
-    norm = torch.nn.utils.clip_grad_norm_(self.params, phase.clip)
-    if not math.isfinite(total) or not torch.isfinite(norm): self.rng.set_state(before); self.complain(batch, terms, each)
+    try: terms,each = self.backward(batch, w, phase.bf16); total = self.check(batch, w, terms, each, torch.nn.utils.clip_grad_norm_(self.params, phase.clip))
+    except BadBatch as e: self.rng.set_state(before); raise BadBatch(f'at step {self.step_number}: {e}; look at these frames, or lower the learning rate') from None
     self.opt.step(); self.step_number += 1; self.seconds += time.perf_counter()-begun
     return dict(loss=total, **terms)
 
 @patch
-def complain(self:Trainer, batch, terms, each):
-    "Name the step, the term and the frames."
+def check(self:Trainer, batch, w, terms, each, norm):
+    "The weighted sum of the terms; or which term of which frames is nan."
+    total = sum(getattr(w,k)*x for k,x in terms.items())
+    if math.isfinite(total) and torch.isfinite(norm): return total
     bad = [n for n,x in zip(batch.names, each) if not torch.isfinite(x)] or batch.names; what = [k for k,x in terms.items() if not math.isfinite(x)] or ['a gradient']
-    raise BadBatch(f'{", ".join(what)} became nan or inf at step {self.step_number}: {"; ".join(bad)}; look at these frames, or lower the learning rate')
+    raise BadBatch(f'{", ".join(what)} became nan or inf: {"; ".join(bad)}')
 
 # %% ../nbs/11_schedule.ipynb #fe6064db
 @patch
@@ -595,7 +602,7 @@ def _note(self:Trainer, rows, bar):
     mean = {k: round(sum(r[k] for r in rows if k in r)/len(rows),5) for k in rows[-1]}
     self.log.append(dict(step=self.step_number, phase=self.schedule[self.phase_number].name, seconds=round(self.seconds,1), **mean)); bar.set_postfix(loss=f"{mean['loss']:.3f}")
 
-# %% ../nbs/11_schedule.ipynb #29eca89d
+# %% ../nbs/11_schedule.ipynb #a2e56c15
 def looked(
     generator:Generator,
     trials:list, # of domains.Trial
@@ -608,7 +615,7 @@ def evaluate(
     generator:Generator,
     trials:list,     # of domains.Trial, with Frames or with Looks
     K:int=4,         # sources: the first K of each trial
-    background=1.,   # behind both pictures
+    background=.5,   # behind both pictures; grey hides neither a dark halo nor a light one (ours)
     batch:int=8,     # trials at a time
 )->dict:             # psnr and head_psnr (inside the matte), dB; ssim
     "Mean quality on a test set; PSNR of the mean squared error over all pictures, as the paper has it."
