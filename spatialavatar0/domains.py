@@ -399,8 +399,8 @@ def _camera(domain, who, c, head):
     if not domain.studio: yaw,pitch,zoom = yaw+.25*domain.turn*_uniform(g,-1,1), pitch+_uniform(g,-8,12), _uniform(g,.92,1.1)
     return orbit(yaw, pitch, .6, face_centre(head)), intrinsics(1.9*zoom*domain.size, domain.size, domain.size)
 
-# %% ../nbs/08b_domains.ipynb #37430918
-TRACKING = dict(shape=.06, expr=.015, jaw=.006, eyes=.02, neck=.004, rotation=.004, translation=.0005) # spread: weights, radians, metres
+# %% ../nbs/08b_domains.ipynb #5fc32c5f
+TRACKING = dict(shape=.04, expr=.01, jaw=.004, eyes=.015, neck=.0025, rotation=.0025, translation=.0004) # spread: weights, radians, metres
 
 def _tracked(domain, who, t, params):
     "Parameters as a tracker would find them: one error about who it is, and one per instant about the rest."

@@ -172,7 +172,7 @@ def random_palette(
         lashes=_uniform(g,.3,.55) if male else _uniform(g,.6,.9), hairline=_normal(g,.07)-.3*fringe, sideburn=_uniform(g,.3,1) if male else _uniform(g,0,.4),
         hair_edge=.25 if bald else _uniform(g,.03,.07), cover=_uniform(g,.08,.25) if bald else 1., volume=0. if bald else _uniform(g,.005,.016)*(1 if male else 1.2))
 
-# %% ../nbs/08_synth.ipynb #d2688fcc
+# %% ../nbs/08_synth.ipynb #4f840c9e
 def spot(
     p:Tensor,  # (N,3) places, eye distances
     at:tuple,  # (3,) middle of the blob
@@ -183,6 +183,7 @@ def spot(
     q = torch.cat([p[:,:1].abs(), p[:,1:]],1)
     return (-((q-at)/size)**2).sum(-1).exp()
 
+# %% ../nbs/08_synth.ipynb #78f28c6d
 def paint_skin(
     c:Canvas,
     look:Palette,
