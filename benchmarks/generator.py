@@ -67,7 +67,7 @@ def train(a):
         if not at_end and time.monotonic()-last[0]<60*a.every: return
         s = scores(g, sets, (1,2,3,4) if at_end else (1,4)) if at_end else scores(g, {k:sets[k] for k in ('mono','multi')}, (4,))
         held.append(dict(step=t.step_number, seconds=round(t.seconds), **s)); common.save(curve, dict(about, machine=common.machine(), log=t.log, held_out=held))
-        print(f'step {t.step_number}/{t.total}  {t.seconds:.0f} s  {f"loss {t.log[-1]['loss']:.4f}  " if t.log else ""}{line(s)}', flush=True); last[0] = time.monotonic()
+        print(f'step {t.step_number}/{t.total}  {t.seconds:.0f} s ', f'loss {t.log[-1]["loss"]:.4f} ' if t.log else '', line(s), flush=True); last[0] = time.monotonic()
     t.run(state=state, callback=watch, show=False)
     if t.step_number<t.total: return
     g.save(folder/'generator.safetensors', **about, held_out=held[-1] if held else None)
