@@ -8,12 +8,12 @@ All rows of a person start from the same one-picture avatar (row start), but for
 already are not run again, so an interrupted table goes on where it was.
 """
 import common   # first: waiting threads shall sleep
-import argparse, json, math, multiprocessing as mp, time
+import argparse, json, math, multiprocessing as mp, tempfile, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 import torch
 from spatialavatar0.avatar import from_frame, new_avatar, open_splats
-from spatialavatar0.clips import Clip, split
+from spatialavatar0.clips import Clip, load_clip, split, write_vhap
 from spatialavatar0.core import InputError
 from spatialavatar0.metrics import ssim
 from spatialavatar0.refine import NotFinite, RefineConfig, Refinement, calm, measure, paper_config, refine, start_frame
@@ -60,26 +60,32 @@ def table(rows):
         print(f"{name:15}{len(r):5}{m('held_out','psnr'):17.2f}{m('held_out','head_psnr'):7.2f}{m('held_out','ssim'):8.4f}{m('far','psnr'):12.2f}{m('far','head_psnr'):7.2f}"
               f"{worst:21.1f}{tail:8.1f}{max(x['aspect3d_max'] for x in r):9.1f}{mean([x['gaussians'] for x in r]):12.0f}{mean([x['seconds'] for x in r]):10.0f}")
 
-def kernels(r):
-    "Milliseconds of the rasterizer and of SSIM, forward and backward, on one picture."
-    v = r.view(0); b = torch.rand(3)
+def kernels(r, i):
+    "Calls of the rasterizer and of SSIM, forward and backward, on picture i."
+    v = r.view(i); b = torch.rand(3)
     world = [x.detach().requires_grad_() for x in open_splats(r.splats(), v.mesh)]; target = v.on(b); picture = target.clone().requires_grad_()
-    return (common.wall_ms(lambda: rasterize(*world, v.viewmat[None], v.K[None], v.width, v.height, backgrounds=b[None])[0].sum().backward(), 15),
-            common.wall_ms(lambda: ssim(picture,target).backward(), 15))
+    return (lambda: rasterize(*world, v.viewmat[None], v.K[None], v.width, v.height, backgrounds=b[None])[0].sum().backward(), lambda: ssim(picture,target).backward())
 
-def speed(a):
-    "Milliseconds per step and what they are spent on, with the threads given."
-    train,_ = split(mono_clip(make_person(3), 200, a.size)); start = from_frame(train[start_frame(train)], a.resolution)    # streamed
-    r = Refinement(start, train, RefineConfig(freeze=0, aspect_from=0), a.iters)
-    for i in range(len(train)): r.view(i)
+def ms(f):
+    t = time.perf_counter(); f()
+    return 1e3*(time.perf_counter()-t)
+
+def film(folder, size):
+    "Write a painted clip as a folder, in a process of its own: a painter's memory is not a refinement's."
+    write_vhap(mono_clip(make_person(3), 200, size), folder)
+
+def speed(a, steps=100):
+    "Milliseconds per step and what they are spent on, with the threads given: medians over steps, each followed by its kernels alone."
+    with tempfile.TemporaryDirectory() as folder:
+        with ProcessPoolExecutor(1, mp_context=mp.get_context('spawn')) as pool: pool.submit(film, folder, a.size).result()
+        train = load_clip(folder, split='train'); start = from_frame(train[start_frame(train)], a.resolution)
+        r = Refinement(start, train, RefineConfig(freeze=0, aspect_from=0), a.iters)
+        for i in range(len(train)): r.view(i)
     with calm(a.size**2):
         for _ in range(5): r.step()
-        t = time.perf_counter(); n = 100
-        for _ in range(n): r.step()
-        mean_step = 1e3*(time.perf_counter()-t)/n
-        raster,similar = kernels(r)
-    out = dict(size=a.size, gaussians=len(start), step_ms=round(mean_step,2), raster_ms=round(raster,2), ssim_ms=round(similar,2), other_ms=round(mean_step-raster-similar,2),
-               minutes_10k=round(mean_step/6,2), memory_mb=round(peak_mb()), machine=common.machine())
+        step,raster,similar = torch.tensor([[ms(f) for f in (r.step,*kernels(r, i%len(train)))] for i in range(steps)]).median(0).values.tolist()
+    out = dict(size=a.size, gaussians=len(start), step_ms=round(step,2), raster_ms=round(raster,2), ssim_ms=round(similar,2), other_ms=round(step-raster-similar,2),
+               minutes_10k=round(step/6,2), memory_mb=round(peak_mb()), machine=common.machine())
     print(json.dumps({k:v for k,v in out.items() if k!='machine'})); return out
 
 def peak_mb():

@@ -26,16 +26,14 @@ from .metrics import psnr, ssim
 from .clips import Clip, Frame, on_background
 from .avatar import Avatar, open_splats
 
-# %% ../nbs/12_refine.ipynb #9c1cfb4f
+# %% ../nbs/12_refine.ipynb #4f6fde62
 def start_frame(
     clip:Clip,
 )->int:        # index of the frame
     "The frame to make the first avatar from: jaw closed (the paper's rule), then the most frontal (ours)."
     if not len(clip): raise InputError('refine needs at least one frame; the clip is empty')
-    poses = [f.params for f in clip]
-    zero = torch.zeros(1,3)
-    jaw = torch.stack([p.get('jaw',zero).abs().sum() for p in poses])
-    turn = torch.stack([(p.get('rotation',zero)+p.get('neck',zero)).norm() for p in poses])
+    part = lambda f,name: f.params.get(name, torch.zeros(1,3))
+    jaw,turn = torch.tensor([(float(part(f,'jaw').abs().sum()), float((part(f,'rotation')+part(f,'neck')).norm())) for f in clip]).T
     lowest = jaw.argsort()[:max(1,len(clip)//10)]
     return int(lowest[turn[lowest].argmin()])
 
@@ -68,7 +66,7 @@ def paper_config(**changes)->RefineConfig:
     "Stage 2 as the paper has it, without our remedy."
     return RefineConfig(**{**dict(keep=0.), **changes})
 
-# %% ../nbs/12_refine.ipynb #2a57d076
+# %% ../nbs/12_refine.ipynb #5ad40617
 def render_frame(
     splats:dict,        # raw attributes
     frames:Frames,      # of the posed mesh
@@ -88,9 +86,9 @@ def photo_loss(
 )->Tensor:
     "L1 and 1 - SSIM."
     if care is not None: rgb = torch.where(care[...,None]>.5, rgb, target)
-    return cfg.l1*(rgb-target).abs().mean() + cfg.dssim*(1-ssim(rgb, target))
+    return cfg.l1/rgb.numel()*(rgb-target).abs().sum() + cfg.dssim*(1-ssim(rgb, target))
 
-# %% ../nbs/12_refine.ipynb #ebd77a28
+# %% ../nbs/12_refine.ipynb #5601ed93
 def clamp_scales(
     log_scales:Tensor, # (N,3)
     start:Tensor,      # (N,3) where they began
@@ -108,7 +106,9 @@ def aspect_loss(
     tau:float,         # tolerated log ratio
 )->Tensor:
     "The paper's penalty on the ratio of axes on the screen."
-    return (log_aspects(means, quats, scales, frame.viewmat, frame.K, frame.width, frame.height)-tau).clamp_min(0).mean()
+    camera = frame.viewmat, frame.K, frame.width, frame.height
+    with torch.no_grad(): long = (log_aspects(means, quats, scales, *camera)>tau).nonzero()[:,0]     # few: only they need a gradient
+    return (log_aspects(*[x.index_select(0,long) for x in (means,quats,scales)], *camera)-tau).sum()/max(1,len(means))
 
 # %% ../nbs/12_refine.ipynb #8b0e8f27
 def light_share(
@@ -125,7 +125,7 @@ def light_share(
         taken += one.grad[:,0]
     return taken/taken.mean().clamp_min(1e-12)
 
-# %% ../nbs/12_refine.ipynb #fddcac2b
+# %% ../nbs/12_refine.ipynb #e4dd15d0
 def texel_neighbours(
     binding,       # of a UV grid
 )->Tensor:         # (N,4) int32 right, left, below, above; -1 where there is none
@@ -142,14 +142,13 @@ def _smooth_kernel(threads, near, s, x, grad, parts):
     for t in nb.prange(threads):
         total = 0.
         for i in range(t*N//threads,(t+1)*N//threads):
-            for d in range(D): grad[i,d] = 0
-            for k in range(4):
-                j = near[i,k]
-                if j<0: continue
-                w = np.float32(.5)*(s[i]+s[j])
-                for d in range(D):
-                    e = x[i,d]-x[j,d]; total += .5*w*e*e; grad[i,d] += np.float32(2)*w*e
-        parts[t] = total
+            for d in range(D):
+                g = np.float32(0)
+                for k in range(4):
+                    j = near[i,k]
+                    if j>=0: g += (s[i]+s[j])*(x[i,d]-x[j,d])
+                grad[i,d] = g; total += x[i,d]*g
+        parts[t] = total/2                                # every pair was met from both sides
 
 # %% ../nbs/12_refine.ipynb #6fd2ed02
 class _Smooth(torch.autograd.Function):
@@ -170,12 +169,14 @@ def keep_loss(
     "Squared differences between neighbouring texels, weighted; float32 on the CPU."
     return _Smooth.apply(change, near, s)
 
-# %% ../nbs/12_refine.ipynb #ca13e4c5
+# %% ../nbs/12_refine.ipynb #904638cb
 @dataclass
 class View:
     "A picture to learn from, with all that never changes."
-    image:Tensor         # (H,W,3) uint8
-    mask:Tensor          # (H,W) uint8
+    image:Tensor         # (h,w,3) uint8: the box that holds the person
+    mask:Tensor          # (h,w) uint8
+    corner:tuple         # y, x of the box in the picture, pixels
+    width:int; height:int # of the picture, pixels
     viewmat:Tensor
     K:Tensor
     verts:Tensor         # (V,3) its posed mesh
@@ -183,39 +184,55 @@ class View:
     time:int = 0
     care:Tensor = None   # (H,W) 1 where pixels count
     @property
-    def height(self): return self.image.shape[0]
-    @property
-    def width(self): return self.image.shape[1]
-    @property
     def mesh(self): return bind_frames(self.binding, self.verts) # Frames of the posed mesh, in half a millisecond
     def bytes(self): return sum(x.numel()*x.element_size() for x in (self.image,self.mask,self.verts))
     def on(self, background): # (3,) -> (H,W,3) float
         "The person on a plain colour."
-        m = self.mask[...,None].float().mul_(1/255)
-        return background+m*(self.image.float().mul_(1/255)-background)
+        out = torch.empty(self.height, self.width, 3)
+        _paste(nb.get_num_threads(), self.image.numpy(), self.mask.numpy(), *self.corner, background.numpy(), out.numpy())
+        return out
 
-# %% ../nbs/12_refine.ipynb #4fd6681e
+@nb.njit(parallel=True, cache=True)
+def _paste(threads, image, mask, y0, x0, background, out):
+    "Fill out (H,W,3) with a plain colour and blend a box (h,w) of bytes over it."
+    H,W,_ = out.shape; h,w = mask.shape; byte = np.float32(1/255)
+    for t in nb.prange(threads):
+        for y in range(t*H//threads,(t+1)*H//threads):
+            for x in range(W):
+                for d in range(3): out[y,x,d] = background[d]
+            for x in range(w if y0<=y<y0+h else 0):
+                m = mask[y-y0,x]*byte
+                for d in range(3): out[y,x0+x,d] += m*(image[y-y0,x,d]*byte-background[d])
+
+# %% ../nbs/12_refine.ipynb #986d3806
 def look(
     avatar:Avatar,
     frame:Frame,
     care:Tensor=None,
 )->View:
-    "Pose the mesh of a frame, once."
+    "Pose the mesh of a frame and cut the person out, once."
     for name in ('image','mask'):
         if not torch.isfinite(getattr(frame,name)).all(): raise InputError(f'the {name} of frame {frame.time} holds nan or inf; leave that frame out')
-    byte = lambda x: (x.detach().clamp(0,1)*255).round().byte()
+    (y0,y1),(x0,x1) = [_span(frame.mask.detach().amax(d)>0) for d in (1,0)]
+    byte = lambda x: (x[y0:y1,x0:x1].detach().clamp(0,1)*255).round().byte().contiguous()
     with torch.no_grad(): verts = avatar.verts(**frame.pose)
-    return View(byte(frame.image), byte(frame.mask), frame.viewmat, frame.K, verts, avatar.binding, frame.time, care)
+    return View(byte(frame.image), byte(frame.mask), (y0,x0), frame.width, frame.height, frame.viewmat, frame.K, verts, avatar.binding, frame.time, care)
 
-# %% ../nbs/12_refine.ipynb #a2d75201
+def _span(on):
+    "First true place, and one past the last."
+    i = on.nonzero()[:,0].tolist()
+    return (i[0],i[-1]+1) if i else (0,0)
+
+# %% ../nbs/12_refine.ipynb #12c463be
 class Refinement:
     "Stage 2 between two steps."
     def __init__(self, avatar, clip, cfg, iters, seed=0, gate=None, extra=()): # extra: Views, one every fourth step
         self.avatar,self.clip,self.cfg,self.iters,self.seed,self.extra = avatar,clip,cfg,iters,seed,list(extra)
         self.views,self.room = {},256e6
         self.start = {k: avatar.splats[k].detach().clone(memory_format=torch.contiguous_format) for k in RAW}
-        self.gate = {k: like(gate[k] if gate else torch.ones(len(avatar)), v) for k,v in self.start.items()}
+        self.gate = {k: like(gate[k] if gate else torch.ones(len(avatar)), v).expand_as(v).contiguous() for k,v in self.start.items()}
         if cfg.keep: self.near, self.tie = texel_neighbours(avatar.binding), (cfg.dim/(light_share(avatar, clip)+cfg.dim))**2
+        g = self.gate['sh0']; self.shades = [torch.where(g>1e-3, (c-self.start['sh0'])/g.clamp_min(1e-3), 0.) for c in (-.5/SH_C0,.5/SH_C0)] # black, white
         self.delta = {k: torch.zeros_like(v, requires_grad=True) for k,v in self.start.items()}
         self.opt = torch.optim.Adam([dict(params=[self.delta[k]], lr=0., name=k) for k in RAW], eps=cfg.eps, fused=True)
         self.rng, self.step_number, self.log = torch.Generator().manual_seed(seed), 0, []
@@ -230,7 +247,7 @@ class Refinement:
 def like(g, x): # (N,) next to (N,...)
     return g.reshape(-1,*[1]*(x.ndim-1))
 
-# %% ../nbs/12_refine.ipynb #35f58993
+# %% ../nbs/12_refine.ipynb #b5ec2cdc
 @patch
 def set_lrs(self:Refinement):
     "One cosine over all iterations; scales stand still at first."
@@ -241,14 +258,23 @@ def set_lrs(self:Refinement):
 @torch.no_grad()
 def keep_bounds(self:Refinement):
     "Hard clamps after a step, in the coordinates the optimiser works in."
-    bounds = dict(log_scales=lambda x: clamp_scales(x, self.start['log_scales'], self.cfg.spread, self.cfg.grow),
-                  sh0=lambda x: x.clamp(-.5/SH_C0, .5/SH_C0))
-    for k,inside in bounds.items():
-        if k=='log_scales' and self.step_number<self.cfg.freeze: continue
-        s,g,d = self.start[k],self.gate[k],self.delta[k]
-        d.copy_(torch.where(g>1e-3, (inside(torch.addcmul(s,g,d))-s)/g.clamp_min(1e-3), 0.))
+    torch.clamp(self.delta['sh0'], *self.shades, out=self.delta['sh0'])
+    if self.step_number<self.cfg.freeze: return
+    s,g,d = [x['log_scales'].detach().numpy() for x in (self.start,self.gate,self.delta)]
+    _clamp_kernel(nb.get_num_threads(), s, g, d, np.float32(self.cfg.spread), np.float32(self.cfg.grow))
 
-# %% ../nbs/12_refine.ipynb #a94e69b8
+@nb.njit(parallel=True, cache=True)
+def _clamp_kernel(threads, start, gate, delta, spread, grow):
+    "`clamp_scales` of start + gate delta, written back to delta (N,3)."
+    N = len(start)
+    for t in nb.prange(threads):
+        for i in range(t*N//threads,(t+1)*N//threads):
+            g,m = gate[i,0],np.float32(0)
+            if g<=np.float32(1e-3): delta[i] = 0; continue
+            for d in range(3): delta[i,d] = min(max(g*delta[i,d],-grow),grow); m += (start[i,d]+delta[i,d])/np.float32(3)
+            for d in range(3): delta[i,d] = (m+min(max(start[i,d]+delta[i,d]-m,-spread),spread)-start[i,d])/g
+
+# %% ../nbs/12_refine.ipynb #05d61ff1
 KEEP = dict(offsets=.05, log_scales=.05, sh0=1.) # how much of each neighbours share: colour mostly, shape costs sharpness in front
 ANCHOR = dict(offsets=3., quats=1., log_scales=1., logit_opacities=.05, sh0=.1) # how much of each the spring to the start weighs
 
@@ -265,14 +291,14 @@ def loss(self:Refinement, view, background):
 
 @patch
 def step(self:Refinement):
-    "One random picture, one step; returns what it cost."
+    "One random picture, one step; returns what it cost, and leaves render and target in `pair`."
     t = self.step_number; self.set_lrs()
     i = int(torch.randint(len(self.clip), (), generator=self.rng)); background = torch.rand(3, generator=self.rng)
     view = self.extra[i%len(self.extra)] if self.extra and t%4==3 else self.view(i)
-    loss,rgb,target = self.loss(view, background)
+    loss,*self.pair = self.loss(view, background)
     self.opt.zero_grad(); loss.backward(); self.check_finite(loss, view)
     self.opt.step(); self.keep_bounds(); self.step_number += 1
-    return dict(step=t, loss=float(loss.detach()), psnr=float(psnr(rgb, target)))
+    return dict(step=t, loss=float(loss.detach()))
 
 # %% ../nbs/12_refine.ipynb #fc76645b
 class NotFinite(ValueError):
@@ -344,7 +370,7 @@ def refine(
     if state and Path(state).exists(): run.load(state)
     return run.go(callback, state)
 
-# %% ../nbs/12_refine.ipynb #94803fbb
+# %% ../nbs/12_refine.ipynb #53dc58f0
 @contextmanager
 def calm(
     pixels:int, # of a picture
@@ -352,10 +378,11 @@ def calm(
     "For a loop of many small operations: tiny numbers are zero, and a second thread of torch is only woken for large pictures."
     threads = torch.get_num_threads(); torch.set_flush_denormal(True)   # vanishing gradients would cost ten times the time
     if pixels<200_000: torch.set_num_threads(1)
+    np.empty(31<<20, np.uint8)  # freed at once: a C library takes it as a hint to keep the memory of a step for the next one
     try: yield
     finally: torch.set_flush_denormal(False); torch.set_num_threads(threads)
 
-# %% ../nbs/12_refine.ipynb #53a228cd
+# %% ../nbs/12_refine.ipynb #da339dde
 @patch
 def go(self:Refinement, callback=None, state=None, every=50):
     "Run to the end; an interrupt keeps what is there."
@@ -364,7 +391,9 @@ def go(self:Refinement, callback=None, state=None, every=50):
         with calm(self.view(0).width*self.view(0).height):
             for i in bar:
                 row = self.step()
-                if i%every==0 or i==self.iters-1: self.log.append(dict(row, seconds=round(time.perf_counter()-begun,2))); bar.set_postfix(psnr=f"{row['psnr']:.1f} dB")
+                if i%every==0 or i==self.iters-1:
+                    self.log.append(dict(row, psnr=float(psnr(*self.pair)), seconds=round(time.perf_counter()-begun,2)))
+                    bar.set_postfix(psnr=f"{self.log[-1]['psnr']:.1f} dB")
                 if callback and i%every==0: callback(i, self.result())
                 if state and self.step_number%500==0: self.save(state)
     except KeyboardInterrupt: print(f'stopped after {self.step_number} of {self.iters} steps'+(f'; the same call goes on from {state}' if state else ''))
