@@ -25,7 +25,7 @@ from .mesh import rasterize_mesh, vertex_normals, visible_points
 from .clips import Frame, resize
 from .avatar import Avatar, head_id, mirror_texels, new_avatar, open_splats, part_is, sink, texel_mask
 
-# %% ../nbs/10_generator.ipynb #73d14adb
+# %% ../nbs/10_generator.ipynb #196411e0
 @dataclass(frozen=True)
 class GeneratorConfig:
     "Sizes and switches of a generator."
@@ -40,7 +40,7 @@ class GeneratorConfig:
     features:int=32              # channels of the UV network's map (the paper's 32)
     hidden:int=16                # channels inside each head
     base:int=8                   # learned maps that tell texels apart
-    shells:tuple=(0.,.01,.025)   # metres above the skin where pictures are read; 0 first
+    shells:tuple=(0.,.01,.025,.045) # metres above the skin where pictures are read; 0 first
     pool:str='visible'           # visible, plain or attention
     mirror:bool=True             # also show the network each texel's mirror image
     residual:bool=True           # the FLAME-conditioned head
@@ -279,19 +279,26 @@ def harmonics(
 # %% ../nbs/10_generator.ipynb #86a6f640
 CHANNELS = dict(position=3, rotation=4, scale=3, color=3, opacity=1)
 
-# %% ../nbs/10_generator.ipynb #4bab3fc1
+# %% ../nbs/10_generator.ipynb #318767a0
 class Heads(nn.Module):
-    "Five small heads side by side; each sees the UV map, what was seen, and the view."
-    def __init__(self, inputs, hidden, view):
+    "Five small heads side by side, and a chooser of shells; each sees the UV map, what was seen, and the view."
+    def __init__(self, inputs, hidden, view, shells):
         super().__init__()
         self.first = nn.Linear(inputs, hidden*len(CHANNELS))
         self.view = nn.Linear(27, hidden*len(CHANNELS), bias=False) if view else None
         self.last = nn.ModuleDict({k:nn.Linear(hidden, c) for k,c in CHANNELS.items()})
         for m in self.last.values(): nn.init.normal_(m.weight, std=.01); nn.init.zeros_(m.bias)
+        self.shell = nn.Linear(inputs, shells)
+        nn.init.zeros_(self.shell.weight); nn.init.constant_(self.shell.bias, -2.)
     def forward(self, x, gamma): # (B,N,inputs), (B,27) -> dict of (B,N,c)
         h = self.first(x)
         if self.view is not None: h = h+self.view(gamma)[:,None]
         return {k:self.last[k](p) for k,p in zip(CHANNELS, F.silu(h).chunk(len(CHANNELS),-1))}
+    def climb(self, x, rgb, above, near): # (B,N,inputs), (B,N,3), (B,N,4S), (B,N,S) -> (B,N,3)
+        "Take the colour from a shell where hair stands that high."
+        for share,c,w in zip(self.shell(x).sigmoid().unbind(-1), above.split(4,-1), near.unbind(-1)):
+            rgb = torch.lerp(rgb, c[...,:3]/c[...,3:].clamp_min(.05), (share*w*c[...,3])[...,None])
+        return rgb
 
 # %% ../nbs/10_generator.ipynb #d09e16d8
 class ResidualHead(nn.Module):
@@ -351,7 +358,7 @@ def _neighbours(binding):
     pairs = torch.cat([torch.stack([ids[:-1,:-1],ids[:-1,1:]]).flatten(1), torch.stack([ids[:-1,:-1],ids[1:,:-1]]).flatten(1)],1)
     return pairs[:,(pairs>=0).all(0)]
 
-# %% ../nbs/10_generator.ipynb #3f8ced00
+# %% ../nbs/10_generator.ipynb #8181466a
 class Generator(nn.Module):
     "K portraits in, one avatar out."
     def __init__(self,
@@ -371,7 +378,7 @@ class Generator(nn.Module):
         self.mean = nn.Parameter(torch.zeros(len(self.binding), sum(CHANNELS.values())))
         self.stem = nn.Linear((1+c.mirror)*pooled+c.base+3, c.unet[0])
         self.uvnet = UVNet(c.unet, c.features, c.token)
-        self.heads = Heads(c.features+c.base+5, c.hidden, c.view)
+        self.heads = Heads(c.features+c.base+5, c.hidden, c.view, len(c.shells)-1)
         self.residual = ResidualHead(c.features, self.code_size) if c.residual else None
 
     head = property(lambda self: self.head_[0])
@@ -513,7 +520,7 @@ def as_looks(self:Generator, items):
         if (*l.uv.shape[:2],l.size)!=want: raise InputError(f'a look should have (shells, Gaussians, pixels) {want}; got {(*l.uv.shape[:2],l.size)}: it was made for another generator')
     return looks
 
-# %% ../nbs/10_generator.ipynb #1c034905
+# %% ../nbs/10_generator.ipynb #71930545
 @patch
 def decode(self:Generator,
     code:Code,              # of B people
@@ -530,7 +537,9 @@ def decode(self:Generator,
     residual = {}
     if self.residual is not None: residual = self.residual(code.map, like.new_zeros(B,self.code_size) if expr_code is None else expr_code.to(like))
     maps = {k:m+residual[k] if k in residual else m for k,m in maps.items()}
-    return Decoded(self.to_splats(maps, code.extra[...,:3]), maps, residual)
+    f,s = self.config.source_features+5,len(self.config.shells)-1
+    near = code.pooled[...,f+4*s:]; above = code.pooled[...,f:f+4*s]/near.clamp_min(1e-6).repeat_interleave(4,-1)
+    return Decoded(self.to_splats(maps, self.heads.climb(x, code.extra[...,:3], above, near)), maps, residual)
 
 # %% ../nbs/10_generator.ipynb #a3001628
 @patch
