@@ -279,7 +279,7 @@ def harmonics(
 # %% ../nbs/10_generator.ipynb #86a6f640
 CHANNELS = dict(position=3, rotation=4, scale=3, color=3, opacity=1)
 
-# %% ../nbs/10_generator.ipynb #318767a0
+# %% ../nbs/10_generator.ipynb #d878b8cb
 class Heads(nn.Module):
     "Five small heads side by side, and a chooser of shells; each sees the UV map, what was seen, and the view."
     def __init__(self, inputs, hidden, view, shells):
@@ -288,14 +288,15 @@ class Heads(nn.Module):
         self.view = nn.Linear(27, hidden*len(CHANNELS), bias=False) if view else None
         self.last = nn.ModuleDict({k:nn.Linear(hidden, c) for k,c in CHANNELS.items()})
         for m in self.last.values(): nn.init.normal_(m.weight, std=.01); nn.init.zeros_(m.bias)
-        self.shell = nn.Linear(inputs, shells)
-        nn.init.zeros_(self.shell.weight); nn.init.constant_(self.shell.bias, -2.)
+        self.shell = nn.Linear(inputs, shells) if shells else None
+        if shells: nn.init.zeros_(self.shell.weight); nn.init.constant_(self.shell.bias, -2.)
     def forward(self, x, gamma): # (B,N,inputs), (B,27) -> dict of (B,N,c)
         h = self.first(x)
         if self.view is not None: h = h+self.view(gamma)[:,None]
         return {k:self.last[k](p) for k,p in zip(CHANNELS, F.silu(h).chunk(len(CHANNELS),-1))}
     def climb(self, x, rgb, above, near): # (B,N,inputs), (B,N,3), (B,N,4S), (B,N,S) -> (B,N,3)
         "Take the colour from a shell where hair stands that high."
+        if self.shell is None: return rgb
         for share,c,w in zip(self.shell(x).sigmoid().unbind(-1), above.split(4,-1), near.unbind(-1)):
             rgb = torch.lerp(rgb, c[...,:3]/c[...,3:].clamp_min(.05), (share*w*c[...,3])[...,None])
         return rgb
@@ -358,7 +359,7 @@ def _neighbours(binding):
     pairs = torch.cat([torch.stack([ids[:-1,:-1],ids[:-1,1:]]).flatten(1), torch.stack([ids[:-1,:-1],ids[1:,:-1]]).flatten(1)],1)
     return pairs[:,(pairs>=0).all(0)]
 
-# %% ../nbs/10_generator.ipynb #8181466a
+# %% ../nbs/10_generator.ipynb #bc00c4f4
 class Generator(nn.Module):
     "K portraits in, one avatar out."
     def __init__(self,
@@ -366,8 +367,7 @@ class Generator(nn.Module):
         head:Head=None,    # default: the open head
         weights:bool=True, # fetch those of the backbone, if the configuration has one
     ):
-        super().__init__()
-        _check_config(config)
+        super().__init__(); _check_config(config)
         self.config = c = config; self.head_ = [head or open_head()]   # in a list: a head is data, not a part that is trained or saved
         self.avatar_ = [new_avatar(self.head, c.resolution)]
         self._lay_out()
