@@ -406,7 +406,7 @@ def sink(
     depth = depth + metres/bind_frames(b, avatar.verts()).scales
     return torch.stack([0*depth, -depth, 0*depth],-1)
 
-# %% ../nbs/09_avatar.ipynb #0bf7f5f9
+# %% ../nbs/09_avatar.ipynb #db3f7649
 def from_frame(
     frame:Frame,         # one tracked picture with a matte
     resolution:int=128,  # texels per side
@@ -414,7 +414,8 @@ def from_frame(
 )->Avatar:
     "A head from one picture: colours warped, the rest completed, hair grown to the matte."
     head = head or open_head(); p = dict(frame.params); shape = p.pop('shape')
-    a = new_avatar(head, resolution, shape, grow_hair(head, head(shape=shape, **p)[0], frame))
+    hair = grow_hair(head, head(shape=shape, **p)[0], frame); known = p.get('static_offset')     # what a tracker of several views found
+    a = new_avatar(head, resolution, shape, hair if known is None else hair+known[0])
     rgb,seen = bake(a, frame)
     return replace(a, splats=dict(a.splats, sh0=rgb_to_sh0(rgb), offsets=sink(a)), seen=seen)
 

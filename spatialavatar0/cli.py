@@ -297,7 +297,7 @@ def clip_parts(
     parts = [load_clip(path, head, split=s) for s in ('train','test')]
     return parts if all(map(len,parts)) else split(load_clip(path, head))
 
-# %% ../nbs/18_cli.ipynb #08330377
+# %% ../nbs/18_cli.ipynb #d1145616
 def first_avatar(
     clip,
     head,
@@ -309,9 +309,8 @@ def first_avatar(
     from spatialavatar0.head import Lacks
     from spatialavatar0.refine import start_frame
     frame = clip[start_frame(clip)]
-    if hasattr(head,'arkit') and 'static_offset' not in frame.params:
-        try: return from_frame(frame, resolution, head=head)
-        except Lacks as e: say(f'note: {e}; starting grey')
+    try: return from_frame(frame, resolution, head=head)
+    except Lacks as e: say(f'note: {e}; starting grey')
     offset = frame.params.get('static_offset')
     return new_avatar(head, resolution, frame.params.get('shape'), None if offset is None else offset[0])
 

@@ -1,7 +1,8 @@
 """Stage 2: bounds, gradients, kill -9 and resume, what stops it, other heads."""
-import math, os, signal, subprocess, sys
+import json, math, os, signal, subprocess, sys
 from dataclasses import replace
-import pytest, torch
+import numpy as np, pytest, torch
+import flame_files as ff
 from spatialavatar0.avatar import from_frame, new_avatar
 from spatialavatar0.binding import bind_uv
 from spatialavatar0.clips import Clip, split
@@ -143,3 +144,38 @@ def test_one_lit_texel_of_hair():
     from spatialavatar0.avatar import strands
     rgb = torch.rand(6,3); known = torch.tensor([1.,0,0,0,0,0]); hair = torch.tensor([True]*3+[False]*3)
     assert torch.equal(strands(rgb, known, torch.rand(6,3), hair), rgb)
+
+def test_an_offset_the_tracker_found_stays(clip):
+    "A frame may come with a static offset: the first avatar wears it, and hair grows only where the matte still reaches farther."
+    person = make_person(2); f = replace(clip[0], params=dict(clip[0].params, static_offset=person.static_offset[None]))
+    a,bald = from_frame(f, 24), from_frame(clip[0], 24)
+    assert torch.equal(from_frame(replace(f, params=dict(f.params, static_offset=0*person.static_offset[None])), 24).static_offset, bald.static_offset)
+    off = lambda x: (x.static_offset-person.static_offset).norm(dim=-1)
+    assert off(a).max()<.015 and off(a).mean()<.5*off(bald).mean()
+
+def blob(folder, V):
+    "A FLAME-format head that is not a head: random vertices, an atlas, no regions."
+    F = 2*V-20; ff.write_original(folder/'generic_model.pkl', ff.model(V, F)); side = int(np.ceil(F**.5)); at = np.stack([np.arange(F)%side, np.arange(F)//side], -1)
+    np.savez(folder/'uv.npz', vt=((at[:,None]+[[.1,.1],[.9,.1],[.1,.9]])/side).reshape(-1,2), ft=np.arange(3*F).reshape(F,3))
+    return load_flame(folder)
+
+@pytest.mark.parametrize('V,offset', ((60,False),(84,True)))
+def test_the_command_on_a_flame_head(tmp_path, V, offset):
+    "A VHAP folder tracked with another head: `spatialavatar0 refine new CLIP --head MODEL`, and its avatar opens on that head."
+    from spatialavatar0 import cli
+    from spatialavatar0.avatar import load_avatar
+    from spatialavatar0.clips import Frame, write_vhap
+    (tmp_path/'model').mkdir(); head = blob(tmp_path/'model', V); g = torch.Generator().manual_seed(V); K = intrinsics(70.,48,48)
+    params = dict(shape=torch.randn(1,head.num_shape,generator=g), static_offset=.005*torch.randn(1,V,3,generator=g)*offset)
+    truth = new_avatar(head, 32, params['shape'], params['static_offset'][0]); truth.splats['sh0'] = torch.randn(len(truth),3,generator=g)
+    def frame(t):
+        p = dict(expr=torch.zeros(1,head.num_expr), jaw=torch.tensor([[.02*t,0,0]]), **{k: torch.zeros(1,n) for k,n in dict(rotation=3,neck=3,eyes=6,translation=3).items()})
+        view = look_at((.3*math.sin(.6*t),.05,.9),(0,0,0)); rgb,alpha = truth.render(view, K, 48, 48, background=0., **p)
+        return Frame(rgb.clamp(0,1), alpha.clamp(0,1), view, K, dict(p, **params), t)
+    write_vhap([frame(t) for t in range(10)], tmp_path/'clip', head)
+    args = ['refine', 'new', str(tmp_path/'clip'), '--out', str(tmp_path/'out'), '--iters', '30', '--resolution', '24']
+    assert cli.main([*args, '--head', str(tmp_path/'model')])==0
+    a = load_avatar(tmp_path/'out'/'avatar.safetensors', head); numbers = json.loads((tmp_path/'out'/'metrics.json').read_text())
+    assert torch.allclose(a.static_offset, params['static_offset'][0], atol=1e-6) and numbers['steps']==30 and numbers['refined']['psnr']>numbers['start']['psnr']+1
+    with pytest.raises(InputError, match='another head'): load_avatar(tmp_path/'out'/'avatar.safetensors')
+    assert cli.main(args)==1                                                    # the folder says which head it was tracked with
