@@ -186,7 +186,7 @@ def source_chances(
     "Softmax of dissimilarity over temperature."
     return torch.softmax(d/T, 0)
 
-# %% ../nbs/11_schedule.ipynb #d970997c
+# %% ../nbs/11_schedule.ipynb #0f3df5bd
 @dataclass
 class Roll:
     "The pictures of one person, without the pictures."
@@ -206,6 +206,7 @@ class Roll:
 
 def _pick(n, rng): return int(torch.randint(n, (), generator=rng))
 
+# %% ../nbs/11_schedule.ipynb #d486267a
 def choose(
     roll:Roll,
     places:Tensor, # indices into the roll, at least K+1
@@ -238,7 +239,7 @@ def draw_multi(
     seen = torch.randint(cameras, (n,), generator=rng)
     return choose(roll, g[torch.arange(n),seen], K, T, rng)
 
-# %% ../nbs/11_schedule.ipynb #c040119d
+# %% ../nbs/11_schedule.ipynb #8a0607fc
 @dataclass(frozen=True)
 class Phase:
     "A stretch of training; steps, batch and rates."
@@ -257,6 +258,7 @@ class Phase:
     def K(self, rng): return 1+_pick(self.sources, rng)
     def heat(self, t): return temperature(t, self.steps, self.hot, self.cold, self.cool)
 
+# %% ../nbs/11_schedule.ipynb #f33a4da3
 @dataclass(frozen=True)
 class MonoPhase(Phase):
     "Phase 1, monocular-temporal: Adam, a rate that falls in a straight line and then rests."
@@ -327,7 +329,7 @@ class Shelf:
         self.rolls = [self._roll(p, generator) for p in range(len(clips))]
     def __len__(self): return len(self.counts)
 
-# %% ../nbs/11_schedule.ipynb #b715dd43
+# %% ../nbs/11_schedule.ipynb #3e14aefb
 @patch
 def _open(self:Shelf, kind, generator, folder, limit):
     "Room for all records: new, or what an earlier run left."
@@ -344,6 +346,7 @@ def _open(self:Shelf, kind, generator, folder, limit):
         with atomic_path(title) as tmp: tmp.write_text(json.dumps(mine))
     return np.memmap(path, kind, 'r+', shape=(n,))
 
+# %% ../nbs/11_schedule.ipynb #448a9928
 @patch
 def _fill(self:Shelf, p, clip, generator):
     "Look at the frames of one person that nobody has looked at."
@@ -382,7 +385,7 @@ def _roll(self:Shelf, p, generator):
     return Roll(torch.stack([l.direction for l in looks]), torch.stack([l.code(generator.head) for l in looks]),
                 rows['time'].tolist(), [c.decode() for c in rows['camera']], f'person {p}')
 
-# %% ../nbs/11_schedule.ipynb #b2e8b534
+# %% ../nbs/11_schedule.ipynb #b90d08fb
 class BadBatch(InputError):
     "A loss or a gradient became nan or inf; the state before that step is intact."
 
@@ -396,6 +399,7 @@ class Batch:
     probes:list         # two tensors of signs (B,N,3), for the view-Jacobian
     names:list          # what to call each target in an error
 
+# %% ../nbs/11_schedule.ipynb #4a99784f
 class Trainer:
     "A generator between two steps of its schedule."
     def __init__(self,
@@ -417,7 +421,7 @@ class Trainer:
         self.begin(0)
     total = property(lambda self: sum(p.steps for p in self.schedule), doc='steps of all phases')
 
-# %% ../nbs/11_schedule.ipynb #aec6ab3c
+# %% ../nbs/11_schedule.ipynb #73429083
 @patch
 def now(self:Trainer): # number of the phase, phase, step within it
     "Where in the schedule we are."
@@ -435,6 +439,7 @@ def layer_scales(
     depth = 1+max((int(m[1]) for m in inner if m), default=-1); stem = re.compile(r'^encoder\..*(patch_embed|cls_token|pos_embed|reg_token|mask_token)')
     return [decay**(depth-int(m[1])) if m else decay**(depth+1) if stem.search(n) else 1. for n,m in zip(names,inner)]
 
+# %% ../nbs/11_schedule.ipynb #306b1c7d
 @patch
 def begin(self:Trainer, i):
     "Phase i starts: a fresh optimiser, and the weights as they are now are home."
@@ -492,7 +497,7 @@ def terms(self:Trainer, batch, w, bf16=False):
     if w.offset: t['offset'] = m['position'].square().mean()
     return t, each.detach()
 
-# %% ../nbs/11_schedule.ipynb #f606a4cf
+# %% ../nbs/11_schedule.ipynb #e0166f1a
 @patch
 def share_gradients(self:Trainer):
     "The mean over processes, in one exchange. (A double backward rules out hooks that exchange while the backward runs.)"
@@ -509,6 +514,7 @@ def backward(self:Trainer, batch, w, bf16=False):
     if w.l2sp: t['l2sp'] = l2_sp(self.params, self.home); pull_home(self.params, self.home, w.l2sp)
     return {k:float(x.detach()) for k,x in t.items()}, each
 
+# %% ../nbs/11_schedule.ipynb #bbd7979a
 @patch
 def step(self:Trainer):
     "One step; returns what it cost, term by term."
@@ -529,7 +535,7 @@ def check(self:Trainer, batch, w, terms, each, norm):
     bad = [n for n,x in zip(batch.names, each) if not torch.isfinite(x)] or batch.names; what = [k for k,x in terms.items() if not math.isfinite(x)] or ['a gradient']
     raise BadBatch(f'{", ".join(what)} became nan or inf: {"; ".join(bad)}')
 
-# %% ../nbs/11_schedule.ipynb #fe6064db
+# %% ../nbs/11_schedule.ipynb #345253a7
 @patch
 def identity(self:Trainer):
     "What must be the same for a run to go on."
@@ -548,6 +554,7 @@ def save(self:Trainer, path):
     tensors = {k:v.detach().cpu().contiguous() for k,v in dict(t, rng=self.rng.get_state()).items()}
     with atomic_path(path) as tmp: save_file(tensors, tmp, metadata=dict(training=json.dumps(meta)))
 
+# %% ../nbs/11_schedule.ipynb #5cdd0908
 @patch
 def load(self:Trainer, path):
     "Go on from a file written by `save`."
@@ -564,7 +571,7 @@ def load(self:Trainer, path):
         if self.home: self.home = [t[f'home.{n}'].to(p.device) for n,p in zip(self.names,self.params)]
     self.rng.set_state(t['rng']); self.step_number,self.seconds,self.log = meta['step'],meta['seconds'],meta['log']
 
-# %% ../nbs/11_schedule.ipynb #78598d3c
+# %% ../nbs/11_schedule.ipynb #d8c3a132
 @contextmanager
 def finish_first():
     "Inside, Ctrl-C raises a flag (a list that is no longer empty) instead of breaking off in the middle of a step."
@@ -574,6 +581,7 @@ def finish_first():
     try: yield flag
     finally: signal.signal(signal.SIGINT, old)
 
+# %% ../nbs/11_schedule.ipynb #9b957a45
 @patch
 def run(self:Trainer,
     steps:int=None,     # stop after so many more; default: the end of the schedule
@@ -596,13 +604,14 @@ def run(self:Trainer,
             if stop: print(f'stopped after {self.step_number} of {self.total} steps'+(f'; the same call goes on from {state}' if state else '')); break
     keep(); return self.log
 
+# %% ../nbs/11_schedule.ipynb #03f03fce
 @patch
 def _note(self:Trainer, rows, bar):
     "A line of the log: means over the steps since the last one."
     mean = {k: round(sum(r[k] for r in rows if k in r)/len(rows),5) for k in rows[-1]}
     self.log.append(dict(step=self.step_number, phase=self.schedule[self.phase_number].name, seconds=round(self.seconds,1), **mean)); bar.set_postfix(loss=f"{mean['loss']:.3f}")
 
-# %% ../nbs/11_schedule.ipynb #a2e56c15
+# %% ../nbs/11_schedule.ipynb #a61ec29d
 def looked(
     generator:Generator,
     trials:list, # of domains.Trial
@@ -610,6 +619,7 @@ def looked(
     "Look at the pictures of a test set once, for many evaluations."
     return [replace(t, sources=generator.looks(t.sources), target=generator.looks([t.target])[0]) for t in trials]
 
+# %% ../nbs/11_schedule.ipynb #735d24a5
 @torch.no_grad()
 def evaluate(
     generator:Generator,
