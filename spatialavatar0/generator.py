@@ -494,7 +494,7 @@ def complete(self:Generator,
     grid = self.to_grid(torch.cat([rgb, total],-1))
     return torch.cat([self.off_grid(pull_push(grid[:,:3], grid[:,3:])), seen, other],-1)
 
-# %% ../nbs/10_generator.ipynb #6790b1d6
+# %% ../nbs/10_generator.ipynb #e836e40d
 @patch
 def encode(self:Generator,
     looks:list, # B lists of K looks (or frames); every person may have another K
@@ -504,6 +504,7 @@ def encode(self:Generator,
     if not counts or min(counts)==0: raise InputError('a person needs at least one source picture; got none (K = 0)')
     parts = [x.split(counts) for x in self.warp([l for s in sources for l in s])]    # all pictures of a step go through the encoder at once
     pooled,seen,token = (torch.stack(x) for x in zip(*[self.gather(*p) for p in zip(*parts)]))
+    if not seen.any(1).all(): raise InputError('no source shows anything of the head: check that matte, camera and head parameters belong to the picture')
     f = self.config.source_features
     extra = self.complete(pooled[...,f:f+3]/seen[...,None].clamp_min(1e-6), seen)
     mirrored = [pooled[:,self.partner]*self.has_partner[:,None]] if self.config.mirror else []

@@ -167,6 +167,7 @@ def test_wrong_input(gen, clip, looks):
         x = getattr(clip[0],k).clone(); x[0,0] = float('inf')
         with pytest.raises(InputError, match=f'NaN or infinite values in its {k}'): gen(replace(clip[0], **{k:x}))
     with pytest.raises(InputError, match='params'): gen(replace(clip[0], params=dict(clip[0].params, expr=torch.full((1,52),float('nan')))))
+    with pytest.raises(InputError, match='shows anything'): gen(replace(clip[0], mask=torch.zeros(64,64)))
     with pytest.raises(InputError, match='should be a Frame'): gen(['photo.jpg'])
     with pytest.raises(InputError, match='another generator'): Generator.from_preset('tiny', **{**SMALL,'shells':(0.,)}).encode([looks[:1]])
 
