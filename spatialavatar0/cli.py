@@ -6,7 +6,8 @@
 __all__ = ['SHEET', 'FILES', 'UNITS', 'app', 'BuildConfig', 'Preset', 'build_preset', 'held_out_report', 'track_photo',
            'track_photos', 'avatar_from_frame', 'film_camera', 'swung', 'view_of', 'contact_sheet', 'write_sheet',
            'write_films', 'turned_error', 'judge', 'check_out', 'write_results', 'build_avatar', 'clip_parts',
-           'first_avatar', 'refine_clip', 'doctor', 'Device', 'check_device', 'demo', 'build', 'assets', 'main']
+           'first_avatar', 'refine_clip', 'train_generator', 'doctor', 'Device', 'check_device', 'demo', 'build',
+           'train', 'assets', 'main']
 
 # %% ../nbs/18_cli.ipynb #f7efa554
 import json, os, platform, sys, time, warnings
@@ -340,6 +341,31 @@ def refine_clip(
     say(f"held out: {before['psnr']:.1f} -> {after['psnr']:.1f} dB; longest splat {after['aspect_max']:.1f} times its width; {out/'avatar.safetensors'}")
     return numbers
 
+# %% ../nbs/18_cli.ipynb #ef474f2c
+def train_generator(
+    out,                 # folder for the results; looks are kept there, too
+    preset:str='laptop', # tiny, laptop
+    steps:int=10_000,    # of both phases; the last fifth is Phase 2
+    *,
+    people:int=300, subjects:int=12, # of the two data sets
+    seed:int=0, say=print,
+)->dict:                 # what metrics.json holds
+    "Train a generator; resumes from out/state.safetensors."
+    from spatialavatar0.core import atomic_path
+    from spatialavatar0.domains import held_out, mono, multi, people as painted
+    from spatialavatar0.generator import from_preset
+    from spatialavatar0.schedule import Shelf, Trainer, evaluate, laptop_schedule
+    out,g = Path(out),from_preset(preset, seed=seed); size = g.config.image_size; say(f'painting and looking at {people} + {subjects} people')
+    data = [Shelf(painted(d, n), g, out/'looks'/d.name) for d,n in ((mono(size),people), (multi(size, instants=6),subjects))]
+    t = Trainer(g, laptop_schedule(steps-steps//5, steps//5), data if steps>=5 else data[:1], seed); state = out/'state.safetensors'
+    if state.exists(): t.load(state); say(f'going on from step {t.step_number}')
+    log = t.run(state=state); numbers = dict(steps=t.step_number, of=t.total, seconds=round(t.seconds), log=log)
+    if t.step_number<t.total: return numbers
+    numbers['held_out'] = {k:{K:evaluate(g, held_out(k, size), K) for K in (1,4)} for k in ('mono','multi')}; g.save(out/'generator.safetensors', steps=steps, seed=seed, people=people, subjects=subjects)
+    with atomic_path(out/'metrics.json') as tmp: tmp.write_text(json.dumps(numbers, indent=1))
+    say('held-out people, four pictures each: '+', '.join(f'{k} {v[4]["head_psnr"]:.1f} dB' for k,v in numbers['held_out'].items())+f'; {out/"generator.safetensors"}')
+    return numbers
+
 # %% ../nbs/18_cli.ipynb #a446b877
 def _package(name, cost): # -> (name, found, note)
     from importlib.metadata import PackageNotFoundError, version
@@ -437,6 +463,14 @@ def _refine(avatar:str=typer.Argument(help='An avatar file, or "new": one frame 
     "Refine an AVATAR on a person's CLIP; stopped, the same command goes on."
     check_device(device.value)
     refine_clip(avatar, clip, out, iters=iters, head=head, resolution=resolution, paper=paper, seed=seed, say=typer.echo)
+
+# %% ../nbs/18_cli.ipynb #49b531b0
+@app.command()
+def train(out:Path=_OUT, preset:Preset=_PRESET, steps:int=typer.Option(10_000, min=1, help='Of both phases; the last fifth is Phase 2.'),
+          people:int=typer.Option(300, min=1, help='Painted people in front of one camera.'), subjects:int=typer.Option(12, min=1, help='Painted people in front of sixteen.'), seed:int=_SEED, device:Device=_DEVICE):
+    "Train a generator on painted people; stopped, the same command goes on."
+    check_device(device.value)
+    train_generator(out, preset.value, steps, people=people, subjects=subjects, seed=seed, say=typer.echo)
 
 # %% ../nbs/18_cli.ipynb #ac78f573
 @app.command('doctor')

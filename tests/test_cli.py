@@ -297,3 +297,13 @@ def test_refine_a_folder(tmp_path, capfd):
     assert 'not a clip' in refused(capfd, 'refine', 'new', tmp_path/'out', '--out', tmp_path/'x')
     assert 'no avatar' in refused(capfd, 'refine', tmp_path/'gone.safetensors', tmp_path/'clip', '--out', tmp_path/'x')
     assert '--device cpu' in refused(capfd, 'refine', 'new', tmp_path/'clip', '--device', 'cuda')
+
+# ---- stage 1
+
+def test_train(tmp_path, capfd):
+    args = ('train', '--out', tmp_path/'out', '--preset', 'tiny', '--steps', 10, '--people', 2, '--subjects', 1)
+    code, out, err = run(capfd, *args); assert code == 0 and 'held-out people' in out, err
+    first = (tmp_path/'out'/'generator.safetensors').read_bytes()
+    code, out, err = run(capfd, *args); assert code == 0 and 'going on from step 10' in out and (tmp_path/'out'/'generator.safetensors').read_bytes() == first
+    assert 'another run' in refused(capfd, *args[:-6], '--steps', 11, '--people', 2, '--subjects', 1)
+    assert 'looks of another data set' in refused(capfd, *args[:-3], 3, '--subjects', 1)
