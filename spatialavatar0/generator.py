@@ -437,7 +437,7 @@ def looks(self:Generator,
     if len(sizes)>1: raise InputError(f'sources should share one size; got {sizes}: cut and resize them with clips.crop')
     return [self.look(f) for f in frames]
 
-# %% ../nbs/10_generator.ipynb #319c2125
+# %% ../nbs/10_generator.ipynb #bce79136
 @patch
 def warp(self:Generator,
     looks:list, # of n pictures
@@ -446,7 +446,7 @@ def warp(self:Generator,
     dev = self.base.device; stack = lambda k: torch.stack([getattr(l,k) for l in looks]).to(dev).float()
     image,uv,w = stack('image')/255, stack('uv'), stack('weight')/255
     image = torch.cat([image[:,:3]*image[:,3:], image[:,3:]],1)              # black around the person
-    features,token = self.encoder(image)
+    features,token = self.encoder(image.contiguous(memory_format=torch.channels_last))
     rgba = sample(image, uv.flatten(1,2)); n = w.shape[-1]
     rgb = rgba[:,:n,:3]/rgba[:,:n,3:].clamp_min(.05)                         # the skin's colour without that black
     return torch.cat([sample(features, uv[:,0]), rgb, rgba[:,:n,3:]],-1), rgba[:,n:], w, token
