@@ -144,16 +144,12 @@ def metrical_codes(
     if lids is not None and np.abs(numbers(lids,'eyelids',2,where)).max()>1e-3: warnings.warn(f'{where}: {_LIDS}', stacklevel=2)
     return codes(head, where, shape=numbers(flame('shape'),'shape',None,where), expr=numbers(flame('exp'),'exp',None,where), jaw=turn_6d(jaw,'jaw',where), eyes=turn_6d(eyes,'eyes',where))
 
-# %% ../nbs/07b_formats.ipynb #eb60968d
+# %% ../nbs/07b_formats.ipynb #0dca6fdf
 def _array(kind, shape, code): # stands in for numpy's _reconstruct
     if kind is not np.ndarray: raise ValueError('not an array')
     return np.ndarray.__new__(np.ndarray, (0,), np.uint8)
 
-def _latin1(text, encoding): # stands in for _codecs.encode: how pickles of protocol 2 write bytes
-    if encoding!='latin1' or not isinstance(text,str): raise ValueError('not the bytes of an array')
-    return text.encode('latin1')
-
-_SAFE = [np.ndarray, np.dtype, *(getattr(np.dtypes, f'{n}DType') for n in ('Float16','Float32','Float64','Int32','Int64','UInt8','Bool')), (_latin1,'_codecs.encode'),
+_SAFE = [np.ndarray, np.dtype, *(getattr(np.dtypes, f'{n}DType') for n in ('Float16','Float32','Float64','Int32','Int64','UInt8','Bool')),
          *((_array,f'numpy.{core}.multiarray._reconstruct') for core in ('core','_core'))]
 
 # %% ../nbs/07b_formats.ipynb #66ee72f3
