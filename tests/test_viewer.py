@@ -1,0 +1,234 @@
+"The page against our renderer in a real browser, sliders in a notebook's panel, the live viewer, bad input."
+import asyncio, json, os, re, time
+import numpy as np, pytest, torch
+from dataclasses import replace
+from spatialavatar0.avatar import new_avatar, from_frame
+from spatialavatar0.binding import Binding
+from spatialavatar0.core import InputError
+from spatialavatar0.geometry import orbit, intrinsics, sh0_to_rgb
+from spatialavatar0.head import Head, open_head
+from spatialavatar0.metrics import psnr
+from spatialavatar0.synth import make_person, paint, portrait_camera
+from spatialavatar0.viewer import Explorer, SHOW, TURNS, VIEW, control_groups, control_names, find_browser, home_view, in_browser, pack, page, \
+    page_picture, picture, pose_of, serve, signed_steps, steps, twin, view_of, viser_splats, wait_until
+
+browser = pytest.mark.skipif(find_browser() is None, reason='needs Chromium (apt-get install chromium) and playwright (pip install playwright)')
+
+@pytest.fixture(scope='module')
+def avatar():
+    V,K = portrait_camera(open_head(), 256)
+    return from_frame(paint(make_person(3), V, K, 256), 128)
+
+@pytest.fixture(scope='module')
+def small():
+    "Grey, with colours that differ from texel to texel."
+    a = new_avatar(open_head(), 48)
+    a.splats['sh0'] = torch.randn(len(a), 3, generator=torch.Generator().manual_seed(0))
+    return a
+
+@pytest.fixture(scope='module')
+def file(avatar, tmp_path_factory): return page(avatar, tmp_path_factory.mktemp('page')/'avatar.html')
+
+@pytest.fixture(scope='module')
+def small_file(small, tmp_path_factory): return page(small, tmp_path_factory.mktemp('page')/'small.html', title='</script><script>alert(1)</script>')
+
+def random_controls(seed, head):
+    "A third of all weights, and every turn."
+    g = np.random.default_rng(seed); names = control_names(head)
+    return {n: float(g.uniform(0,.8)) for n in g.choice(names, len(names)//3, replace=False)} | {n: float(g.uniform(*r))*.6 for n,r in TURNS.items()}
+
+def ours(avatar, V, K, w, h, values):
+    with torch.no_grad(): rgb,alpha = avatar.render(V, K, w, h, background=1., **pose_of(avatar.head, values))
+    return rgb.clamp(0,1), (alpha>.5).float()
+
+# the page
+
+def free():
+    "Whether nobody else computes here: only then do times say anything."
+    return os.getloadavg()[0]<os.cpu_count()/2
+
+@browser
+def test_page_draws_what_we_draw_and_is_fast(avatar, file):
+    assert len(avatar)>15_000 and file.stat().st_size<8e6
+    V,K = portrait_camera(open_head(), 256); poses = [{}]+[random_controls(s, avatar.head) for s in (1,2)]; c = home_view(avatar)['target']
+    cameras = [(V,K,256,256), (orbit(70,20,.5,c), intrinsics(500,320,240), 320, 240), (orbit(-160,-30,.9,c), intrinsics(900,301,257), 301, 257)]
+    def do(tab): return tab.evaluate('avatar.measure(60)'), [page_picture(tab, *c, v) for c,v in zip(cameras, poses)]
+    speed,drawn = in_browser(file, do, (160,120))
+    for c,v,theirs in zip(cameras, poses, drawn):
+        rgb,mask = ours(avatar, *c, v)
+        assert mask.sum()>2000 and psnr(rgb, theirs, mask)>40, psnr(rgb, theirs, mask)     # 30 asked for; 52 to 57 measured
+    assert speed['least']['work']<12 and (speed['work']<12 or not free()), speed
+
+_GRAB = """() => { avatar.draw(); const g = document.createElement("canvas"), c = document.getElementById("view"); g.width = 96; g.height = 64;
+    const x = g.getContext("2d"); x.drawImage(c, 0, 0, 96, 64); return Array.from(x.getImageData(0, 0, 96, 64).data) }"""
+def grab(tab): return np.asarray(tab.evaluate(_GRAB)).reshape(64,96,4)[...,:3]/255
+def moved(a, b): return np.abs(a-b).max(-1)>.05
+
+def use_sliders(tab):
+    assert tab.title().startswith('</script>')                                            # shown, not run
+    start = grab(tab)
+    tab.locator('summary', has_text='Mouth').click(); s = tab.locator('input[name=mouthSmileLeft]')
+    s.focus(); s.press('End'); assert tab.evaluate('[avatar.values.mouthSmileLeft, avatar.values.mouthSmileRight]')==[1,1]
+    smile = moved(start, grab(tab)); assert smile[32:].sum()>3 and not smile[:20].any()   # the mouth, not the hair
+    tab.locator('#linked').uncheck(); r = tab.locator('input[name=mouthSmileRight]'); r.focus(); r.press('Home')
+    assert tab.evaluate('[avatar.values.mouthSmileLeft, avatar.values.mouthSmileRight]')==[1,0]
+    tab.locator('#reset').click(); assert not moved(start, grab(tab)).any()
+
+def use_mouse_and_keys(tab):
+    start = grab(tab)
+    tab.mouse.move(100,300); tab.mouse.down(); tab.mouse.move(220,280,steps=3); tab.mouse.up()
+    assert tab.evaluate('[avatar.values.yaw, avatar.values.pitch]')==pytest.approx([-48,-8])
+    tab.mouse.wheel(0,-300); wait_until(tab, 'avatar.values.zoom>1.2')
+    tab.locator('#view').focus(); tab.keyboard.press('ArrowLeft'); assert tab.evaluate('avatar.values.yaw')==pytest.approx(-43)
+    assert moved(start, grab(tab)).mean()>.05
+    tab.evaluate('avatar.reset()'); assert not moved(start, grab(tab)).any()
+
+def use_two_fingers(tab):
+    tab.evaluate('''() => { const c = document.getElementById("view"); c.setPointerCapture = () => 0;
+        const fire = (type, id, x, y) => c.dispatchEvent(new PointerEvent(type, {pointerId: id, clientX: x, clientY: y, pointerType: "touch"}));
+        fire("pointerdown",1,100,100); fire("pointermove",1,150,100); fire("pointerdown",2,250,100); fire("pointermove",2,350,100); fire("pointerup",1,0,0); fire("pointerup",2,0,0); fire("pointermove",1,0,0) }''')
+    assert tab.evaluate('[avatar.values.yaw, avatar.values.zoom]')==pytest.approx([-20,2]); tab.evaluate('avatar.reset()')
+
+def play_motions(tab):
+    start = grab(tab)
+    for name in ('talk','blink','look around'):
+        b = tab.locator('#motions button', has_text=name); b.click(); assert b.get_attribute('aria-pressed')=='true'
+        wait_until(tab, 'Object.entries(avatar.values).some(([k,v]) => k!="zoom" && Math.abs(v)>.1)')
+        b.click(); assert not moved(start, grab(tab)).any()
+
+def change_background_and_ask_nonsense(tab):
+    tab.locator('#background').fill('#204060'); assert np.allclose(grab(tab)[0,0]*255, [32,64,96], atol=1)
+    for bad in ('avatar.set({smile:1})', 'avatar.set({jawOpen:NaN})', 'avatar.set({background:"red"})', 'avatar.play("dance")'):
+        assert tab.evaluate(f'() => {{ try {{ {bad}; return "" }} catch (e) {{ return e.message }} }}')
+
+def lose_the_context(tab):
+    before = grab(tab)
+    tab.evaluate('() => { const x = document.getElementById("view").getContext("webgl2").getExtension("WEBGL_lose_context"); x.loseContext(); setTimeout(() => x.restoreContext(), 100) }')
+    tab.wait_for_timeout(300); wait_until(tab, '!document.getElementById("view").getContext("webgl2").isContextLost()')
+    assert not moved(before, grab(tab)).any() and before.std()>.05
+
+@browser
+def test_a_person_uses_the_page(small, small_file):
+    "Pixels change as they should, and nothing complains; Gaussians behind the camera, far outside and larger than the picture."
+    c = home_view(small)['target']; K = intrinsics(200,128,96); near = [orbit(20,10,.12,c), orbit(90,0,.02,c)]
+    def do(tab):
+        for use in (use_sliders, use_mouse_and_keys, use_two_fingers, play_motions, change_background_and_ask_nonsense, lose_the_context): use(tab)
+        tab.evaluate('avatar.set({background:"#ffffff"})')
+        return [page_picture(tab, V, K, 128, 96, {}) for V in near]
+    for V,theirs in zip(near, in_browser(small_file, do, (720,420))): assert psnr(ours(small, V, K, 128, 96, {})[0], theirs)>40
+
+class Flame(Head):
+    "The open head as FLAME would be: pose correctives, nameless expressions."
+def flame_like():
+    h = open_head(); g = torch.Generator().manual_seed(1)
+    arrays = {k: v for k,v in h._buffers.items() if not k.startswith('arkit')} | dict(part_names=h.part_names, mask_names=h.mask_names)
+    return Flame(dict(arrays, pose_basis=.002*torch.randn(36, h.num_verts, 3, generator=g))).requires_grad_(False)
+
+@browser
+def test_a_head_without_arkit_names(tmp_path):
+    h = flame_like(); a = new_avatar(h, 40); a.splats['sh0'] = torch.randn(len(a),3)
+    assert not hasattr(h,'arkit_names') and control_names(h)[:2]==['expr0','expr1']
+    v = dict(expr0=2., expr7=-1.5, jawPitch=14, jawYaw=4, neckYaw=25, neckRoll=-8, eyesYaw=20); V,K = portrait_camera(open_head(), 200)
+    theirs = in_browser(page(a, tmp_path/'flame.html'), lambda tab: page_picture(tab, V, K, 200, 200, v), (160,120))
+    rgb,_ = ours(a, V, K, 200, 200, v)
+    assert psnr(rgb, theirs)>40
+
+def test_page_text(small, tmp_path):
+    text = page(small, tmp_path/'a.html', title='</title><b>"me" & you').read_text()
+    assert '</title><b>' not in text and '&lt;/title&gt;&lt;b&gt;' in text and '{{' not in text
+    assert not re.search(r'https?://|import\s*\(|fetch\(|XMLHttpRequest|WebSocket', text)
+    js = sum(len((__import__('importlib.resources').resources.files('spatialavatar0')/'assets'/'viewer'/n).read_text().splitlines()) for n in ('data.js','head.js','draw.js','app.js'))
+    assert js<500
+    assert page(small, tmp_path/'b.html', motions={}).stat().st_size<len(text)
+    assert sorted(p.name for p in tmp_path.iterdir())==['a.html','b.html']
+
+def test_bad_input(small, tmp_path):
+    with pytest.raises(InputError, match='should end in .html'): page(small, tmp_path/'a.txt')
+    broken = replace(small, splats=dict(small.splats, quats=small.splats['quats']*float('nan')))
+    with pytest.raises(InputError, match='quats hold nan'): page(broken, tmp_path/'a.html')
+    b = small.binding; empty = replace(small, binding=Binding(b.face_ids[:0], b.bary[:0], b.texels[:0], b.faces, b.resolution), splats={k: v[:0] for k,v in small.splats.items()})
+    with pytest.raises(InputError, match='no Gaussians'): page(empty, tmp_path/'a.html')
+    with pytest.raises(InputError, match='not a control'): page(small, tmp_path/'a.html', motions=dict(nod=[dict(nodding=1)]))
+    with pytest.raises(InputError, match='background'): page(small, tmp_path/'a.html', background='white')
+    with pytest.raises(InputError, match='show should be'): picture(small, {}, 8, 8, 'wires')
+    with pytest.raises(InputError, match='not a control'): picture(small, dict(smile=1.), 8, 8)
+    assert not list(tmp_path.iterdir())
+
+# numbers
+
+@pytest.mark.parametrize('bits', [8, 16])
+def test_steps_round_to_half_a_step(bits):
+    x = torch.randn(100,3)*torch.tensor([1,1e-6,0]); n,low,step = steps(x, bits)
+    assert n.dtype==f'uint{bits}' and np.abs(low+step*n-x.numpy()).max(0)==pytest.approx(0, abs=1e9) and (np.abs(low+step*n-x.double().numpy())<=step/2*1.001).all() and n[:,:2].max()==2**bits-1
+
+def test_signed_steps_keep_zero():
+    b = torch.randn(4,7,3); b[0] = 0; b[1,3] = 0; n,step = signed_steps(b)
+    assert (n[0]==0).all() and (n[1,3]==0).all() and np.abs(n*step[:,None,None]-b.numpy()).max()<=step.max()*.51
+
+def test_packed_arrays_lie_apart_and_aligned(small):
+    table,data = pack(small); at = 0
+    for a in table.values():
+        assert a['at']%4==0 and a['at']>=at; at = a['at']+a['length']*np.dtype(a['type']).itemsize
+    assert at<=len(data)<at+4 and json.dumps(table)
+
+def test_groups_and_twins():
+    names = control_names(open_head()); groups = control_groups(names); listed = [n for rows in groups.values() for n,*_ in rows]
+    assert len(listed)==len(set(listed)) and set(listed)==set(names)|set(TURNS)
+    assert twin('eyeBlinkLeft', names)=='eyeBlinkRight' and twin('eyeBlinkRight', names)=='eyeBlinkLeft'
+    assert [twin(n, names) for n in ('jawLeft','mouthRight','jawOpen')]==[None]*3
+
+# the notebook's panel
+
+@pytest.mark.parametrize('show', SHOW)
+def test_every_picture_shows_the_head(small, show):
+    rgb = picture(small, dict(jawOpen=.3, yaw=30), 96, 64, show, (0,0,1.))
+    assert rgb.shape==(64,96,3) and torch.allclose(rgb[0,0], torch.tensor([0,0,1.]), atol=1e-3) and (rgb[20:40,35:60,0]>.05).float().mean()>.5
+
+def test_panel(small):
+    e = Explorer(small, 128); first = e.image.value
+    e.sliders['jawOpen'].value = .7; assert e.image.value!=first and e.values['jawOpen']==.7
+    e.sliders['eyeBlinkLeft'].value = 1.; assert e.sliders['eyeBlinkRight'].value==1==e.values['eyeBlinkRight']
+    e.linked.value = False; e.sliders['eyeBlinkRight'].value = 0.; assert e.sliders['eyeBlinkLeft'].value==1
+    for s in SHOW: before = e.image.value; e.show.value = s; assert s==SHOW[0] or e.image.value!=before
+    e.background.value = '#000000'; assert e.draw()[0,0].max()<.01
+    assert torch.equal(e.draw(64), picture(small, e.values, 64, 64, e.show.value, (0.,0.,0.), e.home))
+
+def test_small_while_moving_full_when_still(small):
+    e = Explorer(small, 256); e.last = 256,.2
+    assert e.quick()==128
+    e.last = 64,.001; assert e.quick()==256
+    e.last = 64,9.; assert e.quick()==64
+    sizes = []; draw = e.draw
+    def spy(size=None): sizes.append(size or e.size); r = draw(size); e.last = e.last[0],.05*(e.last[0]/128)**2; return r
+    e.draw = spy; e.last = 256,.2
+    async def drag():
+        for v in (.1,.2,.3,.4): e.sliders['jawOpen'].value = v; await asyncio.sleep(.02)
+        assert sizes==[128]*4
+        await asyncio.sleep(.5)
+    asyncio.run(drag()); assert sizes==[128]*4+[256]
+
+def test_panel_is_quick(avatar):
+    e = Explorer(avatar, 256); took = []
+    for i in range(15): start = time.perf_counter(); e.values['jawOpen'] = i/15; e.draw(256); took.append(time.perf_counter()-start)
+    assert len(avatar)>=13_000 and (min(took)<.08 or not free() and min(took)<.5), took
+
+def test_panel_for_a_head_without_names_and_layout(small):
+    a = new_avatar(flame_like(), 24); b = a.binding; e = Explorer(replace(a, binding=Binding(b.face_ids, b.bary, b.texels, b.faces, 0)), 64)
+    before = e.image.value; e.sliders['expr0'].value = 3.; assert e.image.value!=before and 'texels' not in e.show.options
+
+# the live viewer
+
+def test_live_viewer_listens_here_only_and_follows(small):
+    pytest.importorskip('viser')
+    import socket
+    with socket.socket() as s: s.bind(('127.0.0.1',0)); port = s.getsockname()[1]
+    server = serve(small, port, verbose=False)
+    try:
+        assert server.get_host()=='127.0.0.1'
+        with socket.create_connection(('127.0.0.1', server.get_port()), timeout=5): pass
+    finally: server.stop()
+
+def test_viser_gets_the_posed_gaussians(small):
+    v = dict(jawOpen=.6, neckYaw=20); s = viser_splats(small, v); means,_,scales,opacities,colors = small.world(**pose_of(small.head, v))
+    assert np.allclose(s['centers']/100, means, atol=1e-6) and np.allclose(s['rgbs'], colors.clamp(0,1)) and s['opacities'].shape==(len(small),1)
+    assert np.allclose(np.sort(np.linalg.eigvalsh(s['covariances'].astype(float)))**.5/100, np.sort(scales), rtol=1e-2)
