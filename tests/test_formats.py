@@ -7,7 +7,7 @@ from PIL import Image
 from spatialavatar0 import clips
 from spatialavatar0.clips import Clip, fingerprint, write_vhap
 from spatialavatar0.core import InputError
-from spatialavatar0.formats import READERS, detect, load_clip, numbers, read_checkpoint, turn_6d
+from spatialavatar0.formats import READERS, detect, load_clip, train_test, turn_6d
 from spatialavatar0.head import open_head
 
 HEAD = open_head(); MARK = fingerprint(HEAD); W,H = 80,60
@@ -101,6 +101,10 @@ def test_union_and_cameras_of_vhap(tmp_path):
 def test_splits_of_the_papers(tmp_path):
     imavatar(tmp_path, 360); assert [len(load_clip(tmp_path, split=s)) for s in ('train','test')]==[10,350] and load_clip(tmp_path, split='test')[0].time==11
 
+def test_train_and_test_of_any_folder(tmp_path):
+    for name,sizes in dict(imavatar=[4,1], insta=[4,1], flashavatar=[4,1], gagavatar=[4,1], vhap=[4,1]).items():
+        d = tmp_path/name; d.mkdir() if name not in ('flashavatar','vhap') else None; MAKE[name](d, T=5); assert [len(c) for c in train_test(d)]==sizes, name
+
 def test_whose_codes(tmp_path):
     import flame_files as ff
     from spatialavatar0.head import load_flame
@@ -115,20 +119,27 @@ def test_whose_codes(tmp_path):
         flame = load_flame(ff.write_original(tmp_path/'m.pkl', ff.model())); f = load_clip(d, flame)[0]
         assert f.params['shape'].shape==(1,300) and f.params['expr'].shape==(1,100) and not f.params['expr'][0,50:].any() and flame(**f.params).shape==(1,60,3)
 
-def test_eyelids_warn_and_lmdb(tmp_path, monkeypatch):
+def test_eyelids_warn(tmp_path):
     flash(tmp_path/'f', 1); x = payload(); x['flame']['eyelids'] = np.ones((1,2),np.float32); torch.save(x, tmp_path/'f/checkpoint/00000.frame')
     with pytest.warns(UserWarning, match='eyelids are a direction'): load_clip(tmp_path/'f')[0]
+
+def test_pictures_in_a_database(tmp_path, monkeypatch):
     gaga(tmp_path/'g'); (tmp_path/'g/img_lmdb').mkdir()
+    with pytest.raises(InputError, match='data.mdb is missing'): load_clip(tmp_path/'g')
+    (tmp_path/'g/img_lmdb/data.mdb').write_bytes(b'no database')
     with monkeypatch.context() as m:
         m.setitem(__import__('sys').modules, 'lmdb', None)
         with pytest.raises(InputError, match='needs the package lmdb'): load_clip(tmp_path/'g')
-    lmdb = pytest.importorskip('lmdb'); (tmp_path/'g/img_lmdb/data.mdb').write_bytes(b'no database')
+    lmdb = pytest.importorskip('lmdb')
     with pytest.raises(InputError, match='not a readable database'): load_clip(tmp_path/'g')
-    (tmp_path/'g/img_lmdb/data.mdb').unlink(); env = lmdb.open(str(tmp_path/'g/img_lmdb'), map_size=1<<22)
-    with env.begin(write=True) as txn: [txn.put(f'img_{t}'.encode(), (tmp_path/f'g/images/img_{t}.png').read_bytes()) for t in range(2)]
-    with pytest.raises(InputError, match='1 of 3 keys have no picture, the first is img_2'): load_clip(tmp_path/'g')
-    with env.begin(write=True) as txn: b = io.BytesIO(); Image.new('RGB',(W,H),(200,0,0)).save(b,'png'); txn.put(b'img_2', b.getvalue()); txn.put(b'img_1', b'not a picture')
-    c = load_clip(tmp_path/'g'); assert c[2].image[0,0,0]==pytest.approx(200/255)
+    def database(name, **pictures):
+        gaga(tmp_path/name); env = lmdb.open(str(tmp_path/name/'img_lmdb'), map_size=1<<22)
+        with env.begin(write=True) as txn: [txn.put(k.encode(), x) for k,x in pictures.items()]
+        env.close(); return tmp_path/name
+    b = io.BytesIO(); Image.new('RGB',(W,H),(200,0,0)).save(b,'png'); b = b.getvalue()
+    with pytest.raises(InputError, match='1 of 3 keys have no picture, the first is img_2'): load_clip(database('h', img_0=b, img_1=b))
+    d = database('k', img_0=b, img_1=b'not a picture', img_2=b); c,again = load_clip(d),load_clip(d)
+    assert c[2].image[0,0,0]==again[2].image[0,0,0]==pytest.approx(200/255) and c[0].mask.min()==1
     with pytest.raises(InputError, match='img_lmdb: img_1 is not a readable picture'): c[1]
 
 # ---- damage: what was done, and what the error must name
