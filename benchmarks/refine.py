@@ -13,7 +13,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 import torch
 from spatialavatar0.avatar import from_frame, new_avatar, open_splats
-from spatialavatar0.clips import Clip, load_clip, split, write_vhap
+from spatialavatar0.clips import Clip, split, write_vhap
+from spatialavatar0.formats import load_clip
 from spatialavatar0.core import InputError
 from spatialavatar0.metrics import ssim
 from spatialavatar0.refine import NotFinite, RefineConfig, Refinement, calm, measure, paper_config, refine, start_frame

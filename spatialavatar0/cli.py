@@ -288,15 +288,14 @@ def build_avatar(
 
 def _rounded(x): return {k: _rounded(v) for k,v in x.items()} if isinstance(x, dict) else round(x, 3) if isinstance(x, float) else x
 
-# %% ../nbs/18_cli.ipynb #52741f95
+# %% ../nbs/18_cli.ipynb #721fec99
 def clip_parts(
-    path,       # folder in VHAP format
+    path,       # folder in any format of page 07b
     head,
 )->tuple:       # train and test clips
     "The folder's own split; without one, the last fifth is held out."
-    from spatialavatar0.clips import load_clip, split
-    parts = [load_clip(path, head, split=s) for s in ('train','test')]
-    return parts if all(map(len,parts)) else split(load_clip(path, head))
+    from spatialavatar0.formats import train_test
+    return train_test(path, head)
 
 # %% ../nbs/18_cli.ipynb #d1145616
 def first_avatar(
@@ -315,9 +314,9 @@ def first_avatar(
     offset = frame.params.get('static_offset')
     return new_avatar(head, resolution, frame.params.get('shape'), None if offset is None else offset[0])
 
-# %% ../nbs/18_cli.ipynb #3a05d630
+# %% ../nbs/18_cli.ipynb #5a6014f5
 def refine_clip(
-    avatar, clip, out,  # an avatar file or 'new'; a folder in VHAP format; a folder for the results
+    avatar, clip, out,  # an avatar file or 'new'; a folder in any format of page 07b; a folder for the results
     *,
     iters:int=10_000,
     head=None,          # file or folder of a FLAME-format model; default: the open head
@@ -455,9 +454,9 @@ def build(photos:list[Path]=typer.Argument(help='A portrait (JPEG, PNG, WebP, TI
     "Make a head from your own PHOTOS. Faces belong to people: ask them first."
     _built(photos, out, preset, seed, device)
 
-# %% ../nbs/18_cli.ipynb #fa3501f9
+# %% ../nbs/18_cli.ipynb #c12fb691
 @app.command('refine')
-def _refine(avatar:str=typer.Argument(help='An avatar file, or "new": one frame of the clip is warped.'), clip:Path=typer.Argument(help='Folder in VHAP / GaussianAvatars format.'),
+def _refine(avatar:str=typer.Argument(help='An avatar file, or "new": one frame of the clip is warped.'), clip:Path=typer.Argument(help='Folder of a clip: VHAP, IMavatar, INSTA, FlashAvatar or GAGAvatar_track.'),
             out:Path=_OUT, iters:int=typer.Option(10_000, min=1, help='Steps.'), head:Path=typer.Option(None, help='FLAME model of the clip; default: the open head.'),
             resolution:int=typer.Option(128, min=8, help='Texels per side of a new avatar.'), paper:bool=typer.Option(False, help='As the paper has it, without our remedy.'), seed:int=_SEED, device:Device=_DEVICE):
     "Refine an AVATAR on a person's CLIP; stopped, the same command goes on."
