@@ -437,7 +437,7 @@ def read_vhap(
     check_files((p for s in shots for p in (s.image,s.mask,s.params) if p), next((s.image for s in shots if not s.mask), None))
     return Clip(lambda i: _load_shot(shots[i], head), len(shots), cache)
 
-# %% ../nbs/07_clips.ipynb #f2c66c8d
+# %% ../nbs/07_clips.ipynb #6fc39fa3
 def _format(path):
     "Which format a folder is in."
     if not path.exists(): raise InputError(f'no clip at {path}')
@@ -454,7 +454,7 @@ def load_clip(
     format:str='auto', # or 'vhap'
     split:str=None,    # 'train', 'val' or 'test'; default: all frames
 )->Clip:               # streamed
-    "Read a clip in any format this kit knows."
+    "Read a folder if it is in this page's format; `formats.load_clip` knows others, too."
     if format not in ('auto','vhap'): raise InputError(f"format should be 'auto' or 'vhap'; got {format!r}")
     path = Path(path); format = _format(path) if format=='auto' else format
     return read_vhap(path, split, head)

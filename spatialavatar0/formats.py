@@ -20,7 +20,7 @@ from .head import Head, open_head
 from .pickles import printable, read_arrays
 from .clips import Clip, Frame, check_files, check_once, fingerprint, fit_code, inside, is_rigid, read_frames, read_pair, read_picture, read_vhap, split
 
-# %% ../nbs/07b_formats.ipynb #b4441c3a
+# %% ../nbs/07b_formats.ipynb #f5c0442f
 def check_head(
     head:Head,   # what the caller gave, None if nothing
     marked,      # the fingerprint in the file, None as a rule
@@ -31,7 +31,7 @@ def check_head(
         head = head or open_head()
         if marked!=fingerprint(head): raise InputError(f'{where} was made on another head ({printable(marked)}), not on {head.name} ({fingerprint(head)}); pass that head as head=')
     elif head is None or head.code=='':
-        raise InputError(f"{where} holds codes of a FLAME model and does not say which; pass the head it was tracked with, as head=load_flame('flame2020'): {head.name if head else 'the open head'} would give another face")
+        raise InputError(f"{where} holds codes of a FLAME model and does not say which; pass the head it was tracked with, as head=load_flame('flame2020') (--head on the command line): {head.name if head else 'the open head'} would give another face")
     return head
 
 # %% ../nbs/07b_formats.ipynb #1a115cc1
