@@ -307,7 +307,7 @@ class Explorer:
         self.status.value = f'{size} x {size} in {1e3*self.last[1]:.0f} ms'
         return rgb
 
-# %% ../nbs/17_viewer.ipynb #0a70c1a7
+# %% ../nbs/17_viewer.ipynb #1b110a75
 def _slider(name, low, high, value=0., step=None):
     import ipywidgets as w
     return w.FloatSlider(value=value, min=low, max=high, step=step or (high-low)/100, description=name, style=dict(description_width='120px'), layout=w.Layout(width='310px'))
@@ -316,7 +316,7 @@ def _build(self):
     import ipywidgets as w
     groups = control_groups(control_names(self.avatar.head)); groups['View'] = [('yaw',-180,180),('pitch',-80,80),('zoom',.3,4)]
     self.sliders = {n: _slider(n, lo, hi, VIEW.get(n,0.)) for rows in groups.values() for n,lo,hi in rows}
-    self.show = w.ToggleButtons(options=SHOW if self.avatar.binding.resolution else SHOW[:3], style=dict(button_width='76px'))
+    self.show = w.ToggleButtons(options=SHOW if self.avatar.binding.resolution else SHOW[:3], style=dict(button_width='90px'))
     self.background = w.ColorPicker(value='#ffffff', description='background', layout=w.Layout(width='200px')); self.linked = w.Checkbox(value=True, description='both sides', indent=False, layout=w.Layout(width='90px'))
     self.image = w.Image(format='jpeg', layout=w.Layout(width=f'{self.size}px', height=f'{self.size}px')); self.status = w.Label()
     folds = w.Accordion([w.VBox([self.sliders[n] for n,*_ in rows]) for rows in groups.values()], titles=list(groups), selected_index=0)
@@ -374,7 +374,7 @@ def viser_splats(
     L = quat_to_mat(quats)*(100*scales)[:,None]
     return dict(centers=100*means.numpy(), covariances=(L@L.mT).numpy(), rgbs=colors.clamp(0,1).numpy(), opacities=opacities[:,None].numpy())
 
-# %% ../nbs/17_viewer.ipynb #80711531
+# %% ../nbs/17_viewer.ipynb #578b7de6
 def serve(
     avatar:Avatar,
     port:int=8080,  # on this machine only; viser takes the next free one if it is in use
@@ -384,7 +384,9 @@ def serve(
     try: import viser
     except ImportError as e: raise InputError('the live viewer needs viser: pip install "spatialavatar0[viewer]"') from e
     server = viser.ViserServer(host='127.0.0.1', port=port, verbose=verbose); values,home = {},home_view(avatar); target = 100*np.array(home['target'])
-    server.scene.set_up_direction('+y'); server.initial_camera.position = target+[0,0,100*home['distance']]; server.initial_camera.look_at = target
+    server.scene.set_up_direction('+y')
+    @server.on_client_connect
+    def face_it(client): client.camera.up_direction,client.camera.position,client.camera.look_at,client.camera.fov = (0.,1.,0.), target+[0,0,100*home['distance']], target, 2*math.atan(.5/home['focal'])
     splats = server.scene.add_gaussian_splats('/head', **viser_splats(avatar, values))
     def moved(event):
         values[event.target.label] = event.target.value; new = viser_splats(avatar, values)

@@ -1,7 +1,9 @@
 "The page against our renderer in a real browser, sliders in a notebook's panel, the live viewer, bad input."
-import asyncio, json, os, re, time
+import asyncio, contextlib, io, json, os, re, secrets, socket, subprocess, sys, time, urllib.request
 import numpy as np, pytest, torch
+from conftest import ROOT
 from dataclasses import replace
+from PIL import Image
 from spatialavatar0.avatar import new_avatar, from_frame
 from spatialavatar0.binding import Binding
 from spatialavatar0.core import InputError
@@ -220,7 +222,7 @@ def test_panel_for_a_head_without_names_and_layout(small):
 
 def test_live_viewer_listens_here_only_and_follows(small):
     pytest.importorskip('viser')
-    import socket
+
     with socket.socket() as s: s.bind(('127.0.0.1',0)); port = s.getsockname()[1]
     server = serve(small, port, verbose=False)
     try:
@@ -232,3 +234,88 @@ def test_viser_gets_the_posed_gaussians(small):
     v = dict(jawOpen=.6, neckYaw=20); s = viser_splats(small, v); means,_,scales,opacities,colors = small.world(**pose_of(small.head, v))
     assert np.allclose(s['centers']/100, means, atol=1e-6) and np.allclose(s['rgbs'], colors.clamp(0,1)) and s['opacities'].shape==(len(small),1)
     assert np.allclose(np.sort(np.linalg.eigvalsh(s['covariances'].astype(float)))**.5/100, np.sort(scales), rtol=1e-2)
+
+# in JupyterLab, and in the live viewer's own page
+
+QUIET = {'@jupyterlab/notebook-extension:tracker': dict(autoStartDefaultKernel=True, windowingMode='none'),
+         '@jupyterlab/apputils-extension:notification': dict(fetchNews='false', checkForUpdates=False, doNotDisturbMode=True)}
+CELL = """from spatialavatar0.avatar import new_avatar
+from spatialavatar0.head import open_head
+from spatialavatar0.viewer import explore
+e = explore(new_avatar(open_head(), 40), 128)"""
+
+def free_port():
+    with socket.socket() as s: s.bind(('127.0.0.1',0)); return s.getsockname()[1]
+
+@contextlib.contextmanager
+def lab(folder):
+    "A JupyterLab of its own, with nothing of the user's; yields its address, the token and a way to ask it."
+    port,token = free_port(),secrets.token_hex(8); base = f'http://127.0.0.1:{port}'; settings = folder/'cfg'/'labconfig'/'default_setting_overrides.json'
+    settings.parent.mkdir(parents=True); settings.write_text(json.dumps(QUIET))
+    env = {k: v for k,v in os.environ.items() if k!='IN_TEST'} | dict(PYTHONPATH=str(ROOT), JUPYTERLAB_SETTINGS_DIR=str(folder/'set'), JUPYTERLAB_WORKSPACES_DIR=str(folder/'ws'), IPYTHONDIR=str(folder/'ipy'),
+        **{f'JUPYTER_{k}_DIR': str(folder/k.lower()) for k in ('DATA','RUNTIME')}, JUPYTER_CONFIG_DIR=str(folder/'cfg'))
+    options = '--no-browser --allow-root --ip=127.0.0.1 --ServerApp.port_retries=0 --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate --LabApp.extension_manager=readonly --LabApp.expose_app_in_browser=True'
+    server = subprocess.Popen([sys.executable, '-m', 'jupyterlab', *options.split(), f'--port={port}', f'--IdentityProvider.token={token}', f'--ServerApp.root_dir={folder}'],
+        env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    ask = lambda what: json.load(urllib.request.urlopen(f'{base}/api/{what}?token={token}', timeout=5))
+    try:
+        until(lambda: ask('status'), 90); yield base, token, ask
+    finally: server.terminate(); server.wait(20)
+
+def until(true, seconds):
+    "Ask again until it is so; an error counts as no."
+    end = time.time()+seconds
+    while time.time()<end:
+        with contextlib.suppress(Exception):
+            if true(): return
+        time.sleep(.25)
+    raise AssertionError('it did not happen in time')
+
+def with_tab(do):
+    "Call `do` with the tab of a headless browser, in a thread of its own; returns what the console complained about."
+    from concurrent.futures import ThreadPoolExecutor
+    from playwright.sync_api import sync_playwright
+    def go():
+        with sync_playwright() as p:
+            browser = p.chromium.launch(executable_path=find_browser(), headless=True, args=['--no-sandbox','--enable-unsafe-swiftshader','--disable-dev-shm-usage'])
+            tab = browser.new_page(viewport=dict(width=1100,height=800)); errors = []
+            tab.on('console', lambda m: errors.append(m.text) if m.type=='error' else None); tab.on('pageerror', lambda e: errors.append(str(e)))
+            try: do(tab)
+            finally: browser.close()
+            return errors
+    with ThreadPoolExecutor(1) as pool: return pool.submit(go).result()
+
+@browser
+def test_panel_in_jupyterlab(tmp_path):
+    pytest.importorskip('jupyterlab')
+    cell = dict(cell_type='code', id='a', metadata={}, source=CELL, outputs=[], execution_count=None)
+    (tmp_path/'demo.ipynb').write_text(json.dumps(dict(cells=[cell], metadata=dict(kernelspec=dict(display_name='python3', language='python', name='python3')), nbformat=4, nbformat_minor=5)))
+    def do(tab):
+        tab.goto(f'{base}/lab/tree/demo.ipynb?token={token}&reset'); tab.wait_for_selector('.jp-NotebookPanel .jp-Notebook .jp-Cell', timeout=90_000)
+        def idle(): ks = ask('kernels'); return ks and ks[0]['execution_state']=='idle' and ks[0]['connections']>=1
+        until(idle, 90)                                                      # the toolbar says idle before there is a kernel
+        tab.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
+        image = tab.locator('.jp-OutputArea img.widget-image'); image.wait_for(timeout=120_000); before = image.get_attribute('src')
+        handle = tab.locator('.jp-OutputArea .widget-slider', has_text='neckYaw').locator('.noUi-handle'); handle.focus()
+        for _ in range(8): handle.press('ArrowRight')
+        until(lambda: image.get_attribute('src')!=before, 30)
+        tab.locator('.widget-label', has_text='128 x 128').wait_for(timeout=30_000)   # still again: the full picture
+        tab.screenshot(path=tmp_path/'lab.png')
+    with lab(tmp_path) as (base,token,ask): errors = with_tab(do)
+    assert not [e for e in errors if 'Failed to load resource' not in e], errors
+
+@browser
+def test_live_viewer_in_a_browser(small, tmp_path):
+    pytest.importorskip('viser')
+    server = serve(small, free_port(), verbose=False); shots = []
+    def look(tab): return np.asarray(Image.open(io.BytesIO(tab.screenshot())).convert('RGB').resize((110,80)), dtype=float)
+    def do(tab):
+        tab.goto(f'http://127.0.0.1:{server.get_port()}'); handle = tab.get_by_role('slider').first; handle.wait_for(timeout=90_000)
+        def coloured(): shots.append(look(tab)[:,35:75]); return np.ptp(shots[-1], axis=-1).max()>60   # the splats are colourful, the rest is grey
+        until(coloured, 60); handle.focus()
+        for _ in range(15): handle.press('ArrowRight')
+        until(lambda: np.abs(look(tab)[:,35:75]-shots[-1]).max()>40, 30)
+        tab.screenshot(path=tmp_path/'viser.png')
+    try: errors = with_tab(do)
+    finally: server.stop()
+    assert not [e for e in errors if 'computeBoundingSphere' not in e], errors   # three.js says so of viser's own splat geometry
