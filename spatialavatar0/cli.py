@@ -239,7 +239,7 @@ def check_out(
         if isinstance(photo, (str,Path)) and f.exists() and Path(photo).exists() and f.samefile(photo): raise InputError(f'{f} is the photo itself and would be overwritten; choose another --out')
     return out
 
-# %% ../nbs/18_cli.ipynb #6dae83c6
+# %% ../nbs/18_cli.ipynb #a8c368a4
 def write_results(
     avatar, frame, cut,  # Avatar, Frame of the photo, Frame of the head
     cfg:BuildConfig,
@@ -253,6 +253,8 @@ def write_results(
     write_sheet(contact_sheet(avatar, cut, cfg.film), out/FILES['sheet']); say('drawn: the contact sheet')
     write_films(avatar, cut, cfg, out); say('filmed: turntable and speaking head')
 
+def _rounded(x): return {k: _rounded(v) for k,v in x.items()} if isinstance(x, dict) else round(x, 3) if isinstance(x, float) else x
+
 def _save_overlay(frame, head, path):
     "The mesh over the photo."
     from PIL import Image
@@ -260,7 +262,7 @@ def _save_overlay(frame, head, path):
     from spatialavatar0.track import overlay
     with atomic_path(path) as tmp: Image.fromarray(to_uint8(overlay(frame, head))).save(tmp, quality=92)
 
-# %% ../nbs/18_cli.ipynb #3c82752f
+# %% ../nbs/18_cli.ipynb #4d3c7918
 def build_avatar(
     photo,                # file or array; or a list of them, all of one person
     out,                  # folder for the results
@@ -285,8 +287,6 @@ def build_avatar(
     numbers |= dict(seconds=steps|dict(all=t[-1]-t[0]), config=asdict(cfg), units=UNITS)
     with atomic_path(out/FILES['metrics']) as tmp: tmp.write_text(json.dumps(_rounded(numbers), indent=1))
     return numbers
-
-def _rounded(x): return {k: _rounded(v) for k,v in x.items()} if isinstance(x, dict) else round(x, 3) if isinstance(x, float) else x
 
 # %% ../nbs/18_cli.ipynb #721fec99
 def clip_parts(
