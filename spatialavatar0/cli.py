@@ -7,7 +7,7 @@ __all__ = ['SHEET', 'FILES', 'UNITS', 'app', 'BuildConfig', 'Preset', 'build_pre
            'track_photos', 'avatar_from_frame', 'film_camera', 'swung', 'view_of', 'contact_sheet', 'write_sheet',
            'write_films', 'turned_error', 'judge', 'check_out', 'write_results', 'build_avatar', 'clip_parts',
            'first_avatar', 'refine_clip', 'train_generator', 'doctor', 'Device', 'check_device', 'demo', 'build',
-           'train', 'assets', 'main']
+           'view', 'train', 'assets', 'main']
 
 # %% ../nbs/18_cli.ipynb #f7efa554
 import json, os, platform, sys, time, warnings
@@ -215,8 +215,8 @@ def judge(
     with torch.no_grad(): ratios = torch.cat([screen_aspect(avatar, swung(avatar, cut, y), K, size, size, **cut.pose) for y in yaws])
     return dict(landmarks_by_yaw=errors, aspect_999=torch.quantile(ratios, .999).item())
 
-# %% ../nbs/18_cli.ipynb #fcc7d8f2
-FILES = dict(tracking='tracking.jpg', avatar='avatar.safetensors', splats='head.ply', sheet='contact_sheet.png', turntable='turntable.mp4',
+# %% ../nbs/18_cli.ipynb #c020c1ba
+FILES = dict(tracking='tracking.jpg', avatar='avatar.safetensors', splats='head.ply', sheet='contact_sheet.png', page='head.html', turntable='turntable.mp4',
              turntable_gif='turntable.gif', speaking='speaking.mp4', speaking_gif='speaking.gif', metrics='metrics.json')
 
 UNITS = dict(landmarks='% of the outer-eye distance (33-263) in the photo; px: pixels of the photo',
@@ -239,17 +239,18 @@ def check_out(
         if isinstance(photo, (str,Path)) and f.exists() and Path(photo).exists() and f.samefile(photo): raise InputError(f'{f} is the photo itself and would be overwritten; choose another --out')
     return out
 
-# %% ../nbs/18_cli.ipynb #a8c368a4
+# %% ../nbs/18_cli.ipynb #466f79ee
 def write_results(
     avatar, frame, cut,  # Avatar, Frame of the photo, Frame of the head
     cfg:BuildConfig,
     out:Path,            # folder
     say=print,
 ):
-    "Avatar file, splat file, contact sheet and films."
+    "Avatar file, splat file, page, contact sheet and films."
     from spatialavatar0.export import write_ply
+    from spatialavatar0.viewer import page
     avatar.info.update(camera=dict(viewmat=cut.viewmat.tolist(), K=cut.K.tolist(), size=cut.width))
-    avatar.save(out/FILES['avatar']); write_ply(out/FILES['splats'], *avatar.world())
+    avatar.save(out/FILES['avatar']); write_ply(out/FILES['splats'], *avatar.world()); page(avatar, out/FILES['page'])
     write_sheet(contact_sheet(avatar, cut, cfg.film), out/FILES['sheet']); say('drawn: the contact sheet')
     write_films(avatar, cut, cfg, out); say('filmed: turntable and speaking head')
 
@@ -424,7 +425,7 @@ _PRESET = typer.Option(Preset.laptop, help='tiny: seconds, coarse. laptop: half 
 _SEED = typer.Option(0, min=0, help='Seed of all that is random.')
 _DEVICE = typer.Option(Device.cpu, help='Where to compute; cuda needs an NVIDIA GPU.')
 
-# %% ../nbs/18_cli.ipynb #86c6ac93
+# %% ../nbs/18_cli.ipynb #65f52541
 def check_device(
     device:str, # cpu or cuda
 ):
@@ -439,7 +440,7 @@ def _built(photo, out, preset, seed, device):
     check_device(device.value)
     r = build_avatar(photo, out, build_preset(preset.value, seed), typer.echo); where = {k: out/f for k,f in FILES.items()}
     typer.echo(f'\n{r["gaussians"]:,} Gaussians in {r["seconds"]["all"]:.0f} s; everything is in {out.resolve()}\n'
-               f'open {where["sheet"]} first, then {where["turntable"]} and {where["speaking"]};\n'
+               f'open {where["page"]} in a browser and turn it, then see {where["sheet"]}, {where["turntable"]} and {where["speaking"]};\n'
                f'{where["splats"]} opens in any splat viewer, {where["avatar"]} with Avatar.load;\nnbs/20_your_own_photo.ipynb tells how it was made')
 
 # %% ../nbs/18_cli.ipynb #9e8f4da4
@@ -453,6 +454,17 @@ def demo(out:Path=_OUT, preset:Preset=_PRESET, seed:int=_SEED, device:Device=_DE
 def build(photos:list[Path]=typer.Argument(help='A portrait (JPEG, PNG, WebP, TIFF ...), or several of one person.'), out:Path=_OUT, preset:Preset=_PRESET, seed:int=_SEED, device:Device=_DEVICE):
     "Make a head from your own PHOTOS. Faces belong to people: ask them first."
     _built(photos, out, preset, seed, device)
+
+# %% ../nbs/18_cli.ipynb #7c18cf94
+@app.command()
+def view(avatar:Path=typer.Argument(help='An avatar file.'), out:Path=typer.Option(Path('avatar.html'), help='The page to write; it needs no network.'),
+         head:Path=typer.Option(None, help='FLAME model of the avatar; default: the open head.'), device:Device=_DEVICE):
+    "Write one file that shows an AVATAR in any browser, with sliders."
+    from spatialavatar0.avatar import load_avatar
+    from spatialavatar0.head import load_flame
+    from spatialavatar0.viewer import page
+    check_device(device.value)
+    typer.echo(f'open {page(load_avatar(avatar, load_flame(head) if head else None), out, avatar.stem).resolve()} in a browser')
 
 # %% ../nbs/18_cli.ipynb #c12fb691
 @app.command('refine')

@@ -51,12 +51,21 @@ def test_every_file_is_there_and_readable(built):
     assert sorted(p.name for p in d.iterdir()) == sorted(cli.FILES.values())
     avatar = Avatar.load(d/cli.FILES['avatar']); splats = read_ply(d/cli.FILES['splats'])
     assert len(avatar) == len(splats[0]) == numbers['gaussians'] > 1000 and avatar.info['config']['resolution'] == 64
+    assert (d/cli.FILES['page']).read_text().startswith('<!') and 5e5 < (d/cli.FILES['page']).stat().st_size < 8e6
     for name in ('tracking', 'sheet'): assert min(Image.open(d/cli.FILES[name]).convert('RGB').size) >= 400
     for name in ('turntable', 'speaking'):
         for kind, size in (('', 96), ('_gif', 64)):
             frames = imageio.mimread(d/cli.FILES[name+kind])
             assert len(frames) == (6 if kind else 12) and frames[0].shape[:2] == (size, size)
             assert np.abs(np.asarray(frames[0], float)-np.asarray(frames[len(frames)//4], float)).mean() > .2   # it moves
+
+def test_view(built, tmp_path, capfd):
+    "The same page again from the avatar file; a wrong name or file is one line."
+    d, _ = built; avatar = d/cli.FILES['avatar']
+    code, out, err = run(capfd, 'view', avatar, '--out', tmp_path/'me.html')
+    assert code == 0 and 'me.html' in out and (tmp_path/'me.html').stat().st_size > 5e5, err
+    assert '.html' in refused(capfd, 'view', avatar, '--out', tmp_path/'me.txt')
+    assert 'not a readable avatar' in refused(capfd, 'view', d/cli.FILES['sheet'], '--out', tmp_path/'other.html')
 
 def test_numbers(built):
     d, numbers = built; saved = json.loads((d/cli.FILES['metrics']).read_text())
@@ -135,7 +144,7 @@ def test_assets(capfd):
 
 def test_help_lists_the_commands(capfd):
     code, out, _ = run(capfd, '--help')
-    assert code == 0 and all(c in out for c in ('demo', 'build', 'doctor', 'assets'))
+    assert code == 0 and all(c in out for c in ('demo', 'build', 'view', 'refine', 'train', 'doctor', 'assets'))
     for command in ('demo', 'build'):
         code, out, _ = run(capfd, command, '--help')
         assert code == 0 and all(o in out for o in ('--out', '--preset', '--seed', '--device'))
