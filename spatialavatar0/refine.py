@@ -169,7 +169,7 @@ def keep_loss(
     "Squared differences between neighbouring texels, weighted; float32 on the CPU."
     return _Smooth.apply(change, near, s)
 
-# %% ../nbs/12_refine.ipynb #904638cb
+# %% ../nbs/12_refine.ipynb #ca8c7302
 @dataclass
 class View:
     "A picture to learn from, with all that never changes."
@@ -192,6 +192,7 @@ class View:
         _paste(nb.get_num_threads(), self.image.numpy(), self.mask.numpy(), *self.corner, background.numpy(), out.numpy())
         return out
 
+# %% ../nbs/12_refine.ipynb #5025b236
 @nb.njit(parallel=True, cache=True)
 def _paste(threads, image, mask, y0, x0, background, out):
     "Fill out (H,W,3) with a plain colour and blend a box (h,w) of bytes over it."
@@ -247,7 +248,7 @@ class Refinement:
 def like(g, x): # (N,) next to (N,...)
     return g.reshape(-1,*[1]*(x.ndim-1))
 
-# %% ../nbs/12_refine.ipynb #b5ec2cdc
+# %% ../nbs/12_refine.ipynb #2084a836
 @patch
 def set_lrs(self:Refinement):
     "One cosine over all iterations; scales stand still at first."
@@ -263,6 +264,7 @@ def keep_bounds(self:Refinement):
     s,g,d = [x['log_scales'].detach().numpy() for x in (self.start,self.gate,self.delta)]
     _clamp_kernel(nb.get_num_threads(), s, g, d, np.float32(self.cfg.spread), np.float32(self.cfg.grow))
 
+# %% ../nbs/12_refine.ipynb #d209514b
 @nb.njit(parallel=True, cache=True)
 def _clamp_kernel(threads, start, gate, delta, spread, grow):
     "`clamp_scales` of start + gate delta, written back to delta (N,3)."
