@@ -262,7 +262,7 @@ def test_interrupted_while_writing(built, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(Figure, 'savefig', half)
     code, out, err = run(capfd, 'demo', '--preset', 'tiny', '--out', tmp_path)
     assert code == 1 and err.strip().splitlines()[-1].startswith('interrupted') and 'Traceback' not in err
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['avatar.safetensors', 'contact_sheet.png', 'head.ply', 'tracking.jpg']
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['avatar.safetensors', 'contact_sheet.png', 'head.html', 'head.ply', 'tracking.jpg']
     assert (tmp_path/'contact_sheet.png').read_text() == 'earlier'
 
 def whole(folder):
