@@ -276,6 +276,7 @@ def whole(folder):
         if n.endswith(('.jpg', '.png')): Image.open(folder/n).load()
         elif n.endswith(('.mp4', '.gif')): assert len(imageio.mimread(folder/n)) >= 6
         elif n.endswith('.json'): json.loads((folder/n).read_text())
+        elif n.endswith('.html'): assert (folder/n).read_text().rstrip().endswith('</html>')
         else: Avatar.load(folder/n) if n.endswith('.safetensors') else read_ply(folder/n)
     return names
 
