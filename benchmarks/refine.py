@@ -4,8 +4,9 @@
     python benchmarks/refine.py --speed [--size 256 --resolution 128] [--out results/refine_speed.json]
 
 Each painted person is filmed for 200 frames by one camera; the last fifth is held out, and so are twelve views from the far sides.
-All rows of a person start from the same one-picture avatar (row start), but for the grey start. Rows that are in the output file
-already are not run again, so an interrupted table goes on where it was.
+Rows of a person start from the same one-picture avatar (row start), but for the grey start and those named "generator": these start
+from what the shipped network makes of four frames (row D of the paper is "generator full"). Rows that are in the output file already
+are not run again, so an interrupted table goes on where it was.
 """
 import common   # first: waiting threads shall sleep
 import argparse, json, math, multiprocessing as mp, tempfile, time
@@ -15,6 +16,7 @@ import torch
 from spatialavatar0.avatar import from_frame, new_avatar, open_splats
 from spatialavatar0.clips import Clip, split, write_vhap
 from spatialavatar0.formats import load_clip
+from spatialavatar0.generator import from_pretrained
 from spatialavatar0.core import InputError
 from spatialavatar0.metrics import ssim
 from spatialavatar0.refine import NotFinite, RefineConfig, Refinement, calm, measure, paper_config, refine, start_frame
@@ -23,7 +25,8 @@ from spatialavatar0.synth import make_person, mono_clip, novel_views
 
 NONE = dict(spread=99., grow=99.)
 ROWS = {'full': paper_config(), 'remedy': RefineConfig(), 'no freeze': paper_config(freeze=0), 'no clamp': paper_config(**NONE), 'no aspect': paper_config(aspect=0.),
-        'neither': paper_config(aspect=0., **NONE), 'grey start': paper_config(), 'densification': None}
+        'neither': paper_config(aspect=0., **NONE), 'grey start': paper_config(), 'densification': None,
+        'generator start': None, 'generator full': paper_config(), 'generator remedy': RefineConfig()}
 
 def stage(person, a):
     "Train, held-out and far views of a person, held in memory, and the one-picture avatar."
@@ -35,13 +38,20 @@ def grown(start, train, a, seed):
     from spatialavatar0.densify import densify
     return densify(start, train, a.iters, seed=seed)
 
+def generated(train, resolution):
+    "What the shipped network makes of four frames of a clip, evenly apart."
+    g = from_pretrained('toy')
+    if g.config.resolution!=resolution: raise SystemExit(f'the shipped network makes avatars of {g.config.resolution} x {g.config.resolution} texels; the rows that start from it need --resolution {g.config.resolution}')
+    return g([train[i*len(train)//4] for i in range(4)])
+
 def run(row, person, seed, a):
     "One line of the table."
     common.set_threads(1); train,test,novel,avatar = stage(person, a); t = time.perf_counter(); note = ''
     if row=='grey start': avatar = new_avatar(avatar.head, a.resolution, avatar.shape)
+    if row.startswith('generator'): avatar = generated(train, a.resolution)
     try:
         if row=='densification': avatar,_ = grown(avatar, train, a, seed)
-        elif row!='start': avatar,_ = refine(avatar, train, a.iters, config=ROWS[row], seed=seed)
+        elif ROWS.get(row): avatar,_ = refine(avatar, train, a.iters, config=ROWS[row], seed=seed)
     except NotFinite as e: note = str(e)          # without the clamp a run may end like this: then that is the result
     seconds = time.perf_counter()-t
     scales = avatar.splats['log_scales']; solid = (scales.amax(-1)-scales.amin(-1)).exp().sort().values
@@ -58,7 +68,7 @@ def table(rows):
         if not r: continue
         m = lambda part,key: mean([x[part][key] for x in r]); worst = max(max(x[p]['aspect_max'] for p in ('held_out','far')) for x in r)
         tail = mean([max(x[p]['aspect_999'] for p in ('held_out','far')) for x in r])
-        print(f"{name:15}{len(r):5}{m('held_out','psnr'):17.2f}{m('held_out','head_psnr'):7.2f}{m('held_out','ssim'):8.4f}{m('far','psnr'):12.2f}{m('far','head_psnr'):7.2f}"
+        print(f"{name:16}{len(r):4}{m('held_out','psnr'):17.2f}{m('held_out','head_psnr'):7.2f}{m('held_out','ssim'):8.4f}{m('far','psnr'):12.2f}{m('far','head_psnr'):7.2f}"
               f"{worst:21.1f}{tail:8.1f}{max(x['aspect3d_max'] for x in r):9.1f}{mean([x['gaussians'] for x in r]):12.0f}{mean([x['seconds'] for x in r]):10.0f}")
 
 def kernels(r, i):
@@ -106,11 +116,11 @@ def main():
     settings = dict(size=a.size, resolution=a.resolution, iters=a.iters)
     if old and old['settings']!=settings: raise SystemExit(f'{out} holds a table with other settings, {old["settings"]}; give another --out')
     rows = old.get('rows',[]); done = {(r['row'],r['person'],r['seed']) for r in rows}
-    jobs = [(r,person,s) for s in range(a.seeds) for r in a.rows.split(',') for person in range(1,a.people+1) if (r,person,s) not in done and (r!='start' or s==0)]
+    jobs = [(r,person,s) for s in range(a.seeds) for r in a.rows.split(',') for person in range(1,a.people+1) if (r,person,s) not in done and (not r.endswith('start') or r=='grey start' or s==0)]
     with ProcessPoolExecutor(a.jobs, mp_context=mp.get_context('spawn')) as pool:
         for f in as_completed([pool.submit(run,*j,a) for j in jobs]):
             rows.append(f.result()); r = rows[-1]
-            print(f"{r['row']:15} person {r['person']} seed {r['seed']}: held out {r['held_out']['psnr']:.2f}, far {r['far']['psnr']:.2f}, aspect {r['far']['aspect_max']:.1f}, {r['seconds']:.0f} s {r['note']}", flush=True)
+            print(f"{r['row']:16} person {r['person']} seed {r['seed']}: held out {r['held_out']['psnr']:.2f}, far {r['far']['psnr']:.2f}, aspect {r['far']['aspect_max']:.1f}, {r['seconds']:.0f} s {r['note']}", flush=True)
             common.save(out, dict(settings=settings, machine=common.machine(), rows=sorted(rows, key=lambda r:(r['row'],r['person'],r['seed']))))
     table(rows)
 
