@@ -5,13 +5,20 @@ from conftest import ROOT
 
 PAGES = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not any(part.startswith(('_', '.')) for part in p.relative_to(ROOT).parts))
 
-@pytest.mark.parametrize('page', PAGES, ids=lambda p: str(p.relative_to(ROOT/'nbs').with_suffix('')))
-def test_notebook(page):
+def run_page(page, *on):
+    "Whether a page's cells run, by the rules of nbdev_test; `on`: flags not to skip."
     from nbdev.config import get_config
     from nbdev.test import test_nb
-    flags = set(get_config(path=ROOT).tst_flags.split())
-    ok, seconds = test_nb(page, skip_flags=flags, force_flags=['cuda'] if torch.cuda.is_available() else [], basepath=ROOT)
-    assert ok, f'{page.name} failed after {seconds:.1f} s (its traceback is in the captured stderr)'
+    if torch.cuda.is_available(): on += 'cuda',
+    return test_nb(page, skip_flags=set(get_config(path=ROOT).tst_flags.split())-set(on), force_flags=list(on), basepath=ROOT)[0]
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda p: str(p.relative_to(ROOT/'nbs').with_suffix('')))
+def test_notebook(page):
+    if '"#| fresh' not in page.read_text(): assert run_page(page), f'{page.name} failed (its traceback is in the captured stderr)'
+    else:                                                  # it forks, which only a process without threads can
+        code = f'import sys; from pathlib import Path; from test_notebooks import run_page; sys.exit(not run_page(Path({str(page)!r}), "fresh"))'
+        done = subprocess.run([sys.executable, '-c', code], cwd=ROOT/'tests', capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout+done.stderr
 
 @pytest.fixture(scope='module')
 def copy(tmp_path_factory):

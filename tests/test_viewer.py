@@ -93,7 +93,7 @@ def use_two_fingers(tab):
 
 def play_motions(tab):
     start = grab(tab)
-    for name in ('talk','blink','look around'):
+    for name in ('talk','look','nod','blink'):
         b = tab.locator('#motions button', has_text=name); b.click(); assert b.get_attribute('aria-pressed')=='true'
         wait_until(tab, 'Object.entries(avatar.values).some(([k,v]) => k!="zoom" && Math.abs(v)>.1)')
         b.click(); assert not moved(start, grab(tab)).any()

@@ -1,4 +1,4 @@
-// The page: state, sliders, mouse and touch, built-in motions, and `window.avatar` for whoever wants to drive it from outside.
+// The page: state, sliders, mouse and touch, motions, and `window.avatar` for whoever wants to drive it from outside.
 
 const $ = id => document.getElementById(id);
 const TURNS = { neckPitch: [1, 0], neckYaw: [1, 1], neckRoll: [1, 2], jawPitch: [2, 0], jawYaw: [2, 1], eyesPitch: [3, 0], eyesYaw: [3, 1] }; // joint, axis
@@ -70,17 +70,11 @@ function reset() { stop(); set(rest()); }
 function rest() { return { ...Object.fromEntries(Object.keys(values).map(n => [n, 0])), ...VIEW }; }
 
 // ---- motions -------------------------------------------------------------------------------------------------------------------------
-const bump = (t, at, rise, fall) => Math.exp(-(((t - at) / (t < at ? rise : fall)) ** 2));
-const builtIn = {                               // seconds -> values
-  blink: t => ({ eyeBlinkLeft: bump(t % 3, .6, .05, .11), eyeBlinkRight: bump(t % 3, .6, .05, .11) }),
-  'look around': t => {
-    const x = Math.sin(.9 * t) * Math.min(1, t), y = .4 * Math.sin(1.7 * t) * Math.min(1, t);
-    return { neckYaw: 14 * x, neckPitch: 8 * y, eyesYaw: 12 * Math.sin(.9 * t + .5) * Math.min(1, t), eyesPitch: 6 * y, ...builtIn.blink(t) };
-  },
-};
-
-function baked({ fps, names, frames }) {        // a table of weights, played in a loop
-  return t => { const row = frames[Math.floor(t * fps) % frames.length]; return Object.fromEntries(names.map((n, i) => [n, row[i]])); };
+function baked({ fps, names, frames }) {        // a table of weights, played in a loop, from row to row
+  return t => {
+    const i = Math.floor(t * fps), f = t * fps - i, row = frames[i % frames.length], next = frames[(i + 1) % frames.length];
+    return Object.fromEntries(names.map((n, k) => [n, row[k] + f * (next[k] - row[k])]));
+  };
 }
 
 function play(seconds) {
@@ -90,8 +84,8 @@ function play(seconds) {
 
 function start(name) {
   stop();
-  if (!(name in HEADER.motions) && !(name in builtIn)) throw new Error(`no motion ${name}`);
-  motion = { name, at: name in HEADER.motions ? baked(HEADER.motions[name]) : builtIn[name] };
+  if (!(name in HEADER.motions)) throw new Error(`no motion ${name}`);
+  motion = { name, at: baked(HEADER.motions[name]) };
   before = { ...values }; started = performance.now(); mark();
 }
 
@@ -125,7 +119,7 @@ function addGroups() {
     for (const [name, low, high] of rows) addSlider(name, low, high, box);
     $('groups').append(box);
   }
-  for (const name of [...Object.keys(HEADER.motions), ...Object.keys(builtIn)]) {
+  for (const name of Object.keys(HEADER.motions)) {
     const b = document.createElement('button'); b.textContent = name; $('motions').append(b, ' ');
     b.addEventListener('click', () => motion && motion.name === name ? stop() : start(name));
   }
