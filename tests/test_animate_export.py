@@ -4,7 +4,8 @@ import imageio.v2 as imageio, numpy as np, pytest, torch
 from spatialavatar0.animate import both, render_motion, show_film, speak, swing, turn, write_film
 from spatialavatar0.avatar import new_avatar
 from spatialavatar0.core import InputError
-from spatialavatar0.export import PLY_COLUMNS, read_ply, write_ply
+from spatialavatar0 import export
+from spatialavatar0.export import PLY_COLUMNS, read_ply, read_splats, write_ply, write_sequence, write_splats
 from spatialavatar0.geometry import intrinsics, orbit, quat_to_mat
 from spatialavatar0.head import open_head
 
@@ -192,8 +193,8 @@ def test_malformed(tmp_path, raw):
     lost = lambda c: ply(np.delete(rows, PLY_COLUMNS.index(c), 1), [x for x in PLY_COLUMNS if x!=c])
     uchar = ply(rows, types=['uchar' if c=='opacity' else 'float' for c in PLY_COLUMNS])
     inf = rows.copy(); inf[3,10] = np.inf
-    cases = [(swap('binary_little_endian','ascii'), 'binary little-endian'), (swap('binary_little_endian','binary_big_endian'), 'binary little-endian'), (good[:-1], 'cut short.*20 splats, there are 19'),
-        *((lost(c), f'lacks {c}') for c in ('x','opacity','rot_3','f_dc_0')), (uchar, 'opacity should be float or double; got uchar'), (swap('vertex 20','vertex -20'), 'cannot use'), (swap('vertex 20','vertex many'), 'cannot use'),
+    cases = [(swap('binary_little_endian','ascii'), 'binary little-endian'), (swap('binary_little_endian','binary_big_endian'), 'binary little-endian'), (good[:-1], 'cut short.*20 rows of "vertex", there are 19'),
+        *((lost(c), f'lacks {c}') for c in ('x','opacity','rot_3','f_dc_0')), (uchar, 'opacity should be float or double; got uint8'), (swap('vertex 20','vertex -20'), 'cannot use'), (swap('vertex 20','vertex many'), 'cannot use'),
         (swap('vertex 20','vertex 20.5'), 'cannot use'), (swap('vertex 20','vertex'), 'cannot use'), (swap('float nx','list uchar int nx'), 'cannot use'), (swap('float nx','half nx'), 'unknown number type half'),
         (swap('float ny','float nx'), 'cannot use'), (swap('vertex','point'), 'a table "vertex"'), (ply(inf), 'damaged: scales hold nan or inf in 1 '), (ply(rows*np.nan), 'damaged'),
         (ply(rows, before='element face 2|property list uchar int vertex_indices'), 'cannot use'), *((swap('vertex 20',f'vertex {n}'), 'cut short|cannot use') for n in (21, 2**31, 2**40, 10**14, 10**30, '9'*5000))]
@@ -241,8 +242,45 @@ def test_gsplat_writes_what_we_write(tmp_path, raw, degree):
     data = gsplat.export_splats(*args, format='ply', save_to=str(tmp_path/'g.ply'))
     for got,w in zip(read_ply(tmp_path/'g.ply'), want): assert torch.equal(got, w)
     if not degree: assert data[data.index(b'end_header\n')+11:]==np.delete(rows, (3,4,5), 1).tobytes()
-    gsplat.export_splats(*args, format='ply_compressed', save_to=str(tmp_path/'c.ply'))
-    with pytest.raises(InputError, match='or a compressed one'): read_ply(tmp_path/'c.ply')
+    gsplat.export_splats(*args, format='ply_compressed', save_to=str(tmp_path/'c.ply')); places = read_ply(tmp_path/'c.ply')[0]
+    assert torch.cdist(places, want[0]).min(1).values.max()<2e-3 and len(places)==20
+
+@pytest.mark.parametrize('end', ('.ply','.compressed.ply','.splat','.npz'))
+@pytest.mark.parametrize('n', (1,255,256,257,700))
+def test_every_format_reads_back(tmp_path, end, n):
+    "Small files know less and are in another order; each Gaussian is found by its place."
+    s = splats(n, seed=n); got = read_splats(write_splats(tmp_path/f'a{end}', *s)); assert [len(t) for t in got]==[n]*5
+    d,i = torch.cdist(got[0], s[0]).min(1); assert len(i.unique())==n and d.max()<2e-3
+    assert (quat_to_mat(got[1])-quat_to_mat(s[1][i])).abs().max()<.03 and (got[2].log()-s[2][i].log()).abs().max()<.01
+    assert (got[3]-s[3][i]).abs().max()<.01 and (got[4]-s[4][i]).abs().max()<.01
+
+@pytest.mark.parametrize('end', ('.compressed.ply','.splat','.npz'))
+def test_damaged_small_files_never_crash(tmp_path, end):
+    good = write_splats(tmp_path/f'a{end}', *splats(40)).read_bytes(); rng = np.random.default_rng(0); path = tmp_path/f'b{end}'
+    for i in range(200):
+        data = bytearray(good)
+        for at in rng.integers(0, min(len(good),600), rng.integers(1,4)): data[at] = rng.integers(256)
+        path.write_bytes(data[:rng.integers(len(data))] if i%4==0 else data)
+        try: read_splats(path)
+        except InputError as e: assert '\n' not in str(e)
+
+def test_a_failure_keeps_the_old_file(tmp_path, monkeypatch):
+    for end in ('.compressed.ply','.splat','.npz'):
+        path = write_splats(tmp_path/f'a{end}', *splats(5)); old = path.read_bytes()
+        with monkeypatch.context() as m:
+            m.setattr('pathlib.Path.replace', lambda *a: (_ for _ in ()).throw(KeyboardInterrupt())); m.setattr('os.replace', lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
+            with pytest.raises(KeyboardInterrupt): write_splats(path, *splats(6))
+        assert path.read_bytes()==old and not [x for x in os.listdir(tmp_path) if 'part' in x or x.startswith('.')]
+
+def test_sequence_goes_on(tmp_path, avatar, monkeypatch):
+    poses = [avatar.head.arkit(dict(jawOpen=i/5)) for i in range(5)]; write,count = export.write_splats,[]
+    def broken(path, *s): count.append(path); return write(path, *s) if len(count)<3 else (_ for _ in ()).throw(KeyboardInterrupt())
+    with monkeypatch.context() as m:
+        m.setattr(export, 'write_splats', broken)
+        with pytest.raises(KeyboardInterrupt): write_sequence(avatar, poses, tmp_path/'s')
+    first = {p.name: p.stat().st_mtime_ns for p in (tmp_path/'s').glob('frame*')}; assert len(first)==2
+    write_sequence(avatar, poses, tmp_path/'s'); assert len(list((tmp_path/'s').glob('frame*')))==5
+    assert all((tmp_path/'s'/k).stat().st_mtime_ns==t for k,t in first.items())
 
 def test_plyfile_reads_it(tmp_path):
     plyfile = pytest.importorskip('plyfile', reason='plyfile is an independent reader, used only here: pip install plyfile')
