@@ -6,7 +6,7 @@
 __all__ = ['SHOW', 'used_mesh', 'steps', 'signed_steps', 'face_arrays', 'splat_arrays', 'lay_out', 'pack', 'control_groups',
            'home_view', 'view_of', 'bake_motion', 'page', 'find_browser', 'wait_until', 'in_browser', 'page_picture',
            'texel_colors', 'needle_colors', 'picture', 'Explorer', 'twin', 'quick', 'change', 'settle', 'explore',
-           'viser_splats', 'serve']
+           'viser_splats', 'serve', 'embed']
 
 # %% ../nbs/17_viewer.ipynb #da56ad4e
 import base64, html, importlib.resources, io, json, math, os, re, shutil, time
@@ -363,7 +363,7 @@ def serve(
     try: import viser
     except ImportError as e: raise InputError('the live viewer needs viser: pip install "spatialavatar0[viewer]"') from e
     server = viser.ViserServer(host='127.0.0.1', port=port, verbose=verbose); values,home = {},home_view(avatar); target = 100*np.array(home['target'])
-    server.scene.set_up_direction('+y')
+    server.scene.set_up_direction('+y'); server.gui.configure_theme(control_layout='fixed', control_width='small', show_share_button=False)   # the panel beside the head, not on it
     @server.on_client_connect
     def face_it(client): client.camera.up_direction,client.camera.position,client.camera.look_at,client.camera.fov = (0.,1.,0.), target+[0,0,100*home['distance']], target, 2*math.atan(.5/home['focal'])
     splats = server.scene.add_gaussian_splats('/head', **viser_splats(avatar, values))
@@ -374,3 +374,12 @@ def serve(
         with server.gui.add_folder(title, expand_by_default=title=='Pose'):
             for name,low,high in rows: server.gui.add_slider(name, low, high, (high-low)/100, 0.).on_update(moved)
     return server
+
+# %% ../nbs/17_viewer.ipynb #17e00001
+def embed(
+    server,          # from serve
+    height:int=560,  # pixels
+):                   # for display in a notebook
+    "The live viewer inside the notebook. It comes from this machine: in a notebook on a remote one, forward the port first."
+    from IPython.display import IFrame
+    return IFrame(f'http://127.0.0.1:{server.get_port()}', '100%', height)

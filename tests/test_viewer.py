@@ -3,6 +3,7 @@ import asyncio, contextlib, io, json, os, re, secrets, socket, subprocess, sys, 
 import numpy as np, pytest, torch
 from conftest import ROOT
 from dataclasses import replace
+from importlib.util import find_spec
 from PIL import Image
 from spatialavatar0.avatar import new_avatar, from_frame
 from spatialavatar0.binding import Binding
@@ -242,7 +243,13 @@ QUIET = {'@jupyterlab/notebook-extension:tracker': dict(autoStartDefaultKernel=T
 CELL = """from spatialavatar0.avatar import new_avatar
 from spatialavatar0.head import open_head
 from spatialavatar0.viewer import explore
-e = explore(new_avatar(open_head(), 40), 128)"""
+a = new_avatar(open_head(), 40)
+e = explore(a, 128)"""
+LIVE = """from spatialavatar0.viewer import embed, serve
+server = serve(a, PORT, verbose=False)
+embed(server)"""
+TURN = """from spatialavatar0.figures import mesh_part, turnable
+turnable([mesh_part(a.verts(), a.head.faces)], 'a head')"""
 
 def free_port():
     with socket.socket() as s: s.bind(('127.0.0.1',0)); return s.getsockname()[1]
@@ -289,8 +296,9 @@ def with_tab(do):
 @browser
 def test_panel_in_jupyterlab(tmp_path):
     pytest.importorskip('jupyterlab')
-    cell = dict(cell_type='code', id='a', metadata={}, source=CELL, outputs=[], execution_count=None)
-    (tmp_path/'demo.ipynb').write_text(json.dumps(dict(cells=[cell], metadata=dict(kernelspec=dict(display_name='python3', language='python', name='python3')), nbformat=4, nbformat_minor=5)))
+    sources = [CELL, TURN]+[LIVE.replace('PORT',str(free_port()))]*(find_spec('viser') is not None)
+    cells = [dict(cell_type='code', id=f'a{i}', metadata={}, source=c, outputs=[], execution_count=None) for i,c in enumerate(sources)]
+    (tmp_path/'demo.ipynb').write_text(json.dumps(dict(cells=cells, metadata=dict(kernelspec=dict(display_name='python3', language='python', name='python3')), nbformat=4, nbformat_minor=5)))
     def do(tab):
         tab.goto(f'{base}/lab/tree/demo.ipynb?token={token}&reset'); tab.wait_for_selector('.jp-NotebookPanel .jp-Notebook .jp-Cell', timeout=90_000)
         def idle(): ks = ask('kernels'); return ks and ks[0]['execution_state']=='idle' and ks[0]['connections']>=1
@@ -301,9 +309,14 @@ def test_panel_in_jupyterlab(tmp_path):
         for _ in range(8): handle.press('ArrowRight')
         until(lambda: image.get_attribute('src')!=before, 30)
         tab.locator('.widget-label', has_text='128 x 128').wait_for(timeout=30_000)   # still again: the full picture
+        figure = tab.locator('.jp-OutputArea .js-plotly-plot canvas').first; figure.wait_for(timeout=30_000); figure.scroll_into_view_if_needed()
+        until(lambda: np.ptp(np.asarray(Image.open(io.BytesIO(figure.screenshot())).convert('L')))>50, 30)
+        if len(sources)>2:
+            frame = tab.locator('.jp-OutputArea iframe').first; frame.scroll_into_view_if_needed(); tab.frame_locator('.jp-OutputArea iframe').locator('canvas').first.wait_for(timeout=60_000)
+            until(lambda: np.ptp(np.asarray(Image.open(io.BytesIO(frame.screenshot())).convert('L').resize((60,40)))[10:30,20:40])>30, 60)   # a grey head on white
         tab.screenshot(path=tmp_path/'lab.png')
     with lab(tmp_path) as (base,token,ask): errors = with_tab(do)
-    assert not [e for e in errors if 'Failed to load resource' not in e], errors
+    assert not [e for e in errors if 'Failed to load resource' not in e and 'computeBoundingSphere' not in e], errors
 
 @browser
 def test_live_viewer_in_a_browser(small, tmp_path):
