@@ -6,8 +6,8 @@
 __all__ = ['SHEET', 'FILES', 'UNITS', 'app', 'BuildConfig', 'Preset', 'build_preset', 'held_out_report', 'track_photo',
            'track_photos', 'avatar_from_frame', 'film_camera', 'swung', 'view_of', 'contact_sheet', 'write_sheet',
            'write_films', 'turned_error', 'judge', 'check_out', 'write_results', 'build_avatar', 'clip_parts',
-           'first_avatar', 'refine_clip', 'train_generator', 'doctor', 'Device', 'check_device', 'demo', 'build',
-           'view', 'train', 'assets', 'main']
+           'first_avatar', 'refine_clip', 'train_generator', 'motion_for', 'animate_avatar', 'export_avatar', 'doctor',
+           'Device', 'check_device', 'demo', 'build', 'view', 'animate', 'export', 'train', 'assets', 'main']
 
 # %% ../nbs/18_cli.ipynb #f7efa554
 import json, os, platform, sys, time, warnings
@@ -366,6 +366,89 @@ def train_generator(
     say('held-out people, four pictures each: '+', '.join(f'{k} {v[4]["head_psnr"]:.1f} dB' for k,v in numbers['held_out'].items())+f'; {out/"generator.safetensors"}')
     return numbers
 
+# %% ../nbs/18_cli.ipynb #18c00002
+_PICTURES = '.png','.jpg','.jpeg','.webp'
+
+def _performed(path, driver, say): # -> poses of a performer, frames per second, the performer's head
+    "What somebody does in a recording, a clip or a film."
+    from spatialavatar0.animate import pose_of
+    from spatialavatar0.core import InputError, progress
+    from spatialavatar0.formats import load_clip
+    from spatialavatar0.head import open_head
+    from spatialavatar0.retarget import calm, performance, read_arkit, read_film, track_film
+    if not path.exists(): raise InputError(f'no motion {path}: expected talk, look, nod, blink; or a .csv or .json recording, a film, a clip or a folder of pictures')
+    if path.suffix.lower() in ('.csv','.json'): frames,fps = read_arkit(path); return [pose_of(open_head(),f) for f in frames], fps, open_head()
+    if path.is_dir() and not any(p.suffix.lower() in _PICTURES for p in path.iterdir()): return performance(progress(load_clip(path, driver), 'read')), 25, driver
+    pictures,fps = read_film(path); say('tracking the film')
+    return calm(performance(track_film(pictures))), fps, open_head()
+
+# %% ../nbs/18_cli.ipynb #18c00003
+def motion_for(
+    avatar,
+    motion,              # talk, look, nod, blink; a .csv or .json recording; a clip, a film or a folder of pictures
+    seconds:float=None,  # at most; default: all of it, 6 for motions of ours
+    fps:float=25,        # of motions of ours
+    seed:int=0,
+    driver=None,         # head model of a clip's performer; default: the avatar's
+    say=print,
+)->tuple:                # poses for the avatar's head, frames per second
+    "A motion for an avatar, retargeted where somebody else performed it."
+    from spatialavatar0.animate import MOTIONS, motions_for, pose_of
+    from spatialavatar0.clips import fingerprint
+    from spatialavatar0.core import InputError
+    from spatialavatar0.retarget import across, retarget
+    head = avatar.head
+    if str(motion) in MOTIONS:
+        made = motions_for(head, max(1,round((seconds or 6)*fps)), fps, seed)
+        if str(motion) not in made: raise InputError(f'{head.name} has no named expressions; it can {" and ".join(made)}, or follow a clip')
+        return [pose_of(head,f) for f in made[str(motion)]], fps
+    poses,fps,performer = _performed(Path(motion), driver or head, say)
+    poses = poses[:max(1,round(seconds*fps))] if seconds else poses; calibrated = {} if Path(motion).suffix.lower() in ('.csv','.json') else 'low'  # a phone has subtracted rest already
+    if fingerprint(performer)==fingerprint(head): return retarget(poses, head, calibrated), fps
+    return across(poses, performer, head, driven_is=dict(shape=avatar.shape, static_offset=avatar.static_offset[None]), neutral=calibrated), fps
+
+# %% ../nbs/18_cli.ipynb #18c00004
+def animate_avatar(
+    avatar, motion, out, # an Avatar; as for motion_for; .mp4 or .gif
+    *,
+    size:int=384,        # pixels
+    sway:float=20,       # degrees the camera swings to either side
+    **options,           # of motion_for
+)->Path:                 # the film
+    "Film a moving avatar."
+    from spatialavatar0.animate import render_motion, swing, write_film
+    from spatialavatar0.core import InputError
+    from spatialavatar0.viewer import home_view, view_of
+    out = Path(out)
+    if out.suffix.lower() not in ('.mp4','.gif'): raise InputError(f'a film should end in .mp4 or .gif; got {out.name}')
+    check_out(out.parent); poses,fps = motion_for(avatar, motion, **options); fps = min(fps, 50) if out.suffix.lower()=='.gif' else fps; home = home_view(avatar)
+    cameras = [view_of(home, dict(yaw=y,pitch=p), size, size) for y,p in swing(len(poses), sway, sway/6)]
+    return write_film(render_motion(avatar, [v for v,_ in cameras], poses, cameras[0][1], size, size), out, fps)
+
+# %% ../nbs/18_cli.ipynb #18c00005
+def export_avatar(
+    avatar, out,           # an Avatar; a file whose ending says the format, or a folder
+    motion=None,           # as for motion_for: a folder gets a file per frame; an ending .glb, .html: the motion inside
+    *,
+    gaussian_avatars:bool=False, # the folder in GaussianAvatars' form
+    form:str='.ply',       # of the files in a folder
+    **options,             # of motion_for
+)->Path:                   # what was written
+    "Write an avatar for other programs."
+    import torch
+    from spatialavatar0.core import InputError
+    from spatialavatar0.export import write_sequence, write_splats
+    from spatialavatar0.gaussian_avatars import write_gaussian_avatar
+    from spatialavatar0.gltf import write_glb
+    from spatialavatar0.viewer import page
+    out = Path(out); end = out.suffix.lower()
+    if motion is not None and end: raise InputError(f'a motion goes into a folder, one file per frame; got {out.name}')
+    poses,fps = motion_for(avatar, motion, **options) if motion is not None else ([{}],25)
+    if gaussian_avatars: return write_gaussian_avatar(avatar, out, poses)
+    if end=='.glb': return write_glb(avatar, out)
+    if end in ('.html','.htm'): return page(avatar, out, out.stem)
+    with torch.no_grad(): return write_splats(out, *avatar.world()) if end else write_sequence(avatar, poses, out, form, fps)
+
 # %% ../nbs/18_cli.ipynb #a446b877
 def _package(name, cost): # -> (name, found, note)
     from importlib.metadata import PackageNotFoundError, version
@@ -456,15 +539,50 @@ def build(photos:list[Path]=typer.Argument(help='A portrait (JPEG, PNG, WebP, TI
     _built(photos, out, preset, seed, device)
 
 # %% ../nbs/18_cli.ipynb #7c18cf94
-@app.command()
-def view(avatar:Path=typer.Argument(help='An avatar file.'), out:Path=typer.Option(Path('avatar.html'), help='The page to write; it needs no network.'),
-         head:Path=typer.Option(None, help='FLAME model of the avatar; default: the open head.'), device:Device=_DEVICE):
-    "Write one file that shows an AVATAR in any browser, with sliders."
+_HEAD = typer.Option(None, help='FLAME model of the avatar; default: the open head.')
+_AVATAR = typer.Argument(help='An avatar file.')
+
+def _load(avatar, head):
     from spatialavatar0.avatar import load_avatar
     from spatialavatar0.head import load_flame
-    from spatialavatar0.viewer import page
+    return load_avatar(avatar, load_flame(head) if head else None)
+
+@app.command()
+def view(avatar:Path=_AVATAR, out:Path=typer.Option(Path('avatar.html'), help='The page to write; it needs no network.'),
+         live:bool=typer.Option(False, help='Serve it to this machine\'s browser instead, until Ctrl-C.'), head:Path=_HEAD, device:Device=_DEVICE):
+    "Write one file that shows an AVATAR in any browser, with sliders."
+    from spatialavatar0.viewer import page, serve
+    check_device(device.value); a = _load(avatar, head)
+    if not live: typer.echo(f'open {page(a, out, avatar.stem).resolve()} in a browser'); return
+    server = serve(a, verbose=False); typer.echo(f'open http://127.0.0.1:{server.get_port()} in a browser; Ctrl-C ends it')
+    try: server.sleep_forever()
+    finally: server.stop()
+
+# %% ../nbs/18_cli.ipynb #18c00009
+_SECONDS = typer.Option(None, min=.04, help='At most so long; default: all of it, 6 s for motions of ours.')
+_FPS = typer.Option(25., min=1, max=240, help='Frames per second of motions of ours.')
+_DRIVER = typer.Option(None, help="FLAME model of a clip's performer; default: the avatar's head.")
+
+def _options(seconds, fps, seed, driver):
+    from spatialavatar0.head import load_flame
+    return dict(seconds=seconds, fps=fps, seed=seed, driver=load_flame(driver) if driver else None, say=typer.echo)
+
+@app.command()
+def animate(avatar:Path=_AVATAR, motion:str=typer.Argument('talk', help='talk, look, nod or blink; an ARKit recording (.csv, .json); a clip, a film or a folder of pictures of somebody who drives.'),
+            out:Path=typer.Option(Path('film.mp4'), help='.mp4 or .gif'), size:int=typer.Option(384, min=32, max=2048, help='Pixels.'), sway:float=typer.Option(20., min=0, max=90, help='Degrees the camera swings to either side.'),
+            seconds:float=_SECONDS, fps:float=_FPS, driver:Path=_DRIVER, head:Path=_HEAD, seed:int=_SEED, device:Device=_DEVICE):
+    "Film an AVATAR: with a motion of ours, or driven by somebody."
     check_device(device.value)
-    typer.echo(f'open {page(load_avatar(avatar, load_flame(head) if head else None), out, avatar.stem).resolve()} in a browser')
+    typer.echo(animate_avatar(_load(avatar, head), motion, out, size=size, sway=sway, **_options(seconds, fps, seed, driver)).resolve())
+
+@app.command()
+def export(avatar:Path=_AVATAR, out:Path=typer.Argument(help='.ply, .compressed.ply, .splat, .npz: splats at rest. .glb: mesh for engines. .html: page. A folder: splats per frame.'),
+           motion:str=typer.Option(None, help='For a folder: as for animate.'), form:str=typer.Option('.ply', help='Of the files in a folder: .ply, .compressed.ply, .splat or .npz.'),
+           gaussian_avatars:bool=typer.Option(False, '--gaussian-avatars', help='The folder in the form of GaussianAvatars.'),
+           seconds:float=_SECONDS, fps:float=_FPS, driver:Path=_DRIVER, head:Path=_HEAD, seed:int=_SEED, device:Device=_DEVICE):
+    "Write an AVATAR for viewers, engines and other methods."
+    check_device(device.value)
+    typer.echo(export_avatar(_load(avatar, head), out, motion, gaussian_avatars=gaussian_avatars, form=form, **_options(seconds, fps, seed, driver)).resolve())
 
 # %% ../nbs/18_cli.ipynb #c12fb691
 @app.command('refine')

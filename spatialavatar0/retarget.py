@@ -156,7 +156,7 @@ def _control(name):
 def _table(names, rows, path, flip):
     "Rows of numbers as dicts of controls."
     known = [_control(n) for n in names]; used = [k for k in known if k]
-    if len(used)<5: raise InputError(f'{path}: expected columns named after ARKit weights, such as jawOpen or EyeBlinkLeft; found {len(used)} of them')
+    if not used: raise InputError(f'{path}: expected columns named after ARKit weights, such as jawOpen or EyeBlinkLeft; found none')
     if twice := {k for k in used if used.count(k)>1}: raise InputError(f'{path}: {min(twice)} comes twice')
     if not rows: raise InputError(f'{path}: expected at least one frame; got none')
     out = []

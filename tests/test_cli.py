@@ -144,7 +144,8 @@ def test_assets(capfd):
 
 def test_help_lists_the_commands(capfd):
     code, out, _ = run(capfd, '--help')
-    assert code == 0 and all(c in out for c in ('demo', 'build', 'view', 'refine', 'train', 'doctor', 'assets'))
+    assert code == 0 and all(c in out for c in ('demo', 'build', 'view', 'animate', 'export', 'refine', 'train', 'doctor', 'assets'))
+    for command in ('animate', 'export'): assert all(o in run(capfd, command, '--help')[1] for o in ('--head', '--seed', '--device', '--seconds'))
     for command in ('demo', 'build'):
         code, out, _ = run(capfd, command, '--help')
         assert code == 0 and all(o in out for o in ('--out', '--preset', '--seed', '--device'))
@@ -289,6 +290,36 @@ def test_killed_demo(tmp_path, kill, until):
     assert 'metrics.json' not in whole(tmp_path) and 'Traceback' not in err
     if kill == signal.SIGINT: assert job.returncode == 1 and 'interrupted' in err and not any(p.name.startswith('.') for p in tmp_path.iterdir())
     else: assert job.returncode == -signal.SIGKILL
+
+# ---- moved, taken away
+
+def test_animate(built, tmp_path, capfd):
+    import imageio.v2 as imageio
+    d, _ = built; avatar = d/cli.FILES['avatar']; (tmp_path/'take.csv').write_text('JawOpen,HeadYaw\n0,0\n.5,.2\n0,0\n')
+    for motion, name in (('nod', 'a.mp4'), (tmp_path/'take.csv', 'b.gif')):
+        code, out, err = run(capfd, 'animate', avatar, motion, '--out', tmp_path/name, '--size', 64, '--seconds', .5, '--fps', 8)
+        assert code == 0 and name in out, err
+        frames = imageio.mimread(tmp_path/name); assert len(frames) == (4 if motion == 'nod' else 3) and frames[0].shape[:2] == (64, 64)
+    for args, said in ((('dance',), 'talk, look, nod, blink'), (('nod', '--out', tmp_path/'a.avi'), '.mp4 or .gif'), ((d/cli.FILES['sheet'],), 'face in the film'), ((tmp_path,), 'not a clip'), ((avatar,), 'not a film')):
+        assert said in refused(capfd, 'animate', avatar, *args, *([] if '--out' in args else ['--out', tmp_path/'x.gif'])) and not (tmp_path/'x.gif').exists()
+
+def test_drive_with_a_film(built, tmp_path, capfd):
+    d, _ = built; avatar = d/cli.FILES['avatar']
+    import imageio.v2 as imageio
+    face = np.asarray(Image.fromarray(ASTRONAUT).resize((256, 256))); imageio.mimwrite(tmp_path/'me.mp4', [face, np.roll(face, 4, 1), np.zeros_like(face), np.roll(face, 8, 1)], fps=5, macro_block_size=1)
+    code, out, err = run(capfd, 'animate', avatar, tmp_path/'me.mp4', '--out', tmp_path/'a.gif', '--size', 48)
+    assert code == 0 and 'no face in 1 of 4' in err and len(imageio.mimread(tmp_path/'a.gif')) == 4
+
+def test_export(built, tmp_path, capfd):
+    from spatialavatar0.export import read_splats
+    from spatialavatar0.gaussian_avatars import read_gaussian_avatar
+    from spatialavatar0.gltf import read_glb
+    d, numbers = built; avatar = d/cli.FILES['avatar']; do = lambda *a: run(capfd, 'export', avatar, *a)
+    for name in ('a.ply', 'a.compressed.ply', 'a.splat', 'a.npz'): assert do(tmp_path/name)[0] == 0 and len(read_splats(tmp_path/name)[0]) > .9*numbers['gaussians']
+    assert do(tmp_path/'a.glb')[0] == 0 and read_glb(tmp_path/'a.glb')[0]['animations'] and do(tmp_path/'a.html')[0] == 0
+    assert do(tmp_path/'ga', '--gaussian-avatars', '--motion', 'look', '--seconds', 1, '--fps', 5)[0] == 0 and len(read_gaussian_avatar(tmp_path/'ga')[1]) == 5
+    assert do(tmp_path/'frames', '--motion', 'look', '--seconds', 1, '--fps', 3, '--form', '.splat')[0] == 0 and len(list((tmp_path/'frames').glob('*.splat'))) == 3
+    for args, said in (((tmp_path/'a.obj',), 'should end in'), ((tmp_path/'a.ply', '--motion', 'nod'), 'goes into a folder'), ((tmp_path, '--motion', 'nod'), 'other files')): assert said in refused(capfd, 'export', avatar, *args)
 
 # ---- stage 2 on a folder of frames
 
