@@ -9,7 +9,7 @@ root = Path(__file__).parent
 cfg = ConfigParser(delimiters=['='], interpolation=None)
 cfg.read(root/'settings.ini', encoding='utf-8')
 cfg = cfg['DEFAULT']
-user_extras = 'track metrics viewer train lab'.split()
+user_extras = 'track metrics viewer train lab data'.split()
 extras = {name: cfg[f'{name}_requirements'].split() for name in [*user_extras, 'dev']}
 extras['all'] = list(dict.fromkeys(req for name in user_extras for req in extras[name]))  # all a user needs, without dev
 

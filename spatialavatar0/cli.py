@@ -6,8 +6,9 @@
 __all__ = ['SHEET', 'FILES', 'UNITS', 'app', 'BuildConfig', 'Preset', 'build_preset', 'held_out_report', 'track_photo',
            'track_photos', 'avatar_from_frame', 'film_camera', 'swung', 'view_of', 'contact_sheet', 'write_sheet',
            'write_films', 'turned_error', 'judge', 'check_out', 'write_results', 'build_avatar', 'clip_parts',
-           'first_avatar', 'refine_clip', 'train_generator', 'motion_for', 'animate_avatar', 'export_avatar', 'doctor',
-           'Device', 'check_device', 'demo', 'build', 'view', 'animate', 'export', 'train', 'assets', 'main']
+           'first_avatar', 'refine_clip', 'train_generator', 'motion_for', 'animate_avatar', 'export_avatar',
+           'evaluate_avatar', 'doctor', 'Device', 'check_device', 'demo', 'build', 'view', 'animate', 'export', 'train',
+           'assets', 'main']
 
 # %% ../nbs/18_cli.ipynb #f7efa554
 import json, os, platform, sys, time, warnings
@@ -449,6 +450,35 @@ def export_avatar(
     if end in ('.html','.htm'): return page(avatar, out, out.stem)
     with torch.no_grad(): return write_splats(out, *avatar.world()) if end else write_sequence(avatar, poses, out, form, fps)
 
+# %% ../nbs/18_cli.ipynb #18e00002
+def evaluate_avatar(
+    avatar, clip, protocol, out,  # an avatar file, warp or network; a folder in any format of page 07b; see protocol_of; .jsonl
+    *,
+    head=None,                    # FLAME model of avatar and clip; default: the open head
+    method:str=None, subject:str=None, # for the table; default: names of the files
+    seed:int=0, say=print,
+)->dict:                          # the line of results
+    "Judge an avatar on a clip."
+    from spatialavatar0.avatar import from_frame, load_avatar
+    from spatialavatar0.core import InputError
+    from spatialavatar0.evaluate import Results, evaluate, frames_of, judges_here, protocol_of, result_table
+    from spatialavatar0.formats import load_clip
+    from spatialavatar0.generator import Generator
+    from spatialavatar0.head import load_flame, open_head
+    head = load_flame(head) if head else open_head(); p = protocol_of(protocol); results = Results(out); frames = load_clip(clip, head)
+    if p.kind=='cross': raise InputError(f'{p.id}: somebody else drives; this command judges people as themselves (evaluate.reenactments has the pairs)')
+    times = sorted({f.time for f in frames}); at = frames_of(p, len(times)); name = str(avatar); subject = subject or Path(clip).resolve().name; method = method or Path(name).stem
+    if results.has(method=method, protocol=p.id, subject=subject, driver=subject, seed=seed): raise InputError(f'{out} has {method} on {subject} already; choose another --method, --seed or --out')
+    first,wanted = times[(at['source'] or at['train'])[0]],{times[i] for i in at['test']}; start = [i for i,f in enumerate(frames) if f.time==first][:1]
+    a = load_avatar(avatar, head) if name not in ('warp','network') else from_frame(frames[start[0]], 128, head=head) if name=='warp' else Generator.from_pretrained('toy')([frames[start[0]]])
+    test = frames[[i for i,f in enumerate(frames) if f.time in wanted and (p.kind!='camera' or str(f.camera) in map(str,p.test['cameras']))]]; judges = judges_here(lambda t: say(f'note: {t}'))
+    if not len(test): raise InputError(f'{clip} has no frame of the cameras {p.test.get("cameras")}; {p.id} is about those')
+    render = lambda f,b: a.render(f.viewmat, f.K, f.width, f.height, background=0. if b is None else b, **f.pose)[0]
+    line = evaluate(render, test, p, method=method, subject=subject, seed=seed, judges=judges)
+    for j in judges: j.close()
+    results.add(line); say(result_table([l for l in results.lines if l['protocol']==p.id and l['code']==line['code']])+f'\n\n{Path(out).resolve()}')
+    return line
+
 # %% ../nbs/18_cli.ipynb #a446b877
 def _package(name, cost): # -> (name, found, note)
     from importlib.metadata import PackageNotFoundError, version
@@ -592,6 +622,16 @@ def _refine(avatar:str=typer.Argument(help='An avatar file, or "new": one frame 
     "Refine an AVATAR on a person's CLIP; stopped, the same command goes on."
     check_device(device.value)
     refine_clip(avatar, clip, out, iters=iters, head=head, resolution=resolution, paper=paper, seed=seed, say=typer.echo)
+
+# %% ../nbs/18_cli.ipynb #18e00004
+@app.command('evaluate')
+def _evaluate(avatar:str=typer.Argument(help='An avatar file; or warp, network: made of a frame of the clip.'), clip:Path=typer.Argument(help='Folder of a clip: VHAP, IMavatar, INSTA, FlashAvatar or GAGAvatar_track.'),
+              protocol:str=typer.Option('splattingavatar', help='splattingavatar, flashavatar, vhap_time, vhap_camera, vfhq, hdtf; or a rule: last:15, share:.7, first:50, uniform:20.'),
+              out:Path=typer.Option(Path('results.jsonl'), help='Lines of results; new ones are added.'), method:str=typer.Option(None, help='Name in the table; default: the file\'s.'), subject:str=typer.Option(None, help='Name of the person; default: the folder\'s.'),
+              head:Path=typer.Option(None, help='FLAME model of avatar and clip; default: the open head.'), seed:int=_SEED, device:Device=_DEVICE):
+    "Judge an AVATAR on held-out frames of a CLIP."
+    check_device(device.value)
+    evaluate_avatar(avatar, clip, protocol, out, head=head, method=method, subject=subject, seed=seed, say=typer.echo)
 
 # %% ../nbs/18_cli.ipynb #49b531b0
 @app.command()

@@ -144,7 +144,7 @@ def test_assets(capfd):
 
 def test_help_lists_the_commands(capfd):
     code, out, _ = run(capfd, '--help')
-    assert code == 0 and all(c in out for c in ('demo', 'build', 'view', 'animate', 'export', 'refine', 'train', 'doctor', 'assets'))
+    assert code == 0 and all(c in out for c in ('demo', 'build', 'view', 'animate', 'export', 'refine', 'evaluate', 'train', 'doctor', 'assets'))
     for command in ('animate', 'export'): assert all(o in run(capfd, command, '--help')[1] for o in ('--head', '--seed', '--device', '--seconds'))
     for command in ('demo', 'build'):
         code, out, _ = run(capfd, command, '--help')
@@ -340,6 +340,17 @@ def test_refine_a_folder(tmp_path, capfd):
     assert '--device cpu' in refused(capfd, 'refine', 'new', tmp_path/'clip', '--device', 'cuda')
 
 # ---- stage 1
+
+def test_evaluate_a_folder(built, tmp_path, capfd):
+    from spatialavatar0.clips import write_vhap
+    from spatialavatar0.head import open_head
+    from spatialavatar0.synth import make_person, mono_clip
+    write_vhap(mono_clip(make_person(5), 8, 64), tmp_path/'anna', open_head()); out = tmp_path/'r.jsonl'
+    code, said, err = run(capfd, 'evaluate', 'warp', tmp_path/'anna', '--protocol', 'uniform:4', '--out', out); assert code == 0 and '| warp |' in said, err
+    line = json.loads(out.read_text()); assert line['subject'] == 'anna' and line['scores']['frames'] == 3 and line['split'] == dict(uniform=4)
+    for args, words in ((('--protocol', 'uniform:4'), 'already'), (('--protocol', 'odd'), 'last:15'), ((), 'more than 350'), (('--protocol', 'vfhq_cross'), 'somebody else drives')):
+        assert words in refused(capfd, 'evaluate', 'warp', tmp_path/'anna', *args, '--out', out)
+    assert len(out.read_text().splitlines()) == 1
 
 def test_train(tmp_path, capfd):
     args = ('train', '--out', tmp_path/'out', '--preset', 'tiny', '--steps', 10, '--people', 2, '--subjects', 1)

@@ -49,7 +49,7 @@ def test_wheel_metadata(wheel):
         extra = str(r.marker).split('"')[1] if r.marker else ''
         said.setdefault(extra, set()).add(f'{r.name}{sorted(r.extras)}{r.specifier}')
     meant = lambda key: {f'{r.name}{sorted(r.extras)}{r.specifier}' for r in map(Requirement, ini[key].split())}
-    user = 'track metrics viewer train lab'.split()
+    user = 'track metrics viewer train lab data'.split()
     assert said.pop('') == meant('requirements')
     assert said.pop('all') == set().union(*(meant(f'{e}_requirements') for e in user))
     assert said == {e: meant(f'{e}_requirements') for e in [*user, 'dev']}
