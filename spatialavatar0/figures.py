@@ -6,7 +6,7 @@
 __all__ = ['mesh_part', 'point_part', 'line_part', 'frame_parts', 'camera_part', 'Turnable', 'turnable']
 
 # %% ../nbs/04c_figures.ipynb #04f00003
-import io, json
+import base64, io, json
 import numpy as np, torch
 from torch import Tensor
 
@@ -95,7 +95,7 @@ class Turnable:
     def _repr_mimebundle_(self, include=None, exclude=None):
         from PIL import Image
         jpeg = io.BytesIO(); Image.fromarray(self.still).save(jpeg, 'JPEG', quality=85)
-        return ({'application/vnd.plotly.v1+json': json.loads(self.figure.to_json()), 'image/jpeg': jpeg.getvalue(), 'text/plain': self.alt}, {'image/jpeg': dict(alt=self.alt)})
+        return ({'application/vnd.plotly.v1+json': json.loads(self.figure.to_json()), 'image/jpeg': base64.b64encode(jpeg.getvalue()).decode(), 'text/plain': self.alt}, {'image/jpeg': dict(alt=self.alt)})
 
 def turnable(
     parts:list,     # traces, or lists of traces
