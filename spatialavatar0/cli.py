@@ -451,6 +451,18 @@ def export_avatar(
     with torch.no_grad(): return write_splats(out, *avatar.world()) if end else write_sequence(avatar, poses, out, form, fps)
 
 # %% ../nbs/18_cli.ipynb #18e00002
+def _test_frames(frames, p):
+    "Indices of a frame to start from and of the test frames, by time step and camera."
+    from spatialavatar0.core import InputError
+    from spatialavatar0.evaluate import frames_of
+    if p.kind=='cross': raise InputError(f'{p.id}: somebody else drives; this command judges people as themselves (evaluate.reenactments has the pairs)')
+    seen = [(f.time,str(f.camera)) for f in frames]; times = sorted({t for t,_ in seen}); at = frames_of(p, len(times))
+    first,wanted,cameras = times[(at['source'] or at['train'])[0]],{times[i] for i in at['test']},set(map(str,p.test.get('cameras',())))
+    test = [i for i,(t,c) in enumerate(seen) if t in wanted and (not cameras or c in cameras)]
+    if not test: raise InputError(f'the clip has no frame of the cameras {p.test.get("cameras")}; {p.id} is about those')
+    return next(i for i,(t,_) in enumerate(seen) if t==first), test
+
+# %% ../nbs/18_cli.ipynb #18e00005
 def evaluate_avatar(
     avatar, clip, protocol, out,  # an avatar file, warp or network; a folder in any format of page 07b; see protocol_of; .jsonl
     *,
@@ -459,25 +471,24 @@ def evaluate_avatar(
     seed:int=0, say=print,
 )->dict:                          # the line of results
     "Judge an avatar on a clip."
-    from spatialavatar0.avatar import from_frame, load_avatar
     from spatialavatar0.core import InputError
-    from spatialavatar0.evaluate import Results, evaluate, frames_of, judges_here, protocol_of, result_table
+    from spatialavatar0.evaluate import Results, evaluate, judges_here, protocol_of, result_table
     from spatialavatar0.formats import load_clip
-    from spatialavatar0.generator import Generator
     from spatialavatar0.head import load_flame, open_head
-    head = load_flame(head) if head else open_head(); p = protocol_of(protocol); results = Results(out); frames = load_clip(clip, head)
-    if p.kind=='cross': raise InputError(f'{p.id}: somebody else drives; this command judges people as themselves (evaluate.reenactments has the pairs)')
-    times = sorted({f.time for f in frames}); at = frames_of(p, len(times)); name = str(avatar); subject = subject or Path(clip).resolve().name; method = method or Path(name).stem
+    head = load_flame(head) if head else open_head(); p = protocol_of(protocol); results = Results(out); frames = load_clip(clip, head); start,test = _test_frames(frames, p)
+    subject = subject or Path(clip).resolve().name; method = method or Path(str(avatar)).stem
     if results.has(method=method, protocol=p.id, subject=subject, driver=subject, seed=seed): raise InputError(f'{out} has {method} on {subject} already; choose another --method, --seed or --out')
-    first,wanted = times[(at['source'] or at['train'])[0]],{times[i] for i in at['test']}; start = [i for i,f in enumerate(frames) if f.time==first][:1]
-    a = load_avatar(avatar, head) if name not in ('warp','network') else from_frame(frames[start[0]], 128, head=head) if name=='warp' else Generator.from_pretrained('toy')([frames[start[0]]])
-    test = frames[[i for i,f in enumerate(frames) if f.time in wanted and (p.kind!='camera' or str(f.camera) in map(str,p.test['cameras']))]]; judges = judges_here(lambda t: say(f'note: {t}'))
-    if not len(test): raise InputError(f'{clip} has no frame of the cameras {p.test.get("cameras")}; {p.id} is about those')
+    a = _avatar_for(str(avatar), frames[start], head); judges = judges_here(lambda t: say(f'note: {t}'))
     render = lambda f,b: a.render(f.viewmat, f.K, f.width, f.height, background=0. if b is None else b, **f.pose)[0]
-    line = evaluate(render, test, p, method=method, subject=subject, seed=seed, judges=judges)
+    line = evaluate(render, frames[test], p, method=method, subject=subject, seed=seed, judges=judges)
     for j in judges: j.close()
     results.add(line); say(result_table([l for l in results.lines if l['protocol']==p.id and l['code']==line['code']])+f'\n\n{Path(out).resolve()}')
     return line
+
+def _avatar_for(name, frame, head):
+    from spatialavatar0.avatar import from_frame, load_avatar
+    from spatialavatar0.generator import Generator
+    return from_frame(frame, 128, head=head) if name=='warp' else Generator.from_pretrained('toy')([frame]) if name=='network' else load_avatar(name, head)
 
 # %% ../nbs/18_cli.ipynb #a446b877
 def _package(name, cost): # -> (name, found, note)
