@@ -462,6 +462,11 @@ def _test_frames(frames, p):
     if not test: raise InputError(f'the clip has no frame of the cameras {p.test.get("cameras")}; {p.id} is about those')
     return next(i for i,(t,_) in enumerate(seen) if t==first), test
 
+def _avatar_for(name, frame, head):
+    from spatialavatar0.avatar import from_frame, load_avatar
+    from spatialavatar0.generator import Generator
+    return from_frame(frame, 128, head=head) if name=='warp' else Generator.from_pretrained('toy')([frame]) if name=='network' else load_avatar(name, head)
+
 # %% ../nbs/18_cli.ipynb #18e00005
 def evaluate_avatar(
     avatar, clip, protocol, out,  # an avatar file, warp or network; a folder in any format of page 07b; see protocol_of; .jsonl
@@ -484,11 +489,6 @@ def evaluate_avatar(
     for j in judges: j.close()
     results.add(line); say(result_table([l for l in results.lines if l['protocol']==p.id and l['code']==line['code']])+f'\n\n{Path(out).resolve()}')
     return line
-
-def _avatar_for(name, frame, head):
-    from spatialavatar0.avatar import from_frame, load_avatar
-    from spatialavatar0.generator import Generator
-    return from_frame(frame, 128, head=head) if name=='warp' else Generator.from_pretrained('toy')([frame]) if name=='network' else load_avatar(name, head)
 
 # %% ../nbs/18_cli.ipynb #a446b877
 def _package(name, cost): # -> (name, found, note)
