@@ -8,7 +8,7 @@ __all__ = ['ARCFACE_POINTS', 'METRICS', 'Protocol', 'load_protocols', 'protocol_
            'evaluate', 'Results', 'result_table']
 
 # %% ../nbs/14_evaluate.ipynb #14e00003
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 import importlib.resources, json, math, platform, subprocess, time
 import numpy as np, torch, torch.nn.functional as F

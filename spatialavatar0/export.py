@@ -6,7 +6,7 @@
 __all__ = ['PLY_COLUMNS', 'NAMES', 'write_ply', 'read_ply', 'write_splats', 'read_splats', 'write_sequence']
 
 # %% ../nbs/16_export.ipynb #ec5114cc
-import hashlib, json, math, re, zipfile
+import hashlib, json, re, zipfile
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor

@@ -9,7 +9,6 @@ __all__ = ['JOINTS', 'corners_of', 'baked_texture', 'morph_targets', 'write_glb'
 import io, json, math, struct
 from pathlib import Path
 import numpy as np, torch
-from torch import Tensor
 
 # %% ../nbs/16b_gltf.ipynb #16b00004
 from .core import InputError, atomic_path, to_uint8
@@ -17,7 +16,7 @@ from .geometry import axis_angle_to_mat, mat_to_quat, sh0_to_rgb
 from .mesh import vertex_normals
 from .clips import resize
 from .avatar import Avatar
-from .animate import TURNS, check_controls, control_names, motions_for
+from .animate import check_controls, control_names, motions_for
 
 # %% ../nbs/16b_gltf.ipynb #16b00008
 def corners_of(

@@ -6,8 +6,7 @@
 __all__ = ['PRESETS', 'Preset', 'lay_on', 'frame_scores', 'film_scores']
 
 # %% ../nbs/06b_presets.ipynb #06d00003
-from dataclasses import asdict, dataclass
-import math
+from dataclasses import dataclass
 import numpy as np, torch
 from torch import Tensor
 
