@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARCFACE_POINTS', 'METRICS', 'Protocol', 'load_protocols', 'protocol_of', 'frames_of', 'reenactments',
-           'MediaPipeJudge', 'similarity', 'warped', 'ArcFaceJudge', 'DlibJudge', 'judges_here', 'code_state',
-           'evaluate', 'Results', 'result_table']
+           'MediaPipeJudge', 'similarity', 'warped', 'ArcFaceJudge', 'DlibJudge', 'posed_square', 'Deep3DJudge',
+           'judges_here', 'code_state', 'evaluate', 'Results', 'result_table']
 
 # %% ../nbs/14_evaluate.ipynb #14e00003
 from dataclasses import asdict, dataclass
@@ -180,14 +180,60 @@ class DlibJudge:
         return dict(identity=torch.tensor(list(self.net.compute_face_descriptor(x, self.points(x, max(found, key=lambda r: r.area()))))))
     def close(self): pass
 
+# %% ../nbs/14_evaluate.ipynb #14e00051
+def posed_square(
+    points:Tensor, # (5,2) pixels: eyes, nose, corners of the mouth
+    face:Tensor,   # (5,3) the same on a 3D face, y up
+    width:int, height:int, # of the picture, pixels
+    size:int=224, scale:float=102., # of the square, pixels
+)->Tensor:         # (2,3) from pixels of the picture to those of the square
+    "Deep3DFaceRecon's crop: the weak-perspective scale and shift of a 3D face, without its rotation."
+    n = len(points); one = torch.cat([face, torch.ones(n,1)],1).double(); xy = torch.stack([points[:,0], height-1-points[:,1]],-1).double()
+    k = torch.linalg.lstsq(one, xy).solution                                           # (4,2): rows of the rotation times the scale, and the shift
+    s = scale/k[:3].norm(dim=0).mean(); left,up = int(width*s)/2-size/2+(k[3,0]-width/2)*s, int(height*s)/2-size/2+(height/2-k[3,1])*s
+    return torch.stack([torch.stack([s,0*s,-left]), torch.stack([0*s,s,-up])])
+
+def _deep3d_network(path, parts):
+    "Backbone and heads of a checkpoint."
+    from torchvision.models import resnet50
+    net,heads = resnet50(),torch.nn.ModuleList(torch.nn.Conv2d(2048,n,1) for n in parts); net.fc = torch.nn.Identity()
+    try:
+        w = torch.load(path, map_location='cpu', weights_only=True); w = w.get('net_recon',w)
+        net.load_state_dict({k[9:]: v for k,v in w.items() if k.startswith('backbone.') and not k.startswith('backbone.fc')}); heads.load_state_dict({k[13:]: v for k,v in w.items() if k.startswith('final_layers.')})
+    except Exception as e: raise InputError(f'{path} is not the checkpoint of Deep3DFaceRecon ({type(e).__name__}: {str(e).splitlines()[0][:80]})') from e
+    return net.eval().requires_grad_(False), heads.requires_grad_(False)
+
+# %% ../nbs/14_evaluate.ipynb #14e00052
+class Deep3DJudge:
+    "Expression (64 codes) and pose (3 angles) by the user's Deep3DFaceRecon; faces are found by MediaPipe."
+    name = 'Deep3DFaceRecon'
+    gives = dict(AED=('expression','l1'), APD=('pose','l1'))
+    PARTS = 80,64,80,3,27,2,1   # identity, expression, texture, pose, light, shift
+    def __init__(self, folder=None): # with epoch_20.pth and similarity_Lm3D_all.mat; default: the manifest's
+        import scipy.io
+        from spatialavatar0.manifest import asset
+        from spatialavatar0.track import landmarker
+        folder = Path(folder or asset('deep3dfacerecon')); found = {n: next(iter(sorted(folder.rglob(n))),None) for n in ('epoch_20.pth','similarity_Lm3D_all.mat')}
+        if lost := [n for n,p in found.items() if p is None]: raise InputError(f'{folder} should hold epoch_20.pth and similarity_Lm3D_all.mat; it lacks {lost[0]}')
+        lm = torch.from_numpy(scipy.io.loadmat(found['similarity_Lm3D_all.mat'])['lm'].astype(np.float64)); self.face = torch.stack([lm[[36,39]].mean(0), lm[[42,45]].mean(0), lm[30], lm[48], lm[54]])
+        self.net,self.heads = _deep3d_network(found['epoch_20.pth'], self.PARTS); self._open = landmarker(); self.run = self._open.__enter__()
+    def __call__(self, image):
+        image = torch.as_tensor(image).float(); d = max(self.run(to_uint8(image)), key=lambda d: d.span, default=None)
+        if d is None: return None
+        face = warped(image, posed_square(torch.stack([d.lmks[list(i)].mean(0) for i in _FIVE]), self.face, image.shape[1], image.shape[0]), 224)
+        f = self.net(face.permute(2,0,1)[None])[...,None,None]; out = [h(f).flatten() for h in self.heads]
+        return dict(expression=out[1], pose=out[3])
+    def close(self): self._open.__exit__(None,None,None)
+
 # %% ../nbs/14_evaluate.ipynb #14e00042
 def judges_here(say=print)->list: # those that can work; `say` hears about the others
     "Judges of faces on this machine: ArcFace before its stand-in."
     found = []
-    for kinds in ((MediaPipeJudge,),(ArcFaceJudge,DlibJudge)):
+    for kinds in ((MediaPipeJudge,),(Deep3DJudge,),(ArcFaceJudge,DlibJudge)):
         for make in kinds:
             try: found.append(make()); break
             except InputError as e: say(f'{make.__name__} is left out: {str(e).splitlines()[0][:150]}')
+    if any(isinstance(j,Deep3DJudge) for j in found): found[0].gives = dict(AKD=found[0].gives['AKD'])     # one judge per question, the paper's first
     return found
 
 # %% ../nbs/14_evaluate.ipynb #14e00023

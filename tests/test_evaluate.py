@@ -8,7 +8,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from spatialavatar0 import evaluate as ev
 from spatialavatar0.clips import Clip, Frame
 from spatialavatar0.core import InputError
-from spatialavatar0.evaluate import ARCFACE_POINTS, ArcFaceJudge, DlibJudge, MediaPipeJudge, Protocol, Results, code_state, evaluate, frames_of, load_protocols, protocol_of, reenactments, result_table, similarity, warped
+from spatialavatar0.evaluate import ARCFACE_POINTS, ArcFaceJudge, Deep3DJudge, DlibJudge, MediaPipeJudge, Protocol, Results, code_state, evaluate, frames_of, load_protocols, protocol_of, reenactments, result_table, similarity, warped
 from spatialavatar0.metrics import open_lpips
 from spatialavatar0.presets import PRESETS, film_scores, frame_scores, lay_on
 
@@ -100,6 +100,19 @@ def test_arcface_gets_an_upright_face():
 
 def test_arcface_says_who_has_it():
     with pytest.raises(InputError, match='insightface|onnxruntime'): ArcFaceJudge()
+
+@needs('mediapipe', 'torchvision')
+def test_deep3d_with_random_weights(tmp_path):
+    "The network's shape, its file and its square; its true weights we do not have."
+    import scipy.io
+    from torchvision.models import resnet50
+    torch.manual_seed(0); net = resnet50(); heads = torch.nn.ModuleList(torch.nn.Conv2d(2048, n, 1) for n in Deep3DJudge.PARTS)
+    with pytest.raises(InputError, match='lacks epoch_20.pth'): Deep3DJudge(tmp_path)
+    lm = np.random.default_rng(0).normal(size=(68, 3)); lm[[36, 39]], lm[[42, 45]], lm[30], lm[48], lm[54] = [-.3, .3, 0], [.3, .3, 0], [0, 0, .3], [-.25, -.35, .1], [.25, -.35, .1]
+    scipy.io.savemat(tmp_path/'similarity_Lm3D_all.mat', dict(lm=lm)); (tmp_path/'epoch_20.pth').write_bytes(b'no')
+    with pytest.raises(InputError, match='not the checkpoint'): Deep3DJudge(tmp_path)
+    torch.save(dict(net_recon={f'backbone.{k}': v for k, v in net.state_dict().items()}|{f'final_layers.{k}': v for k, v in heads.state_dict().items()}), tmp_path/'epoch_20.pth')
+    j = Deep3DJudge(tmp_path); out = j(PHOTO); assert len(out['expression']) == 64 and len(out['pose']) == 3 and torch.isfinite(out['expression']).all() and j(torch.zeros(64, 64, 3)) is None; j.close()
 
 @needs('dlib', 'face_recognition_models')
 def test_dlib_knows_her_again():
