@@ -1,10 +1,10 @@
 """Other people's folders: golden ones written by hand, damaged ones, hostile ones, random ones."""
-import copy, io, json, math, os, pickle, warnings, zipfile
+import copy, io, json, math, os, pickle, re, warnings, zipfile
 from pathlib import Path
 import numpy as np, pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
-from spatialavatar0 import clips
+from spatialavatar0 import cli, clips
 from spatialavatar0.clips import Clip, fingerprint, write_vhap
 from spatialavatar0.core import InputError
 from spatialavatar0.formats import READERS, detect, load_clip, train_test, turn_6d
@@ -235,6 +235,14 @@ def test_damage_is_named(tmp_path, reader, kind, capfd):
     text = str(e.value); assert '\n' not in text and len(text)<700+2*len(str(tmp_path)) and str(d) in text and 'broken in' not in capfd.readouterr().out
 
 def test_kinds(): assert len(KINDS)>=45
+
+@pytest.mark.parametrize('reader,kind', KINDS, ids=['-'.join(k) for k in KINDS])
+def test_damage_on_the_command_line(tmp_path, reader, kind, capfd):
+    "One line and exit code 1, no traceback."
+    d = tmp_path/'a'/'c'; d.mkdir(parents=True) if reader not in ('flashavatar','vhap') else d.parent.mkdir(); MAKE[reader](d); BAD[reader][kind][0](d)
+    assert cli.main(['evaluate', 'warp', str(d), '--protocol', 'last:1', '--out', str(tmp_path/'r.jsonl')])==1
+    lines = [l for l in capfd.readouterr().err.splitlines() if not l.startswith('note: ')]; assert len(lines)==1 and lines[0].startswith('error: ') and re.search(BAD[reader][kind][1], lines[0]), lines
+    assert not (tmp_path/'r.jsonl').exists()
 
 def test_absent_mattes_warn(tmp_path):
     for name in ('imavatar','insta','flashavatar','gagavatar'):
