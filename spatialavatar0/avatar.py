@@ -438,7 +438,7 @@ def without_clothes(
     head:Head=None,       # default: the open head
     limit:float=.07,      # difference in tint from the face that still counts as skin; a shadow does not change it
 )->Frame:                 # a smaller matte
-    "Take collars out of the matte: pixels of the neck in another tint than the face, or brighter."
+    "Take collars out of the matte: pixels of the neck in another tint than the face, or brighter and a little paler."
     import scipy.ndimage as ndi
     head = head or open_head()
     ids = rasterize_mesh(head(**frame.params)[0], head.faces, frame.viewmat, frame.K, frame.width, frame.height)[0]
@@ -446,7 +446,8 @@ def without_clothes(
     if not (on('face')&(frame.mask>.9)).any(): return frame
     skin = frame.image[on('face')&(frame.mask>.9)].median(0).values
     tint = lambda c: c/c.sum(-1, keepdim=True).clamp_min(.05)
-    odd = ((tint(frame.image)-tint(skin)).abs().amax(-1)>limit)|(frame.image.mean(-1)>1.2*skin.mean())
+    off = (tint(frame.image)-tint(skin)).abs().amax(-1)
+    odd = (off>limit)|(off>limit/2)&(frame.image.mean(-1)>1.2*skin.mean())
     low = below(frame, head).numpy()&~on('face').numpy()
     cloth = low&odd.numpy()
     keep = ndi.binary_fill_holes(ndi.binary_opening((frame.mask>.5).numpy()&~ndi.binary_dilation(cloth, iterations=2), iterations=3))

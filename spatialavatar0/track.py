@@ -440,12 +440,12 @@ def fit_report(
 
 # %% ../nbs/13_track.ipynb #212e9ef5
 def _silhouettes(frame, head, table):
-    "Of the whole mesh and without its neck, (H,W) bytes; and the height above the chin, (H,W)."
+    "Of the whole mesh and without neck and ears, (H,W) bytes; and the height above the chin, (H,W)."
     ids,_,_ = rasterize_mesh(head(**frame.params)[0], head.faces, frame.viewmat, frame.K, frame.width, frame.height)
-    neck = head.masks['neck'][head.faces].mean(1)>.5
+    other = (head.masks['neck']+head.masks['ears'])[head.faces].mean(1)>.5
     chin,top = (frame_landmarks(frame, head, table)[i].numpy() for i in (152,10))
     y,x = np.mgrid[:frame.height,:frame.width]+.5; up = (top-chin)/((top-chin)**2).sum()
-    return (ids>=0).byte().numpy(), ((ids>=0)&~neck[ids]).byte().numpy(), (x-chin[0])*up[0]+(y-chin[1])*up[1]
+    return (ids>=0).byte().numpy(), ((ids>=0)&~other[ids]).byte().numpy(), (x-chin[0])*up[0]+(y-chin[1])*up[1]
 
 def _seeds(mesh, face, height):
     "GrabCut's four labels from the silhouettes."
@@ -471,13 +471,13 @@ def _around(frame, head, image, longest=400):
     cut = resize(image[y0:y1,x0:x1], h, w)
     return replace(frame, image=cut, mask=torch.ones(h,w), K=K), (x0,y0,x1,y1)
 
-def _cut(image, seeds):
+def _cut(image, seeds, colours=None):
     "GrabCut -> one piece without holes, (H,W) bool."
     import cv2, scipy.ndimage as ndi
-    fg = seeds%2==1
+    fg = seeds%2==1; known = [c.copy() for c in colours] if colours else [np.zeros((1,65)),np.zeros((1,65))]
     if fg.any() and not fg.all():
         cv2.setRNGSeed(0)
-        cv2.grabCut(np.ascontiguousarray(image[...,::-1]), seeds, None, np.zeros((1,65)), np.zeros((1,65)), 6, cv2.GC_INIT_WITH_MASK)
+        cv2.grabCut(np.ascontiguousarray(image[...,::-1]), seeds, None, *known, *((1,cv2.GC_EVAL) if colours else (6,cv2.GC_INIT_WITH_MASK)))
     pieces,n = ndi.label(seeds%2==1)
     if not n: return fg
     return ndi.binary_fill_holes(pieces==1+np.argmax(ndi.sum_labels(np.ones_like(pieces), pieces, np.arange(1,n+1))))
@@ -487,14 +487,16 @@ def matte(
     image:Tensor,  # (H,W,3) 0..1
     frame:Frame,   # a fit of it; its mask is not used
     head=None,     # default: the open head
+    colours=None,  # of background and head, as `matte_colours` of page 13c finds them in a film: much quicker
+    longest:int=400, # pixels: the head is cut out at this size
 )->Tensor:         # (H,W) 0..1, soft over about a pixel
     "Where the head is, hair included, shoulders not."
     try: import cv2
     except ModuleNotFoundError as e: raise InputError('cutting out the head needs OpenCV, which comes with mediapipe: pip install "spatialavatar0[track]"') from e
-    head = head or open_head(); small,(x0,y0,x1,y1) = _around(frame, head, image)
+    head = head or open_head(); small,(x0,y0,x1,y1) = _around(frame, head, image, longest)
     mesh,face,height = _silhouettes(small, head, landmark_table(head))
     if not face.any(): raise InputError('the fitted head lies outside the picture; crop the photo around the face')
-    cut = _cut((small.image*255+.5).byte().numpy(), _seeds(mesh, face, height))
+    cut = _cut((small.image*255+.5).byte().numpy(), _seeds(mesh, face, height), colours)
     soft = torch.from_numpy(cv2.GaussianBlur(cut.astype(np.float32), (0,0), .7))
     mask = torch.zeros(image.shape[:2]); mask[y0:y1,x0:x1] = resize(soft, y1-y0, x1-x0)
     return mask
