@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'INSIDE', 'Avatar', 'texel_mask', 'open_splats', 'new_avatar', 'head_id', 'save_avatar', 'load_avatar',
-           'Seen', 'see', 'look_up', 'erode', 'bleed', 'mirror_texels', 'fill', 'silhouette', 'ring_lookup',
+           'Seen', 'see', 'look_up', 'erode', 'bleed', 'mirror_texels', 'fill', 'silhouette', 'ring_lookup', 'unturned',
            'grow_hair', 'part_is', 'shaded_lid', 'trust', 'borrow', 'strands', 'light_lids', 'bake_eyes', 'complete',
            'bake', 'sink', 'from_frame', 'head_square', 'without_clothes', 'below']
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 # %% ../nbs/09_avatar.ipynb #3285b1b4
 from .core import InputError, atomic_path, smooth
-from .geometry import crop_intrinsics, project, rgb_to_sh0, sh0_to_rgb
+from .geometry import axis_angle_to_mat, crop_intrinsics, project, rgb_to_sh0, sh0_to_rgb
 from .head import Head, open_head
 from .binding import Binding, bind_frames, bind_points, bind_uv, new_splats, place
 from .render import rasterize
@@ -246,25 +246,48 @@ def ring_lookup(
     return ring[i%n]*(1-f)+ring[(i+1)%n]*f
 
 # %% ../nbs/09_avatar.ipynb #c70fe763
+def unturned(
+    frame:Frame,
+    head:Head,
+)->Frame:         # the same picture of the same skull
+    "The turn of root and neck, and the shift, moved from the head into the camera."
+    p = dict(frame.params); rest = head.rest(p.get('shape'), p.get('expr'))[0]; joints = head.J_regressor@rest; V = frame.viewmat
+    if 'translation' in p: V = V@_rigid(torch.eye(3), p.pop('translation')[0])
+    for name,j in (('rotation',joints[0]), ('neck',joints[1])):
+        if name in p: R = axis_angle_to_mat(p.pop(name)[0]); V = V@_rigid(R, j-R@j)
+    return replace(frame, viewmat=V, params=p)
+
+def _rigid(R, t):
+    M = torch.eye(4); M[:3,:3],M[:3,3] = R,t
+    return M
+
+def _reach(head, frame, limit, bins=90):
+    "How far one picture's matte stands off the skull: per vertex the fraction, how much the picture says about it, and the fraction at the crown."
+    f = unturned(frame, head); verts = head(**f.params)[0]; c = _middle(head, verts)
+    uv,_ = project(verts, f.viewmat, f.K); center = project(c, f.viewmat, f.K)[0]; ids = rasterize_mesh(verts, head.faces, f.viewmat, f.K, f.width, f.height)[0]
+    hair,skull = silhouette(f.mask, center, bins),silhouette((ids>=0).float(), center, bins)
+    angle = ((torch.arange(bins)+.5)/bins-.5)*2*math.pi; tip = center+(hair+2)[:,None]*torch.stack([angle.cos(),angle.sin()],1)
+    known = ((tip>0)&(tip<torch.tensor([f.width,f.height]))).all(1).float()                    # the picture ends before the hair does
+    ratio = hair/skull.clamp_min(1)-1
+    for _ in range(3): ratio,known = [(x.roll(1)+x+x.roll(-1))/3 for x in (ratio,known)]
+    ratio = ratio.clamp(0, limit); d = uv-center
+    edge = (d.norm(dim=-1)/ring_lookup(skull, d).clamp_min(1)).clamp(0,1)**2                    # 1 on the silhouette, 0 in the middle of the picture
+    return ring_lookup(ratio, d), edge*ring_lookup(known, d), ratio[angle<0].median()         # image rows grow downwards: the upper half
+
+def _middle(head, verts): return verts[head.masks['scalp']>.5].mean(0)*torch.tensor([0.,1,1])
+
+# %% ../nbs/09_avatar.ipynb #b51db39a
 def grow_hair(
     head:Head,
-    verts:Tensor,       # (V,3) posed bald mesh, metres, unrotated
-    frame:Frame,        # its matte says how far the hair reaches
+    frames,             # a Frame, or several of one person: their mattes say how far the hair reaches
     limit:float=.5,     # the scalp grows by at most this fraction of its radius
 )->Tensor:              # (V,3) metres
-    "Displacement of the scalp that fills the matte."
-    scalp = head.masks['scalp']; c = verts[scalp>.5].mean(0)*torch.tensor([0.,1,1])
-    uv,_ = project(verts, frame.viewmat, frame.K); center = project(c, frame.viewmat, frame.K)[0]
-    ids = rasterize_mesh(verts, head.faces, frame.viewmat, frame.K, frame.width, frame.height)[0]
-    ratio = silhouette(frame.mask, center)/silhouette((ids>=0).float(), center).clamp_min(1)-1
-    for _ in range(3): ratio = (ratio.roll(1)+ratio+ratio.roll(-1))/3
-    ratio = ratio.clamp(0, limit)
-    d = uv-center; rim = ring_lookup(silhouette((ids>=0).float(), center), d)
-    edge = (d.norm(dim=-1)/rim.clamp_min(1)).clamp(0,1)**2                 # 1 on the silhouette, 0 in the middle of the picture
-    up = ratio[(torch.arange(len(ratio))+.5)/len(ratio)<.5].median()       # image rows grow downwards: the upper half
-    behind = ((c[2]-verts[:,2])/.05+.5).clamp(0,1)                          # the middle of the picture hides the back of the head
-    grow = scalp*(edge*ring_lookup(ratio, d)+(1-edge)*behind*up)
-    return (verts-c)*grow[:,None]
+    "Displacement of the resting scalp that fills the mattes."
+    frames = [frames] if isinstance(frames, Frame) else list(frames); verts = head(**unturned(frames[0], head).params)[0]; c = _middle(head, verts)
+    ratios,edges,ups = (torch.stack(x) for x in zip(*[_reach(head, f, limit) for f in frames]))
+    total = edges.sum(0); sides = (edges*ratios).sum(0)/total.clamp_min(1e-6); sure = total.clamp_max(1)
+    behind = ((c[2]-verts[:,2])/.05+.5).clamp(0,1)                                             # the middle of the picture hides the back of the head
+    return (verts-c)*(head.masks['scalp']*(sure*sides+(1-sure)*behind*ups.mean()))[:,None]
 
 # %% ../nbs/09_avatar.ipynb #32ba58fa
 def part_is(head, binding, *names): # (N,) bool
@@ -414,7 +437,7 @@ def from_frame(
 )->Avatar:
     "A head from one picture: colours warped, the rest completed, hair grown to the matte."
     head = head or open_head(); p = dict(frame.params); shape = p.pop('shape')
-    hair = grow_hair(head, head(shape=shape, **p)[0], frame); known = p.get('static_offset')     # what a tracker of several views found
+    hair = grow_hair(head, frame); known = p.get('static_offset')     # what a tracker of several views found
     a = new_avatar(head, resolution, shape, hair if known is None else hair+known[0])
     rgb,seen = bake(a, frame)
     return replace(a, splats=dict(a.splats, sh0=rgb_to_sh0(rgb), offsets=sink(a)), seen=seen)

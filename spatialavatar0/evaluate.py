@@ -165,6 +165,7 @@ class ArcFaceJudge:
 class DlibJudge:
     "Identity (128 numbers) by dlib's network; an open stand-in for ArcFace, whose cosines are lower and farther apart."
     name = 'dlib face recognition (128-d), not ArcFace'
+    limit = .6   # a distance beyond this is somebody else, say its authors
     gives = dict(CSIM=('identity','cosine'))
     def __init__(self):
         from importlib.util import find_spec

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SH_C0', 'look_at', 'orbit', 'intrinsics', 'crop_intrinsics', 'project', 'opengl_to_viewmat', 'viewmat_to_opengl',
-           'axis_angle_to_mat', 'quat_to_mat', 'mat_to_quat', 'quat_mul', 'quat_rotate', 'rgb_to_sh0', 'sh0_to_rgb']
+           'axis_angle_to_mat', 'quat_to_mat', 'mat_to_quat', 'mat_to_axis_angle', 'quat_mul', 'quat_rotate',
+           'rgb_to_sh0', 'sh0_to_rgb']
 
 # %% ../nbs/01_geometry.ipynb #ee18aa13
 import math
@@ -114,6 +115,13 @@ def mat_to_quat(
     k = torch.stack([a+e+i, a-e-i, e-a-i, i-a-e],-1).argmax(-1)
     q = F.normalize(q.gather(-2, k[...,None,None].expand(*k.shape,1,4))[...,0,:], dim=-1)
     return torch.where(q[...,:1]<0, -q, q)
+
+def mat_to_axis_angle(
+    R:Tensor, # (...,3,3) rotations
+)->Tensor:    # (...,3) axis times angle, radians, at most pi
+    "The way back from `axis_angle_to_mat`."
+    w,v = mat_to_quat(R).split([1,3],-1); s = v.norm(dim=-1, keepdim=True)
+    return v*torch.where(s<1e-6, 2., 2*torch.atan2(s,w)/s.clamp_min(1e-12))
 
 # %% ../nbs/01_geometry.ipynb #f37ef7a0
 def quat_mul(

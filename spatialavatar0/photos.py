@@ -87,12 +87,13 @@ def from_photos(
     frames:list,        # tracked photos of one person, the most frontal one first
     resolution:int=128, # texels per side
     head:Head=None,     # default: the open head
+    static_offset:Tensor=None, # (V,3) metres, what the shape space lacks; default: hair grown to the mattes
 )->tuple:               # Avatar; (K,N) how far each photo is trusted at each Gaussian; the frames in one light
     "A head from several pictures."
     head = head or open_head()
     if not frames: raise InputError('expected at least one tracked photo; got none')
     p = dict(frames[0].params); shape = p.pop('shape')
-    a = new_avatar(head, resolution, shape, grow_hair(head, head(shape=shape, **p)[0], frames[0]))
+    a = new_avatar(head, resolution, shape, grow_hair(head, frames) if static_offset is None else static_offset)
     rgb,t,lit = pool_photos(a, frames); first = see(a.binding, a.verts(**lit[0].pose), lit[0])
     rgb = complete(a, rgb, t.amax(0), bake_eyes(a, bleed(lit[0]), first))
     return replace(a, splats=dict(a.splats, sh0=rgb_to_sh0(rgb), offsets=sink(a)), seen=t.amax(0)), t, lit

@@ -113,13 +113,13 @@ def aspect_loss(
 # %% ../nbs/12_refine.ipynb #8b0e8f27
 def light_share(
     avatar:Avatar,
-    clip:Clip,
+    clip:Clip,      # of Frames or Views
     frames:int=64,  # at most so many, evenly spaced
 )->Tensor:          # (N,) light taken per frame, 1 = the average Gaussian
     "How much the clip sees of each Gaussian: its accumulated blending weight."
     taken = torch.zeros(len(avatar))
     for f in clip[::max(1,len(clip)//frames)]:
-        with torch.no_grad(): world = avatar.world(**f.pose)
+        with torch.no_grad(): world = open_splats(avatar.splats, f.mesh) if isinstance(f,View) else avatar.world(**f.pose)
         one = torch.ones(len(avatar), 1, requires_grad=True)
         rasterize(*world[:4], one, f.viewmat[None], f.K[None], f.width, f.height)[0].sum().backward()
         taken += one.grad[:,0]

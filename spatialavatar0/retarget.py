@@ -4,20 +4,19 @@
 
 # %% auto #0
 __all__ = ['MOVES', 'MARKS', 'stacked', 'unstacked', 'neutral_of', 'retarget', 'performance', 'face_points', 'across',
-           'read_arkit', 'read_film', 'track_film', 'calm']
+           'read_arkit']
 
 # %% ../nbs/15b_retarget.ipynb #15b00003
-import csv, json, math, re, warnings
-from dataclasses import replace
+import csv, json, math, re
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor
 
 # %% ../nbs/15b_retarget.ipynb #15b00004
-from .core import InputError, progress, to_numpy
+from .core import InputError
 from .geometry import axis_angle_to_mat, mat_to_quat, quat_mul
 from .head import Head, Lacks, open_head
-from .track import camera_guess, landmark_model, landmark_table, landmarker, load_photo, minimise, set_up, solve, to_frame
+from .track import landmark_table
 from .animate import TURNS
 
 # %% ../nbs/15b_retarget.ipynb #15b00010
@@ -202,51 +201,3 @@ def read_arkit(
     except UnicodeDecodeError as e: raise InputError(f'{path} is not text') from e
     names,rows,fps = read(text, path)
     return _table(names, rows, path, flip), fps or 60
-
-# %% ../nbs/15b_retarget.ipynb #15b00051
-def read_film(
-    path,          # film file, or a folder of pictures in the order of their names
-    every:int=1,   # take each so many-th
-)->tuple:          # generator of (H,W,3) bytes; frames per second
-    "Pictures of a film, one after the other."
-    import imageio.v2 as imageio
-    path = Path(path)
-    if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix.lower() in ('.png','.jpg','.jpeg','.webp'))
-        if not files: raise InputError(f'{path}: expected pictures; the folder has none')
-        return ((to_numpy(load_photo(f))*255+.5).astype(np.uint8) for f in files[::every]), 25/every
-    if not path.is_file(): raise InputError(f'no film at {path}')
-    try: film = imageio.get_reader(path); fps = film.get_meta_data().get('fps') or 1000/film.get_meta_data().get('duration',40)
-    except (OSError,ValueError,RuntimeError,SyntaxError,KeyError) as e: raise InputError(f'{path} is not a film ({str(e).splitlines()[0][:80]})') from e
-    return (np.asarray(f)[...,:3] for i,f in enumerate(film) if i%every==0), fps/every
-
-# %% ../nbs/15b_retarget.ipynb #15b00052
-def track_film(
-    pictures,      # (H,W,3) bytes, of one person; one camera
-    head:Head=None,# default: the open head
-    known:int=5,   # pictures that say who it is
-    model=None,    # MediaPipe's .task file; None: the manifest's
-)->list:           # Frames without mattes, all with one shape; None where there is no face
-    "What one person does in a film."
-    head = head or open_head(); table = landmark_table(head); lm = landmark_model(head, table); found = []
-    with landmarker(model) as run:
-        for im in progress(pictures, 'faces'): found.append((im, max(run(im), key=lambda d: d.span, default=None)))
-    seen = [i for i,(_,d) in enumerate(found) if d is not None]
-    if not seen: raise InputError(f'expected a face in the film; found none in {len(found)} pictures')
-    if len(seen)<len(found): warnings.warn(f'no face in {len(found)-len(seen)} of {len(found)} pictures; they are bridged')
-    Ks = {i: camera_guess(found[i][0].shape[1], found[i][0].shape[0]) for i in seen}; start = {i: set_up(lm, table, found[i][1], Ks[i], head.arkit_names) for i in seen}
-    who = torch.stack([solve(lm, table, *start[i]).c[:-52] for i in seen[::max(1,len(seen)//known)][:known]]).mean(0)
-    frames = [None]*len(found); blank = torch.zeros(1,1,3)
-    for i in progress(seen, 'fit'):
-        state,target = start[i]; state = replace(state, c=torch.cat([who, state.c[-52:]]))
-        f = to_frame(minimise(lm, state, target, free=('pose','arkit'), steps=20), blank, Ks[i], head); frames[i] = replace(f, time=i)
-    return frames
-
-# %% ../nbs/15b_retarget.ipynb #15b00055
-def calm(
-    poses:list,
-    sigma:float=1., # frames
-)->list:            # poses
-    "Less trembling: a Gaussian over time."
-    from scipy.ndimage import gaussian_filter1d
-    return unstacked({k: torch.from_numpy(gaussian_filter1d(v.numpy(), sigma, axis=0, mode='nearest')) for k,v in stacked(poses).items()})

@@ -8,7 +8,7 @@ from spatialavatar0.clips import Frame
 from spatialavatar0.core import InputError
 from spatialavatar0.geometry import axis_angle_to_mat
 from spatialavatar0.head import Head, open_head
-from spatialavatar0.retarget import MOVES, across, calm, face_points, neutral_of, performance, read_arkit, read_film, retarget, stacked, track_film, unstacked
+from spatialavatar0.retarget import MOVES, across, face_points, neutral_of, performance, read_arkit, retarget, stacked, unstacked
 from test_viewer import flame_like
 
 needs_mediapipe = pytest.mark.skipif(find_spec('mediapipe') is None, reason='needs the extra `track`')
@@ -72,19 +72,3 @@ def test_any_json_is_refused_or_read(tmp_path_factory, d):
     p = tmp_path_factory.mktemp('fuzz', numbered=True)/'a.json'; p.write_text(json.dumps(d))
     try: motion, fps = read_arkit(p); assert motion and fps > 0
     except InputError: pass
-
-def test_calm_keeps_the_mean(poses):
-    a, b = stacked(poses), stacked(calm(poses, 1.)); assert float((a['expr'].mean(0)-b['expr'].mean(0)).abs().max()) < .02 and float(b['expr'].diff(dim=0).abs().max()) < float(a['expr'].diff(dim=0).abs().max())
-
-def test_films(tmp_path):
-    frames = [np.full((32, 32, 3), 40*i, np.uint8) for i in range(5)]; imageio.mimwrite(tmp_path/'a.mp4', frames, fps=10, macro_block_size=1); (tmp_path/'many').mkdir(); (tmp_path/'none').mkdir()
-    pictures, fps = read_film(tmp_path/'a.mp4', 2); assert len(list(pictures)) == 3 and fps == 5
-    for i in range(3): imageio.imwrite(tmp_path/'many'/f'{i}.png', np.full((64, 64, 3), 80*i, np.uint8))
-    assert [int(p[0, 0, 0]) for p in read_film(tmp_path/'many')[0]] == [0, 80, 160]
-    (tmp_path/'b.mp4').write_bytes(b'not a film')
-    for bad in ('gone.mp4', 'b.mp4', 'none'):
-        with pytest.raises(InputError): read_film(tmp_path/bad)
-
-@needs_mediapipe
-def test_a_film_without_a_face():
-    with pytest.raises(InputError, match='found none in 2 pictures'): track_film([np.zeros((64, 64, 3), np.uint8)]*2)
