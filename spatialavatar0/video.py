@@ -4,24 +4,25 @@
 
 # %% auto #0
 __all__ = ['ROW', 'LIMITS', 'Film', 'open_film', 'film_pictures', 'film_faces', 'cuts_of', 'stretches', 'unlike', 'FilmFit',
-           'identity', 'calm_rows', 'held_out_error', 'Cover', 'verdicts', 'film_checks', 'still_camera',
-           'matte_colours', 'head_box', 'windows', 'cut_window', 'Reel', 'track_video', 'watch']
+           'identity', 'calm_rows', 'of_person', 'held_out_error', 'Cover', 'verdicts', 'film_checks', 'still_camera',
+           'matte_colours', 'head_box', 'windows', 'cut_window', 'Reel', 'ahead', 'track_video', 'watch']
 
-# %% ../nbs/13c_video.ipynb #9628e3f4
-import hashlib, json, math, os, re, shutil, subprocess, warnings
+# %% ../nbs/13c_video.ipynb #500cf036
+import hashlib, json, math, os, re, shutil, subprocess, threading, warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np, torch
 from torch import Tensor
 
-# %% ../nbs/13c_video.ipynb #6f51f213
+# %% ../nbs/13c_video.ipynb #92786bef
 from .core import InputError, atomic_path, progress, to_numpy, to_uint8
 from .geometry import crop_intrinsics, mat_to_axis_angle, orbit, project
 from .head import Head, open_head
 from .binding import bind_uv
 from .clips import Clip, Frame, read_vhap, resize, write_vhap
 from .avatar import look_up, part_is, see, texel_mask, without_clothes
-from .track import (MAX_SIDE, MIN_SIDE, Detection, _around, _one_thread, _search, _seeds, _silhouettes, camera_guess, landmark_model, landmark_table,
+from .track import (MAX_SIDE, MIN_SIDE, Detection, LandmarkModel, _around, _one_thread, _search, _seeds, _silhouettes, camera_guess, landmark_model, landmark_table,
     landmarker, load_photo, matte, minimise, pixels, set_up, solve, to_frame)
 
 # %% ../nbs/13c_video.ipynb #340b99fd
@@ -150,7 +151,7 @@ def unlike(
 def _detection(row, names): return Detection(torch.from_numpy(row['lmks'].copy()), dict(zip(names, row['scores'].tolist())))
 def _facing(R): return torch.stack([torch.atan2(R[0,2],-R[2,2]), torch.atan2(R[1,2],-R[2,2])])  # yaw and pitch of the nose, radians
 
-# %% ../nbs/13c_video.ipynb #05d3cdff
+# %% ../nbs/13c_video.ipynb #e5afa307
 class FilmFit:
     "The fit of a film: who it is, and each picture's pose and expression."
     def __init__(self, film, rows, head, focal=2., num_shape=50):
@@ -158,7 +159,7 @@ class FilmFit:
         w,h = rows['size'][0]; self.K = camera_guess(int(w), int(h), focal*max(w,h)/w); self.cuts = cuts_of(rows, film.fps); self.states = {}
         self.spans = stretches(rows['faces']==1, self.cuts)
         if not self.spans: raise InputError(f'{film.path}: {_nobody(rows)}')
-    def problem(self, row, held_out=()): return set_up(self.model, self.table, _detection(row, self.head.arkit_names), self.K, self.head.arkit_names, held_out)
+    def problem(self, row, held_out=(), model=None): return set_up(model or self.model, self.table, _detection(row, self.head.arkit_names), self.K, self.head.arkit_names, held_out)
 
 def _nobody(rows):
     "Why no picture can be used."
@@ -177,7 +178,7 @@ def identity(
     with _one_thread(): shapes = [solve(fit.model, fit.table, *fit.problem(fit.rows[i], held_out)).c[:-52] for i in keys]
     return torch.stack(shapes).mean(0), keys
 
-# %% ../nbs/13c_video.ipynb #87028806
+# %% ../nbs/13c_video.ipynb #c3d0a7b7
 def calm_rows(
     rows,              # (T,) of ROW
     spans:list,        # stretches
@@ -191,18 +192,26 @@ def calm_rows(
             for k in ('lmks','scores'): out[k][s] = gaussian_filter1d(rows[k][s].astype(float), sigma, axis=0, mode='nearest')
     return out
 
+def of_person(
+    model:LandmarkModel,
+    shape:Tensor,  # (S,)
+)->LandmarkModel:  # without directions of identity: half the work
+    "The landmarks of somebody who is known."
+    n = len(shape); fixed = lambda x, d: x+d[...,:n]@shape
+    return replace(model, rest=fixed(model.rest,model.dirs), dirs=model.dirs[...,n:].contiguous(), joints=fixed(model.joints,model.joint_dirs), joint_dirs=model.joint_dirs[...,n:].contiguous(), turns=model.turns[...,n:].contiguous())
+
 def _follow(fit, sigma=.8):
     "States of all usable pictures, each started from the one before."
-    calm = calm_rows(fit.rows, fit.spans, sigma)
+    calm,known = calm_rows(fit.rows, fit.spans, sigma),of_person(fit.model, fit.shape)
     with _one_thread():
         for s in fit.spans:
             last = None
             for i in progress(s, 'fit'):
-                start,target = fit.problem(calm[i]); c = torch.cat([fit.shape,start.c[-52:]])
-                begin = replace(start, c=c) if last is None else replace(last, c=c)
-                last = fit.states[int(i)] = minimise(fit.model, begin, target, free=('pose','arkit'), steps=20, tol=1e-4)
+                start,target = fit.problem(calm[i], model=known)
+                last = minimise(known, start if last is None else replace(last, c=start.c), target, free=('pose','arkit'), steps=20, tol=1e-4)
+                fit.states[int(i)] = replace(last, c=torch.cat([fit.shape,last.c]))
 
-# %% ../nbs/13c_video.ipynb #146ffdd7
+# %% ../nbs/13c_video.ipynb #b1d9836f
 def _errors(fit):
     "Index -> landmark error, % of the outer-eye distance."
     out = {}
@@ -216,7 +225,7 @@ def held_out_error(
     n:int=20,    # pictures, at most
 )->float:        # %
     "Error on every fifth landmark, of fits that never saw them."
-    out = torch.arange(478)%5==0; blind = FilmFit.__new__(FilmFit); blind.__dict__ = dict(fit.__dict__, states={}); blind.shape,_ = identity(fit, held_out=out); some = sorted(fit.states)[::max(1,len(fit.states)//n)]
+    out = torch.arange(478)%5==0; blind = FilmFit.__new__(FilmFit); blind.__dict__ = dict(fit.__dict__, states={}); blind.shape,_ = identity(fit, 6, out); some = sorted(fit.states)[::max(1,len(fit.states)//n)]
     with _one_thread():
         for i in some: s = fit.states[i]; blind.states[i] = minimise(fit.model, replace(s, c=torch.cat([blind.shape,s.c[-52:]])), fit.problem(fit.rows[i], out)[1], free=('pose','arkit'), steps=20)
     errors = []
@@ -289,11 +298,11 @@ def still_camera(
     R = viewmat[:3,:3].T@frame.viewmat[:3,:3]; t = viewmat[:3,:3].T@(frame.viewmat[:3,3]-viewmat[:3,3])-j+R@j
     return replace(frame, viewmat=viewmat, params=dict(p, rotation=mat_to_axis_angle(R)[None], translation=t[None]))
 
-# %% ../nbs/13c_video.ipynb #f8c61e30
+# %% ../nbs/13c_video.ipynb #5b279970
 def matte_colours(
     frames:list,  # a few fitted frames of one film
     head:Head,
-    longest:int=240,
+    longest:int=200,
 )->tuple:         # what `matte` takes as colours
     "Colours of head and background, from several pictures at once."
     import cv2
@@ -334,31 +343,44 @@ def cut_window(
     K = torch.diag(torch.tensor([W/w,H/h,1.]))@crop_intrinsics(frame.K, x0, y0, 1.)
     return replace(frame, image=cut(frame.image), mask=cut(frame.mask), K=K)
 
-# %% ../nbs/13c_video.ipynb #4655e40a
+# %% ../nbs/13c_video.ipynb #416d6c6d
 class Reel:
     "Pictures of a film by number; quick when they are asked for in order."
-    def __init__(self, film): self.film,self.at,self.stream = film,0,None
+    def __init__(self, film): self.film,self.at,self.stream,self.lock = film,0,None,threading.Lock()
     def __getitem__(self, i):
-        if self.stream is None or i<self.at: self.at,self.stream = i,film_pictures(self.film, i)
-        while self.at<=i: image = next(self.stream); self.at += 1
+        with self.lock:
+            if self.stream is None or i<self.at: self.at,self.stream = i,film_pictures(self.film, i)
+            while self.at<=i: image = next(self.stream); self.at += 1
         return torch.from_numpy(image.copy()).float()/255
+
+def ahead(
+    make,  # function of i
+    n:int,
+):         # the same function
+    "While one frame is used, the next one is made."
+    pool,made = ThreadPoolExecutor(1),{}
+    def get(i):
+        frame = made.pop(i).result() if i in made else make(i); made.clear()
+        if i+1<n: made[i+1] = pool.submit(make, i+1)
+        return frame
+    return get
 
 def _print_of(film, options):
     "What must be the same for a call to go on from an earlier one's files."
     with film.path.open('rb') if film.path.is_file() else open(_pictures(film.path)[0],'rb') as f: data = f.read(1<<20)
     return hashlib.sha256(data+json.dumps([film.path.stat().st_size if film.path.is_file() else film.about, film.fps, options]).encode()).hexdigest()[:16]
 
-# %% ../nbs/13c_video.ipynb #0f422037
+# %% ../nbs/13c_video.ipynb #a0f1821b
 def _frames(fit, film, use, size):
     "The clip's frames, made when asked for."
     head = fit.head; reel = Reel(film); depth = float(np.median([float(fit.states[i].t[2]) for i in use])); still = orbit(0,0,depth,(0,0,0)); w,h = map(int,fit.rows['size'][0])
     blank = torch.zeros(h,w,3); boxes = torch.stack([head_box(to_frame(fit.states[i], blank, fit.K, head), head) for i in use]); corner,(cw,ch) = windows(boxes, (w,h))
     colours = matte_colours([to_frame(fit.states[i], reel[i], fit.K, head) for i in sorted(set(fit.keys)&set(use) or use[:1])[:4]], head)
     def make(k):
-        f = to_frame(fit.states[use[k]], reel[use[k]], fit.K, head); f = replace(f, mask=matte(f.image, f, head, colours, 240))
+        f = to_frame(fit.states[use[k]], reel[use[k]], fit.K, head); f = replace(f, mask=matte(f.image, f, head, colours, 200))
         f = without_clothes(cut_window(f, *map(int,corner[k]), cw, ch, size), head)
         return replace(still_camera(f, still, head), time=use[k], camera='0')
-    return Clip(make, len(use))
+    return Clip(ahead(make, len(use)), len(use))
 
 # %% ../nbs/13c_video.ipynb #479d77f6
 def _same_person(fit, film, judge, least=10):
