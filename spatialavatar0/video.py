@@ -394,7 +394,7 @@ def _same_person(fit, film, judge, least=10):
         v = torch.stack(answers).float().mean(0); known = v if known is None else known
         if (d := float((v-known).norm()))>judge.limit: raise InputError(f'{film.path}: from {s[0]/film.fps:.1f} s on somebody else is in the picture (identity distance {d:.2f} by {judge.name}); cut the film to one person')
 
-# %% ../nbs/13c_video.ipynb #6d8cfe83
+# %% ../nbs/13c_video.ipynb #197f4b2d
 def track_video(
     video,           # film file, or a folder of pictures
     out,             # folder of the clip; made, must be empty or hold the beginning of the same
@@ -412,7 +412,7 @@ def track_video(
     out,film,head = Path(out),open_film(video, most),head or open_head(); key = _print_of(film, [size,focal,train]); report = out/'tracking.json'
     if report.is_file() and json.loads(report.read_text()).get('key')==key: return read_vhap(out, head=head)
     work = out.with_name(f'{out.name}.tracking'); _fresh(work, key)
-    rows = film_faces(film, work/'faces', model); fit = FilmFit(film, rows, head, focal); say(f'{len(rows)} pictures, {film.fps:.4g} a second; a face in {int((rows["faces"]==1).sum())}'+(f'; {int(fit.cuts.sum())} cuts' if fit.cuts.any() else ''))
+    rows = film_faces(film, work/'faces', model); fit = FilmFit(film, rows, head, focal); say(f'{len(rows)} pictures, {film.fps:.4g} a second; a face in {int((rows["faces"]==1).sum())}'+(f'; cuts: {int(fit.cuts.sum())}' if fit.cuts.any() else ''))
     _same_person(fit, film, judge); fit.shape,fit.keys = identity(fit); _follow(fit); checks = film_checks(fit, film, head); table = verdicts(checks, rows); use = [r['time'] for r in table if r['use']]
     if len(use)<8: raise InputError(f'{film.path}: only {len(use)} of {len(rows)} pictures can be used, 8 are needed; {_reasons(table)}')
     numbers = dict(landmarks=float(np.mean([checks[i]['landmarks'] for i in use])), held_out=held_out_error(fit)); say(f'landmarks fit to {numbers["landmarks"]:.2f} % of the distance between the eyes, held out {numbers["held_out"]:.2f} %; {len(rows)-len(use)} pictures left out'+(f' ({_reasons(table)})' if len(use)<len(rows) else ''))

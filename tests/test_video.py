@@ -58,7 +58,7 @@ class Judge:
 def test_a_cut_to_somebody_else(films, tmp_path):
     with pytest.raises(InputError, match='on somebody else is in the picture'): track_video(films/'cut.mp4', tmp_path/'a', judge=Judge(), **QUIET)
     said = []; track_video(films/'cut.mp4', tmp_path/'b', size=96, say=said.append); about = json.loads((tmp_path/'b'/'tracking.json').read_text())
-    assert about['cuts'][0] == 20 and 'cuts' in said[0]
+    assert about['cuts'][0] == 20 and 'cuts:' in said[0]
 
 # rows, stretches, verdicts
 
