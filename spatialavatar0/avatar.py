@@ -257,6 +257,7 @@ def unturned(
         if name in p: R = axis_angle_to_mat(p.pop(name)[0]); V = V@_rigid(R, j-R@j)
     return replace(frame, viewmat=V, params=p)
 
+# %% ../nbs/09_avatar.ipynb #3edb9c79
 def _rigid(R, t):
     M = torch.eye(4); M[:3,:3],M[:3,3] = R,t
     return M
@@ -476,6 +477,7 @@ def without_clothes(
     keep = ndi.binary_fill_holes(ndi.binary_opening((frame.mask>.5).numpy()&~ndi.binary_dilation(cloth, iterations=2), iterations=3))
     return replace(frame, mask=torch.where(torch.from_numpy(low&~keep), 0., frame.mask))
 
+# %% ../nbs/09_avatar.ipynb #4be2fea9
 def below(frame, head): # (H,W) bool: pixels lower than the chin
     "Rows from just above the lowest point of the face downwards."
     v = head(**frame.params)[0]; chin = v[head.masks['face']>.5]

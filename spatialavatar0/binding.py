@@ -8,7 +8,7 @@ __all__ = ['barycentric', 'Binding', 'bind_uv', 'bind_points', 'triangle_frames'
            'place_forward', 'place_backward', 'place_backward_frames', 'bind_frames', 'place', 'to_world']
 
 # %% ../nbs/04_binding.ipynb #bd880580
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 import math
 import numba as nb, numpy as np, torch, torch.nn.functional as F
@@ -50,6 +50,8 @@ class Binding:
     faces:Tensor     # (F,3) int64, the head's triangles
     resolution:int   # texels per side; 0 where growing and pruning gave the UV layout up
     def __len__(self): return len(self.face_ids)
+    def to(self, device): # the same, where its tensors are on that device already
+        return self if self.faces.device==torch.device(device) else replace(self, **{k: getattr(self,k).to(device) for k in ('face_ids','bary','texels','faces')})
     @cached_property
     def lists(self): return _make_lists(self) # who sits where, for the fast loops below
     def need_layout(self): # InputError where there is no UV grid

@@ -29,6 +29,7 @@ class BuildConfig:
     gif:int = 256         # gifs are smaller, and half as fast
     clip_iters:int = 2000 # refinement steps on a film
     seed:int = 0          # of the refinement's random backgrounds and of the speech
+    device:str = 'cpu'    # where to refine: cpu or cuda
 
 # %% ../nbs/18_cli.ipynb #771aff22
 class Preset(str, Enum):
@@ -39,11 +40,12 @@ class Preset(str, Enum):
 def build_preset(
     name:str='laptop', # tiny or laptop
     seed:int=0,
+    device:str='cpu',  # or cuda
 )->BuildConfig:
     "A named size."
     presets = dict(tiny=BuildConfig(size=128, resolution=64, iters=40, film=96, seconds=.5, gif=64, clip_iters=30), laptop=BuildConfig())
     if name not in presets: raise ValueError(f'preset should be one of {", ".join(presets)}; got {name!r}')
-    return replace(presets[name], seed=seed)
+    return replace(presets[name], seed=seed, device=device)
 
 # %% ../nbs/18_cli.ipynb #b4035c2e
 def held_out_report(
@@ -100,7 +102,7 @@ def avatar_from_frame(
     cuts = [without_clothes(crop(f, *head_square(f, head), cfg.size), head) for f in frames]
     avatar,trusted,cuts = from_photos(cuts, cfg.resolution, head); cut = cuts[0]; warped = front_psnr(avatar, cut)
     say(f'warped: {len(avatar):,} Gaussians, {warped:.1f} dB inside the matte')
-    avatar,_ = refine_photo(avatar, cuts, cfg.iters, seed=cfg.seed); refined = front_psnr(avatar, cut)
+    avatar,_ = refine_photo(avatar, cuts, cfg.iters, seed=cfg.seed, device=cfg.device); refined = front_psnr(avatar, cut)
     say(f'refined: {refined:.1f} dB after {cfg.iters} steps')
     return avatar, cut, dict(gaussians=len(avatar), psnr_warped=warped, psnr_refined=refined, added=added(trusted))
 
@@ -315,7 +317,9 @@ def track_clip(
 
 # %% ../nbs/18_cli.ipynb #8586b0eb
 _FILMS = '.mp4','.mov','.webm','.mkv','.avi','.m4v'
+FILM_UNITS = dict(psnr='dB on white, head_psnr inside the matte', tracking='% of the outer-eye distance', landmarks_by_yaw=UNITS['landmarks_by_yaw'], aspect_999=UNITS['aspect_999'], seconds='on the wall, of this run')
 
+# %% ../nbs/18_cli.ipynb #cc6a7bd8
 def build_from_film(
     film, out,            # film file; folder for the results
     cfg:BuildConfig=None, # default: laptop
@@ -330,7 +334,7 @@ def build_from_film(
     out,cfg,t = check_out(out, film),cfg or build_preset(),[time.perf_counter()]; set_seed(cfg.seed); (out/FILES['metrics']).unlink(missing_ok=True)
     train,test = split(track_clip(film, out/'clip', size=cfg.size, say=say)); head = open_head(); t.append(time.perf_counter())
     start,vote = first_likeness(train, cfg.resolution, head); say(f'warped: {len(start):,} Gaussians')
-    avatar,log = refine_likeness(start, vote, train, cfg.clip_iters, seed=cfg.seed, state=out/'state.safetensors'); t.append(time.perf_counter())
+    avatar,log = refine_likeness(start, vote, train, cfg.clip_iters, seed=cfg.seed, state=out/'state.safetensors', device=cfg.device); t.append(time.perf_counter())
     held = Clip(lambda i: agreed(start, vote, test[i]), len(test)); numbers = dict(gaussians=len(avatar), frames=len(train), held_out_frames=len(test), start=measure(start,held), refined=measure(avatar,held))
     say(f"held out: {numbers['start']['head_psnr']:.1f} -> {numbers['refined']['head_psnr']:.1f} dB inside the matte")
     frame = agreed(start, vote, train[start_frame(train)]); cut = _squared(frame, cfg.size); avatar.info.update(film=Path(film).name, config=asdict(cfg))
@@ -339,8 +343,6 @@ def build_from_film(
     t.append(time.perf_counter()); numbers |= dict(seconds={k: b-a for k,a,b in zip(('track','build','write','judge'),t,t[1:])}|dict(all=t[-1]-t[0]), config=asdict(cfg), units=FILM_UNITS)
     with atomic_path(out/FILES['metrics']) as tmp: tmp.write_text(json.dumps(_rounded(numbers), indent=1))
     return numbers
-
-FILM_UNITS = dict(psnr='dB on white, head_psnr inside the matte', tracking='% of the outer-eye distance', landmarks_by_yaw=UNITS['landmarks_by_yaw'], aspect_999=UNITS['aspect_999'], seconds='on the wall, of this run')
 
 # %% ../nbs/18_cli.ipynb #b6deaafc
 def _squared(frame, size):
@@ -384,7 +386,7 @@ def refine_clip(
     iters:int=10_000,
     head=None,          # file or folder of a FLAME-format model; default: the open head
     resolution:int=128, # texels per side of a new avatar
-    paper:bool=False, seed:int=0, say=print, # paper: without our remedy
+    paper:bool=False, seed:int=0, device:str='cpu', say=print, # paper: without our remedy
 )->dict:                # what metrics.json holds
     "Stage 2 on a folder of frames; resumes from out/state.safetensors."
     from spatialavatar0.avatar import load_avatar
@@ -395,7 +397,7 @@ def refine_clip(
     train,test = clip_parts(clip, head); say(f'{len(train)} frames to learn from, {len(test)} held out')
     start = first_avatar(train, head, resolution, say) if str(avatar)=='new' else load_avatar(avatar, head)
     start.save(out/'start.safetensors')
-    end,log = refine(start, train, config=(paper_config if paper else RefineConfig)(iters=iters), seed=seed, state=out/'state.safetensors')
+    end,log = refine(start, train, config=(paper_config if paper else RefineConfig)(iters=iters), seed=seed, state=out/'state.safetensors', device=device)
     end.save(out/'avatar.safetensors')
     numbers = dict(gaussians=len(end), iters=iters, steps=log[-1]['step']+1 if log else 0, seed=seed, start=measure(start,test), refined=measure(end,test), log=log)
     with atomic_path(out/'metrics.json') as tmp: tmp.write_text(json.dumps(numbers, indent=1))
@@ -410,14 +412,14 @@ def train_generator(
     steps:int=10_000,    # of both phases; the last fifth is Phase 2
     *,
     people:int=300, subjects:int=12, # of the two data sets
-    seed:int=0, say=print,
+    seed:int=0, device:str='cpu', say=print,
 )->dict:                 # what metrics.json holds
     "Train a generator; resumes from out/state.safetensors."
     from spatialavatar0.core import atomic_path
     from spatialavatar0.domains import held_out, mono, multi, people as painted
     from spatialavatar0.generator import from_preset
     from spatialavatar0.schedule import Shelf, Trainer, evaluate, laptop_schedule
-    out,g = Path(out),from_preset(preset, seed=seed); size = g.config.image_size; say(f'painting and looking at {people} + {subjects} people')
+    out,g = Path(out),from_preset(preset, seed=seed).to(device); size = g.config.image_size; say(f'painting and looking at {people} + {subjects} people')
     data = [Shelf(painted(d, n), g, out/'looks'/d.name) for d,n in ((mono(size),people), (multi(size, instants=6),subjects))]
     t = Trainer(g, laptop_schedule(steps-steps//5, steps//5), data if steps>=5 else data[:1], seed); state = out/'state.safetensors'
     if state.exists(): t.load(state); say(f'going on from step {t.step_number}')
@@ -613,20 +615,22 @@ _DEVICE = typer.Option(Device.cpu, help='Where to compute; cuda needs an NVIDIA 
 
 # %% ../nbs/18_cli.ipynb #65f52541
 def check_device(
-    device:str, # cpu or cuda
-):
+    device:str,        # cpu or cuda
+    useful:bool=False, # whether the command can use a GPU
+)->str:
     "Refuse a device this machine, or this command, does not have."
-    if device=='cpu': return
+    if device=='cpu': return device
     import torch
     from spatialavatar0.core import InputError
     if not torch.cuda.is_available(): raise InputError(f'--device cuda needs a CUDA GPU and torch {torch.__version__} sees none; use --device cpu')
-    raise InputError('the commands compute on the CPU in this version; use --device cpu')
+    if not useful: raise InputError('this command has nothing for a GPU to do; use --device cpu')
+    return device
 
 def _built(photo, out, preset, seed, device):
-    check_device(device.value)
+    where = check_device(device.value, True)
     films = [p for p in photo if p.suffix.lower() in _FILMS] if isinstance(photo,list) else []
     if films and len(photo)>1: raise typer.BadParameter('a film goes alone: one film, or photos')
-    r = (build_from_film if films else build_avatar)(films[0] if films else photo, out, build_preset(preset.value, seed), typer.echo); where = {k: out/f for k,f in FILES.items()}
+    r = (build_from_film if films else build_avatar)(films[0] if films else photo, out, build_preset(preset.value, seed, where), typer.echo); where = {k: out/f for k,f in FILES.items()}
     typer.echo(f'\n{r["gaussians"]:,} Gaussians in {r["seconds"]["all"]:.0f} s; everything is in {out.resolve()}\n'
                f'open {where["page"]} in a browser and turn it, then see {where["sheet"]}, {where["turntable"]} and {where["speaking"]};\n'
                f'{where["splats"]} opens in any splat viewer, {where["avatar"]} with Avatar.load;\nnbs/20_your_own_photo.ipynb tells how it was made')
@@ -704,8 +708,7 @@ def _refine(avatar:str=typer.Argument(help='An avatar file, or "new": one frame 
             out:Path=_OUT, iters:int=typer.Option(10_000, min=1, help='Steps.'), head:Path=typer.Option(None, help='FLAME model of the clip; default: the open head.'),
             resolution:int=typer.Option(128, min=8, help='Texels per side of a new avatar.'), paper:bool=typer.Option(False, help='As the paper has it, without our remedy.'), seed:int=_SEED, device:Device=_DEVICE):
     "Refine an AVATAR on a person's CLIP; stopped, the same command goes on."
-    check_device(device.value)
-    refine_clip(avatar, clip, out, iters=iters, head=head, resolution=resolution, paper=paper, seed=seed, say=typer.echo)
+    refine_clip(avatar, clip, out, iters=iters, head=head, resolution=resolution, paper=paper, seed=seed, device=check_device(device.value, True), say=typer.echo)
 
 # %% ../nbs/18_cli.ipynb #18e00004
 @app.command('evaluate')
@@ -722,8 +725,7 @@ def _evaluate(avatar:str=typer.Argument(help='An avatar file; or warp, network: 
 def train(out:Path=_OUT, preset:Preset=_PRESET, steps:int=typer.Option(10_000, min=1, help='Of both phases; the last fifth is Phase 2.'),
           people:int=typer.Option(300, min=1, help='Painted people in front of one camera.'), subjects:int=typer.Option(12, min=1, help='Painted people in front of sixteen.'), seed:int=_SEED, device:Device=_DEVICE):
     "Train a generator on painted people; stopped, the same command goes on."
-    check_device(device.value)
-    train_generator(out, preset.value, steps, people=people, subjects=subjects, seed=seed, say=typer.echo)
+    train_generator(out, preset.value, steps, people=people, subjects=subjects, seed=seed, device=check_device(device.value, True), say=typer.echo)
 
 # %% ../nbs/18_cli.ipynb #ac78f573
 @app.command('doctor')

@@ -99,7 +99,7 @@ def first_likeness(
     best = frontal_first([agreed(shaped, vote, f) for f in some[:n]]); avatar,_,_ = from_photos(best, resolution, head, shaped.static_offset)
     return avatar, vote
 
-# %% ../nbs/13d_likeness.ipynb #a4b42239
+# %% ../nbs/13d_likeness.ipynb #3d4a0f64
 def film_config(
     iters:int=2000,
 )->RefineConfig:
@@ -111,9 +111,9 @@ def refine_likeness(
     clip:Clip,       # to learn from
     iters:int=2000,
     *,
-    seed:int=0, state=None, callback=None, # as for refine
+    seed:int=0, state=None, callback=None, device='cpu', # as for refine
 )->tuple:            # the refined Avatar, and a log
     "Sharpen a likeness on the film it comes from; with a state, an interrupted run goes on."
     some = [agreed(avatar, vote, clip[i]) for i in differing(clip, 24, avatar.head)]; gate = gates(avatar, some); strange = smooth(1-votes(avatar, some, 1.), .4, .7)
     def view(i): f = agreed(avatar, vote, clip[i]); return look(avatar, bleed(f), uncovered(avatar, f))
-    return refine(avatar, Clip(view, len(clip)), iters, config=film_config(iters), seed=seed, state=state, callback=callback, gate=dict(gate, logit_opacities=torch.maximum(gate['logit_opacities'], strange)))
+    return refine(avatar, Clip(view, len(clip)), iters, config=film_config(iters), seed=seed, state=state, callback=callback, device=device, gate=dict(gate, logit_opacities=torch.maximum(gate['logit_opacities'], strange)))

@@ -91,12 +91,13 @@ def refine_photo(
     seed:int=0,
     callback=None,    # called as callback(step, avatar) every 50 steps
     lids:bool=True,   # every fourth step keeps the closed lids as they were
+    device='cpu',     # where to compute
 )->tuple:             # the refined Avatar, and a log
     "Sharpen an avatar on one photo, or on a few."
     clip = Clip([photos] if isinstance(photos, Frame) else photos)
     seen = Clip([look(avatar, bleed(f), uncovered(avatar, f)) for f in clip])
     extra = [look(avatar, *shut_eyes(avatar, clip[0]))] if lids and 'lids' in avatar.head.masks else []
-    return refine(avatar, seen, iters, config=photo_config(iters), seed=seed, callback=callback, gate=gates(avatar, clip), extra=extra)
+    return refine(avatar, seen, iters, config=photo_config(iters), seed=seed, callback=callback, gate=gates(avatar, clip), extra=extra, device=device)
 
 # %% ../nbs/12b_photo.ipynb #be27c449
 def front_psnr(

@@ -113,13 +113,13 @@ def aspect_loss(
 # %% ../nbs/12_refine.ipynb #8b0e8f27
 def light_share(
     avatar:Avatar,
-    clip:Clip,      # of Frames or Views
+    clip:Clip,      # of Frames, or of Views (below), which bring their mesh
     frames:int=64,  # at most so many, evenly spaced
 )->Tensor:          # (N,) light taken per frame, 1 = the average Gaussian
     "How much the clip sees of each Gaussian: its accumulated blending weight."
     taken = torch.zeros(len(avatar))
     for f in clip[::max(1,len(clip)//frames)]:
-        with torch.no_grad(): world = open_splats(avatar.splats, f.mesh) if isinstance(f,View) else avatar.world(**f.pose)
+        with torch.no_grad(): world = open_splats(avatar.splats, f.mesh) if hasattr(f,'mesh') else avatar.world(**f.pose)
         one = torch.ones(len(avatar), 1, requires_grad=True)
         rasterize(*world[:4], one, f.viewmat[None], f.K[None], f.width, f.height)[0].sum().backward()
         taken += one.grad[:,0]
@@ -166,8 +166,10 @@ def keep_loss(
     near:Tensor,   # (N,4) from `texel_neighbours`
     s:Tensor,      # (N,) how strongly neighbours are tied
 )->Tensor:
-    "Squared differences between neighbouring texels, weighted; float32 on the CPU."
-    return _Smooth.apply(change, near, s)
+    "Squared differences between neighbouring texels, weighted."
+    if change.device.type=='cpu' and change.dtype==torch.float32: return _Smooth.apply(change, near, s)
+    i,k = (near>=0).nonzero(as_tuple=True); j = near[i,k].long()                           # every pair is met twice
+    return (.25*(s[i]+s[j])*(change[i]-change[j]).flatten(1).square().sum(1)).sum()/max(1,len(change))
 
 # %% ../nbs/12_refine.ipynb #ca8c7302
 @dataclass
@@ -188,9 +190,22 @@ class View:
     def bytes(self): return sum(x.numel()*x.element_size() for x in (self.image,self.mask,self.verts))
     def on(self, background): # (3,) -> (H,W,3) float
         "The person on a plain colour."
+        if self.image.device.type!='cpu' or background.dtype!=torch.float32: return self._on(background)
         out = torch.empty(self.height, self.width, 3)
         _paste(nb.get_num_threads(), self.image.numpy(), self.mask.numpy(), *self.corner, background.numpy(), out.numpy())
         return out
+
+# %% ../nbs/12_refine.ipynb #c54ba056
+@patch
+def _on(self:View, background):
+    (y,x),(h,w) = self.corner,self.mask.shape; out = background.expand(self.height, self.width, 3).clone(); box = out[y:y+h,x:x+w]
+    out[y:y+h,x:x+w] = box+self.mask[...,None].to(box)/255*(self.image.to(box)/255-box)
+    return out
+
+@patch
+def to(self:View, device, binding): # binding: on that device already, one for all views
+    if device.type=='cpu': return self
+    return replace(self, binding=binding, **{k: x.to(device) for k in ('image','mask','viewmat','K','verts','care') if (x := getattr(self,k)) is not None})
 
 # %% ../nbs/12_refine.ipynb #5025b236
 @nb.njit(parallel=True, cache=True)
@@ -227,12 +242,12 @@ def _span(on):
 # %% ../nbs/12_refine.ipynb #12c463be
 class Refinement:
     "Stage 2 between two steps."
-    def __init__(self, avatar, clip, cfg, iters, seed=0, gate=None, extra=()): # extra: Views, one every fourth step
-        self.avatar,self.clip,self.cfg,self.iters,self.seed,self.extra = avatar,clip,cfg,iters,seed,list(extra)
-        self.views,self.room = {},256e6
-        self.start = {k: avatar.splats[k].detach().clone(memory_format=torch.contiguous_format) for k in RAW}
-        self.gate = {k: like(gate[k] if gate else torch.ones(len(avatar)), v).expand_as(v).contiguous() for k,v in self.start.items()}
-        if cfg.keep: self.near, self.tie = texel_neighbours(avatar.binding), (cfg.dim/(light_share(avatar, clip)+cfg.dim))**2
+    def __init__(self, avatar, clip, cfg, iters, seed=0, gate=None, extra=(), device='cpu'): # extra: Views, one every fourth step
+        self.avatar,self.clip,self.cfg,self.iters,self.seed,self.device = avatar,clip,cfg,iters,seed,torch.device(device)
+        self.binding = avatar.binding.to(device); self.views,self.room,self.extra = {},256e6,[v.to(self.device, self.binding) for v in extra]
+        self.start = {k: avatar.splats[k].detach().to(device).clone(memory_format=torch.contiguous_format) for k in RAW}
+        self.gate = {k: like(gate[k].to(device) if gate else torch.ones(len(avatar), device=device), v).expand_as(v).contiguous() for k,v in self.start.items()}
+        if cfg.keep: self.near, self.tie = texel_neighbours(avatar.binding).to(device), ((cfg.dim/(light_share(avatar, clip)+cfg.dim))**2).to(device)
         g = self.gate['sh0']; self.shades = [torch.where(g>1e-3, (c-self.start['sh0'])/g.clamp_min(1e-3), 0.) for c in (-.5/SH_C0,.5/SH_C0)] # black, white
         self.delta = {k: torch.zeros_like(v, requires_grad=True) for k,v in self.start.items()}
         self.opt = torch.optim.Adam([dict(params=[self.delta[k]], lr=0., name=k) for k in RAW], eps=cfg.eps, fused=True)
@@ -241,7 +256,7 @@ class Refinement:
     def view(self, i):
         "View i, kept while there is room."
         if i in self.views: return self.views[i]
-        frame = self.clip[i]; v = frame if isinstance(frame,View) else look(self.avatar, frame)
+        frame = self.clip[i]; v = (frame if isinstance(frame,View) else look(self.avatar, frame)).to(self.device, self.binding)
         if self.room>0: self.views[i] = v; self.room -= v.bytes()
         return v
 
@@ -261,10 +276,16 @@ def keep_bounds(self:Refinement):
     "Hard clamps after a step, in the coordinates the optimiser works in."
     torch.clamp(self.delta['sh0'], *self.shades, out=self.delta['sh0'])
     if self.step_number<self.cfg.freeze: return
+    if self.device.type!='cpu': return self.delta['log_scales'].copy_(_bounded(*[x['log_scales'] for x in (self.start,self.gate,self.delta)], self.cfg))
     s,g,d = [x['log_scales'].detach().numpy() for x in (self.start,self.gate,self.delta)]
     _clamp_kernel(nb.get_num_threads(), s, g, d, np.float32(self.cfg.spread), np.float32(self.cfg.grow))
 
 # %% ../nbs/12_refine.ipynb #d209514b
+def _bounded(start, gate, delta, cfg):
+    "What `_clamp_kernel` does, readable: for GPUs."
+    x = clamp_scales(start+gate*delta, start, cfg.spread, cfg.grow)
+    return torch.where(gate>1e-3, (x-start)/gate.clamp_min(1e-3), 0.)
+
 @nb.njit(parallel=True, cache=True)
 def _clamp_kernel(threads, start, gate, delta, spread, grow):
     "`clamp_scales` of start + gate delta, written back to delta (N,3)."
@@ -297,7 +318,7 @@ def step(self:Refinement):
     t = self.step_number; self.set_lrs()
     i = int(torch.randint(len(self.clip), (), generator=self.rng)); background = torch.rand(3, generator=self.rng)
     view = self.extra[i%len(self.extra)] if self.extra and t%4==3 else self.view(i)
-    loss,*self.pair = self.loss(view, background)
+    loss,*self.pair = self.loss(view, background.to(self.device))
     self.opt.zero_grad(); loss.backward(); self.check_finite(loss, view)
     self.opt.step(); self.keep_bounds(); self.step_number += 1
     return dict(step=t, loss=float(loss.detach()))
@@ -323,7 +344,7 @@ def save(self:Refinement, path):
     t = {f'delta.{k}': v.detach() for k,v in self.delta.items()}
     for k,p in self.delta.items(): t.update({f'{n}.{k}': v for n,v in self.opt.state[p].items()})
     meta = dict(schema=1, step=self.step_number, log=self.log, **self.identity())
-    with atomic_path(path) as tmp: save_file(dict(t, rng=self.rng.get_state()), tmp, metadata=dict(refinement=json.dumps(meta)))
+    with atomic_path(path) as tmp: save_file({k: v.cpu() for k,v in dict(t, rng=self.rng.get_state()).items()}, tmp, metadata=dict(refinement=json.dumps(meta)))
 
 @patch
 def identity(self:Refinement):
@@ -343,13 +364,13 @@ def load(self:Refinement, path):
     if differ: raise InputError(f'{path} belongs to another run: {", ".join(f"{k} was {meta.get(k)}, now {mine[k]}" for k in differ)}; give the same arguments, or remove it to begin anew')
     for k,p in self.delta.items():
         p.data.copy_(t[f'delta.{k}'])
-        self.opt.state[p] = {n: t[f'{n}.{k}'] for n in ('step','exp_avg','exp_avg_sq') if f'{n}.{k}' in t}
+        self.opt.state[p] = {n: t[f'{n}.{k}'].to(p.device) for n in ('step','exp_avg','exp_avg_sq') if f'{n}.{k}' in t}
     self.rng.set_state(t['rng']); self.step_number,self.log = meta['step'],meta['log']
 
 @patch
 def result(self:Refinement): # -> Avatar
     "The avatar as it is now."
-    return replace(self.avatar, splats={k: v.detach() for k,v in self.splats().items()})
+    return replace(self.avatar, splats={k: v.detach().cpu() for k,v in self.splats().items()})
 
 # %% ../nbs/12_refine.ipynb #7923e1ed
 def refine(
@@ -363,12 +384,13 @@ def refine(
     state=None,                # path of a .safetensors file: goes on from there if it exists, saves there every 500 steps
     gate:dict=None,            # per attribute (N,) 0..1: how large each Gaussian's steps are
     extra=(),                  # Views, one every fourth step
+    device='cpu',              # where to compute; avatars stay on the CPU
 )->tuple:                      # the refined Avatar, and a log: list of dict(step, loss, psnr, seconds)
     "Sharpen an avatar on pictures; count, triangles and barycentrics stay as they are (stage 2 of the paper)."
     cfg = config or RefineConfig(); iters = cfg.iters if iters is None else iters
     clip = Clip([clip]) if isinstance(clip, Frame) else clip
     if not len(clip): raise InputError('refine needs at least one frame; the clip is empty')
-    run = Refinement(avatar, clip, cfg, iters, seed, gate, extra)
+    run = Refinement(avatar, clip, cfg, iters, seed, gate, extra, device)
     if state and Path(state).exists(): run.load(state)
     return run.go(callback, state)
 

@@ -178,7 +178,7 @@ def identity(
     with _one_thread(): shapes = [solve(fit.model, fit.table, *fit.problem(fit.rows[i], held_out)).c[:-52] for i in keys]
     return torch.stack(shapes).mean(0), keys
 
-# %% ../nbs/13c_video.ipynb #c3d0a7b7
+# %% ../nbs/13c_video.ipynb #8671cd89
 def calm_rows(
     rows,              # (T,) of ROW
     spans:list,        # stretches
@@ -192,6 +192,7 @@ def calm_rows(
             for k in ('lmks','scores'): out[k][s] = gaussian_filter1d(rows[k][s].astype(float), sigma, axis=0, mode='nearest')
     return out
 
+# %% ../nbs/13c_video.ipynb #8e27ab95
 def of_person(
     model:LandmarkModel,
     shape:Tensor,  # (S,)
@@ -200,6 +201,7 @@ def of_person(
     n = len(shape); fixed = lambda x, d: x+d[...,:n]@shape
     return replace(model, rest=fixed(model.rest,model.dirs), dirs=model.dirs[...,n:].contiguous(), joints=fixed(model.joints,model.joint_dirs), joint_dirs=model.joint_dirs[...,n:].contiguous(), turns=model.turns[...,n:].contiguous())
 
+# %% ../nbs/13c_video.ipynb #f7ae84b0
 def _follow(fit, sigma=.8):
     "States of all usable pictures, each started from the one before."
     calm,known = calm_rows(fit.rows, fit.spans, sigma),of_person(fit.model, fit.shape)
@@ -314,7 +316,7 @@ def matte_colours(
     known = np.zeros((1,65)),np.zeros((1,65)); cv2.setRNGSeed(0); cv2.grabCut(np.ascontiguousarray(image[...,::-1]), seeds, None, *known, 5, cv2.GC_INIT_WITH_MASK)
     return known
 
-# %% ../nbs/13c_video.ipynb #b6e91203
+# %% ../nbs/13c_video.ipynb #0c91b1b3
 def head_box(
     frame:Frame, head:Head,
 )->Tensor:         # (4,) left, top, right, bottom, pixels; may lie outside
@@ -322,6 +324,7 @@ def head_box(
     uv = project(head(**frame.params)[0], frame.viewmat, frame.K)[0]; lo,hi = uv.amin(0),uv.amax(0); w,h = hi-lo
     return torch.stack([lo[0]-.2*w, lo[1]-.2*h, hi[0]+.2*w, hi[1]+.03*h])
 
+# %% ../nbs/13c_video.ipynb #d80fc775
 def windows(
     boxes:Tensor,  # (T,4) from head_box
     size:tuple,    # width, height of the film
@@ -333,6 +336,7 @@ def windows(
     corner = np.stack([np.clip(centre[:,0]-w/2,0,size[0]-w), np.clip(centre[:,1]-h/2,0,size[1]-h)],1)
     return corner.round().astype(int), (w,h)
 
+# %% ../nbs/13c_video.ipynb #e48f9e4d
 def cut_window(
     frame:Frame,
     x0:int, y0:int, w:int, h:int, # pixels of the frame
@@ -343,7 +347,7 @@ def cut_window(
     K = torch.diag(torch.tensor([W/w,H/h,1.]))@crop_intrinsics(frame.K, x0, y0, 1.)
     return replace(frame, image=cut(frame.image), mask=cut(frame.mask), K=K)
 
-# %% ../nbs/13c_video.ipynb #416d6c6d
+# %% ../nbs/13c_video.ipynb #c090466a
 class Reel:
     "Pictures of a film by number; quick when they are asked for in order."
     def __init__(self, film): self.film,self.at,self.stream,self.lock = film,0,None,threading.Lock()
@@ -353,6 +357,7 @@ class Reel:
             while self.at<=i: image = next(self.stream); self.at += 1
         return torch.from_numpy(image.copy()).float()/255
 
+# %% ../nbs/13c_video.ipynb #00929b7a
 def ahead(
     make,  # function of i
     n:int,
@@ -365,6 +370,7 @@ def ahead(
         return frame
     return get
 
+# %% ../nbs/13c_video.ipynb #983e4c6c
 def _print_of(film, options):
     "What must be the same for a call to go on from an earlier one's files."
     with film.path.open('rb') if film.path.is_file() else open(_pictures(film.path)[0],'rb') as f: data = f.read(1<<20)
@@ -394,7 +400,18 @@ def _same_person(fit, film, judge, least=10):
         v = torch.stack(answers).float().mean(0); known = v if known is None else known
         if (d := float((v-known).norm()))>judge.limit: raise InputError(f'{film.path}: from {s[0]/film.fps:.1f} s on somebody else is in the picture (identity distance {d:.2f} by {judge.name}); cut the film to one person')
 
-# %% ../nbs/13c_video.ipynb #197f4b2d
+# %% ../nbs/13c_video.ipynb #2d628791
+def _fitted(film, rows, head, focal, judge, say):
+    "The fit, a verdict on every picture, and two numbers."
+    fit = FilmFit(film, rows, head, focal); say(f'{len(rows)} pictures, {film.fps:.4g} a second; a face in {int((rows["faces"]==1).sum())}'+(f'; cuts: {int(fit.cuts.sum())}' if fit.cuts.any() else ''))
+    _same_person(fit, film, judge); fit.shape,fit.keys = identity(fit); _follow(fit)
+    checks = film_checks(fit, film, head); table = verdicts(checks, rows); use = [r['time'] for r in table if r['use']]; lost = len(rows)-len(use)
+    if len(use)<8: raise InputError(f'{film.path}: only {len(use)} of {len(rows)} pictures can be used, 8 are needed; {_reasons(table)}')
+    numbers = dict(landmarks=round(float(np.mean([checks[i]['landmarks'] for i in use])),3), held_out=round(held_out_error(fit),3))
+    say(f'landmarks fit to {numbers["landmarks"]:.2f} % of the distance between the eyes, held out {numbers["held_out"]:.2f} %; {lost} pictures left out'+(f' ({_reasons(table)})' if lost else ''))
+    return fit, table, numbers
+
+# %% ../nbs/13c_video.ipynb #8d50c116
 def track_video(
     video,           # film file, or a folder of pictures
     out,             # folder of the clip; made, must be empty or hold the beginning of the same
@@ -412,12 +429,10 @@ def track_video(
     out,film,head = Path(out),open_film(video, most),head or open_head(); key = _print_of(film, [size,focal,train]); report = out/'tracking.json'
     if report.is_file() and json.loads(report.read_text()).get('key')==key: return read_vhap(out, head=head)
     work = out.with_name(f'{out.name}.tracking'); _fresh(work, key)
-    rows = film_faces(film, work/'faces', model); fit = FilmFit(film, rows, head, focal); say(f'{len(rows)} pictures, {film.fps:.4g} a second; a face in {int((rows["faces"]==1).sum())}'+(f'; cuts: {int(fit.cuts.sum())}' if fit.cuts.any() else ''))
-    _same_person(fit, film, judge); fit.shape,fit.keys = identity(fit); _follow(fit); checks = film_checks(fit, film, head); table = verdicts(checks, rows); use = [r['time'] for r in table if r['use']]
-    if len(use)<8: raise InputError(f'{film.path}: only {len(use)} of {len(rows)} pictures can be used, 8 are needed; {_reasons(table)}')
-    numbers = dict(landmarks=float(np.mean([checks[i]['landmarks'] for i in use])), held_out=held_out_error(fit)); say(f'landmarks fit to {numbers["landmarks"]:.2f} % of the distance between the eyes, held out {numbers["held_out"]:.2f} %; {len(rows)-len(use)} pictures left out'+(f' ({_reasons(table)})' if len(use)<len(rows) else ''))
+    fit,table,numbers = _fitted(film, film_faces(film, work/'faces', model), head, focal, judge, say); use = [r['time'] for r in table if r['use']]
     write_vhap(_frames(fit, film, use, size), out, head, train=train)
-    with atomic_path(report) as tmp: tmp.write_text(json.dumps(dict(key=key, film=film.path.name, fps=film.fps, focal=focal, cuts=[int(i) for i in np.flatnonzero(fit.cuts)], **{k: round(v,3) for k,v in numbers.items()}, limits=LIMITS, pictures=table), indent=1))
+    about = dict(key=key, film=film.path.name, fps=film.fps, focal=focal, cuts=[int(i) for i in np.flatnonzero(fit.cuts)], **numbers, limits=LIMITS, pictures=table)
+    with atomic_path(report) as tmp: tmp.write_text(json.dumps(about, indent=1))
     shutil.rmtree(work)
     return read_vhap(out, head=head)
 

@@ -88,7 +88,7 @@ def test_quality():
 def test_command_builds_and_says_where(photos, tmp_path, capfd, monkeypatch):
     from dataclasses import replace
     small = replace(cli.build_preset('tiny'), size=96, resolution=32, iters=4, film=64, seconds=.1, gif=32)
-    monkeypatch.setattr(cli, 'build_preset', lambda name, seed: replace(small, seed=seed)); monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, 'build_preset', lambda name, seed, device: replace(small, seed=seed)); monkeypatch.chdir(tmp_path)
     code, out, err = run(capfd, 'build', photos/'good.png', '--out', 'here', '--preset', 'tiny', '--seed', 3)
     assert code == 0 and 'Traceback' not in err and 'contact_sheet.png' in out and str(tmp_path/'here') in out
     assert json.loads((tmp_path/'here/metrics.json').read_text())['config']['seed'] == 3
@@ -98,7 +98,7 @@ def test_several_photos(photos, tmp_path, capfd, monkeypatch):
     from dataclasses import replace
     from PIL import Image, ImageOps
     small = replace(cli.build_preset('tiny'), size=96, resolution=32, iters=4, film=64, seconds=.1, gif=32)
-    monkeypatch.setattr(cli, 'build_preset', lambda name, seed: replace(small, seed=seed))
+    monkeypatch.setattr(cli, 'build_preset', lambda name, seed, device: replace(small, seed=seed))
     ImageOps.mirror(Image.open(photos/'good.png').convert('RGB')).save(tmp_path/'mirrored.png')
     code, out, err = run(capfd, 'build', photos/'good.png', tmp_path/'mirrored.png', '--out', tmp_path/'out')
     assert code == 0 and 'Traceback' not in err and 'of the head more' in out, err

@@ -22,7 +22,7 @@ def pages(names=()):
 
 def skipped(cell, gpu):
     "Whether a code cell is not for running here."
-    flags = re.findall(r'^#\|\s*(\S+)\s*(\S*)', ''.join(cell['source']), re.M)
+    flags = re.findall(r'^#\|[ \t]*(\S+)[ \t]*(\S*)', ''.join(cell['source']), re.M)
     return ('eval:', 'false') in flags or not gpu and ('cuda', '') in flags
 
 def joined(outputs):
