@@ -7,8 +7,8 @@ __all__ = ['SHEET', 'FILES', 'UNITS', 'FILM_UNITS', 'app', 'BuildConfig', 'Prese
            'track_photo', 'track_photos', 'avatar_from_frame', 'film_camera', 'swung', 'view_of', 'contact_sheet',
            'write_sheet', 'write_films', 'turned_error', 'judge', 'check_out', 'write_results', 'build_avatar',
            'track_clip', 'build_from_film', 'clip_parts', 'first_avatar', 'refine_clip', 'train_generator',
-           'motion_for', 'animate_avatar', 'export_avatar', 'evaluate_avatar', 'doctor', 'Device', 'check_device',
-           'demo', 'build', 'track', 'view', 'animate', 'export', 'train', 'assets', 'main']
+           'motion_for', 'animate_avatar', 'export_avatar', 'evaluate_avatar', 'benchmark', 'doctor', 'Device',
+           'check_device', 'demo', 'build', 'track', 'view', 'animate', 'export', 'Size', 'train', 'assets', 'main']
 
 # %% ../nbs/18_cli.ipynb #f7efa554
 import json, os, platform, sys, time, warnings
@@ -406,29 +406,56 @@ def refine_clip(
     return numbers
 
 # %% ../nbs/18_cli.ipynb #ef474f2c
+def _training_sets(g, out, people, subjects, mono, multi, head, say):
+    "Looks of both data sets: folders of clips, or painted people."
+    from spatialavatar0.domains import mono as one_camera, multi as many_cameras, people as painted
+    from spatialavatar0.formats import load_clip
+    from spatialavatar0.schedule import Shelf
+    from spatialavatar0.subjects import squares, subjects as clips_in
+    size,out = g.config.image_size,Path(out)
+    def read(folder): return [squares(load_clip(p, head), g.head, size) for p in clips_in(folder).values()]
+    say('looking at '+(f'{mono} and {multi}' if mono else f'{people} + {subjects} painted people'))
+    a = Shelf(read(mono) if mono else painted(one_camera(size), people), g, out/'looks'/'mono')
+    return [a, Shelf(read(multi) if multi else painted(many_cameras(size, instants=6), subjects), g, out/'looks'/'multi')]
+
+def _phases(preset, steps, batch):
+    "The schedule of a preset; the paper's own where nothing else is asked for."
+    from spatialavatar0.schedule import laptop_schedule, paper_schedule
+    if preset!='paper': steps = steps or 10_000; return laptop_schedule(steps-steps//5, steps//5, batch or 4)
+    phases = paper_schedule(); whole = sum(p.steps for p in phases)
+    return [replace(p, steps=max(1,round(p.steps*(steps or whole)/whole)), batch=batch or p.batch) for p in phases]
+
+# %% ../nbs/18_cli.ipynb #f8ef9d71
 def train_generator(
-    out,                 # folder for the results; looks are kept there, too
-    preset:str='laptop', # tiny, laptop
-    steps:int=10_000,    # of both phases; the last fifth is Phase 2
-    *,
-    people:int=300, subjects:int=12, # of the two data sets
-    seed:int=0, device:str='cpu', say=print,
-)->dict:                 # what metrics.json holds
+    out,                   # folder for the results; looks are kept there, too
+    preset:str='laptop',   # tiny, laptop or paper
+    steps:int=None,        # of both phases; default: 10,000, the paper's 250,000 for its preset
+    *, people:int=300, subjects:int=12, # painted, of the two data sets
+    mono=None, multi=None, # folders of clips in their place: one camera, several
+    head=None,             # FLAME model of those clips; default: the open head
+    batch:int=None, seed:int=0, device:str='cpu', say=print, # batch: default, the preset's
+)->dict:                   # what metrics.json holds
     "Train a generator; resumes from out/state.safetensors."
-    from spatialavatar0.core import atomic_path
-    from spatialavatar0.domains import held_out, mono, multi, people as painted
-    from spatialavatar0.generator import from_preset
-    from spatialavatar0.schedule import Shelf, Trainer, evaluate, laptop_schedule
-    out,g = Path(out),from_preset(preset, seed=seed).to(device); size = g.config.image_size; say(f'painting and looking at {people} + {subjects} people')
-    data = [Shelf(painted(d, n), g, out/'looks'/d.name) for d,n in ((mono(size),people), (multi(size, instants=6),subjects))]
-    t = Trainer(g, laptop_schedule(steps-steps//5, steps//5), data if steps>=5 else data[:1], seed); state = out/'state.safetensors'
+    from spatialavatar0 import core, generator, schedule
+    from spatialavatar0.head import load_flame
+    if bool(mono)!=bool(multi): raise core.InputError('real data need both --mono and --multi: clips of one camera, and of several')
+    head = load_flame(head) if head else None; out,g = Path(out),generator.from_preset(preset, head, seed).to(device); phases = _phases(preset, steps, batch)
+    data = _training_sets(g, out, people, subjects, mono, multi, head, say); t = schedule.Trainer(g, phases, data[:len(phases)], seed); state = out/'state.safetensors'
     if state.exists(): t.load(state); say(f'going on from step {t.step_number}')
     log = t.run(state=state); numbers = dict(steps=t.step_number, of=t.total, seconds=round(t.seconds), log=log)
     if t.step_number<t.total: return numbers
-    numbers['held_out'] = {k:{K:evaluate(g, held_out(k, size), K) for K in (1,4)} for k in ('mono','multi')}; g.save(out/'generator.safetensors', steps=steps, seed=seed, people=people, subjects=subjects)
-    with atomic_path(out/'metrics.json') as tmp: tmp.write_text(json.dumps(numbers, indent=1))
-    say('held-out people, four pictures each: '+', '.join(f'{k} {v[4]["head_psnr"]:.1f} dB' for k,v in numbers['held_out'].items())+f'; {out/"generator.safetensors"}')
+    g.save(out/'generator.safetensors', steps=t.total, seed=seed, people=people, subjects=subjects, mono=str(mono or ''), multi=str(multi or ''))
+    if not mono and head is None: numbers['held_out'] = _painted_scores(g)
+    with core.atomic_path(out/'metrics.json') as tmp: tmp.write_text(json.dumps(numbers, indent=1))
+    say('; '.join([*(f'held-out {k}, four pictures each: {v[4]["head_psnr"]:.1f} dB' for k,v in numbers.get('held_out',{}).items()), str(out/'generator.safetensors')]))
     return numbers
+
+# %% ../nbs/18_cli.ipynb #baff40af
+def _painted_scores(g):
+    "On the painted people no data set contains."
+    from spatialavatar0.domains import held_out
+    from spatialavatar0.schedule import evaluate
+    return {k:{K:evaluate(g, held_out(k, g.config.image_size), K) for K in (1,4)} for k in ('mono','multi')}
 
 # %% ../nbs/18_cli.ipynb #18c00002
 _PICTURES = '.png','.jpg','.jpeg','.webp'
@@ -514,45 +541,48 @@ def export_avatar(
     if end in ('.html','.htm'): return page(avatar, out, out.stem)
     with torch.no_grad(): return write_splats(out, *avatar.world()) if end else write_sequence(avatar, poses, out, form, fps)
 
-# %% ../nbs/18_cli.ipynb #18e00002
-def _test_frames(frames, p):
-    "Indices of a frame to start from and of the test frames, by time step and camera."
-    from spatialavatar0.core import InputError
-    from spatialavatar0.evaluate import frames_of
-    if p.kind=='cross': raise InputError(f'{p.id}: somebody else drives; this command judges people as themselves (evaluate.reenactments has the pairs)')
-    seen = [(f.time,str(f.camera)) for f in frames]; times = sorted({t for t,_ in seen}); at = frames_of(p, len(times))
-    first,wanted,cameras = times[(at['source'] or at['train'])[0]],{times[i] for i in at['test']},set(map(str,p.test.get('cameras',())))
-    test = [i for i,(t,c) in enumerate(seen) if t in wanted and (not cameras or c in cameras)]
-    if not test: raise InputError(f'the clip has no frame of the cameras {p.test.get("cameras")}; {p.id} is about those')
-    return next(i for i,(t,_) in enumerate(seen) if t==first), test
-
-def _avatar_for(name, frame, head):
-    from spatialavatar0.avatar import from_frame, load_avatar
-    from spatialavatar0.generator import Generator
-    return from_frame(frame, 128, head=head) if name=='warp' else Generator.from_pretrained('toy')([frame]) if name=='network' else load_avatar(name, head)
-
 # %% ../nbs/18_cli.ipynb #18e00005
 def evaluate_avatar(
     avatar, clip, protocol, out,  # an avatar file, warp or network; a folder in any format of page 07b; see protocol_of; .jsonl
-    *,
-    head=None,                    # FLAME model of avatar and clip; default: the open head
+    *, head=None,                 # FLAME model of avatar and clip; default: the open head
     method:str=None, subject:str=None, # for the table; default: names of the files
     seed:int=0, say=print,
 )->dict:                          # the line of results
     "Judge an avatar on a clip."
+    from spatialavatar0.avatar import load_avatar
     from spatialavatar0.core import InputError
     from spatialavatar0.evaluate import Results, evaluate, judges_here, protocol_of, result_table
     from spatialavatar0.formats import load_clip
     from spatialavatar0.head import load_flame, open_head
-    head = load_flame(head) if head else open_head(); p = protocol_of(protocol); results = Results(out); frames = load_clip(clip, head); start,test = _test_frames(frames, p)
-    subject = subject or Path(clip).resolve().name; method = method or Path(str(avatar)).stem
+    from spatialavatar0.subjects import avatar_by, method_of, parts
+    head = load_flame(head) if head else open_head(); p = protocol_of(protocol); results = Results(out)
+    if p.kind=='cross': raise InputError(f'{p.id}: somebody else drives; this command judges people as themselves; spatialavatar0 benchmark runs over pairs')
+    part = parts(load_clip(clip, head), p); subject = subject or Path(clip).resolve().name; method = method or Path(str(avatar)).stem
     if results.has(method=method, protocol=p.id, subject=subject, driver=subject, seed=seed): raise InputError(f'{out} has {method} on {subject} already; choose another --method, --seed or --out')
-    a = _avatar_for(str(avatar), frames[start], head); judges = judges_here(lambda t: say(f'note: {t}'))
+    a = avatar_by(method_of(str(avatar)), p, part, head, seed) if str(avatar) in ('warp','network') else load_avatar(avatar, head); judges = judges_here(lambda t: say(f'note: {t}'))
     render = lambda f,b: a.render(f.viewmat, f.K, f.width, f.height, background=0. if b is None else b, **f.pose)[0]
-    line = evaluate(render, frames[test], p, method=method, subject=subject, seed=seed, judges=judges)
+    line = evaluate(render, part['test'], p, method=method, subject=subject, seed=seed, judges=judges)
     for j in judges: j.close()
     results.add(line); say(result_table([l for l in results.lines if l['protocol']==p.id and l['code']==line['code']])+f'\n\n{Path(out).resolve()}')
     return line
+
+# %% ../nbs/18_cli.ipynb #f769fbaf
+def benchmark(
+    folder, protocol:str, method:str, out, # a folder per person inside; as for evaluate; see subjects.method_of; .jsonl
+    *,
+    processes:int=1, seeds:int=1, iters:int=10_000, resolution:int=128, head=None, device:str='cpu', say=print,
+)->dict:                                   # who failed -> why
+    "A protocol over a folder of people."
+    import torch
+    from spatialavatar0.core import InputError
+    from spatialavatar0.evaluate import Results, protocol_of, result_table
+    from spatialavatar0.subjects import jobs_of, method_of, run_all
+    method_of(method); p = protocol_of(protocol); out = Path(out); threads = max(1,(os.cpu_count() or 1)//processes)
+    jobs = jobs_of(folder, protocol, method, seeds, iters=iters, resolution=resolution, head=str(head or ''), threads=threads, state=str(out.with_name(f'{out.stem}_states')))
+    if device=='cuda': jobs = [replace(j, device=f'cuda:{i%torch.cuda.device_count()}') for i,j in enumerate(jobs)]
+    failed = run_all(jobs, out, processes, say); lines = [l for l in Results(out).lines if l['protocol']==p.id]
+    if not lines: raise InputError(f'nobody could be judged: {next(iter(failed.values()),"there is no clip")}')
+    say(result_table(lines)+f'\n\n{out.resolve()}'); return failed
 
 # %% ../nbs/18_cli.ipynb #a446b877
 def _package(name, cost): # -> (name, found, note)
@@ -721,11 +751,28 @@ def _evaluate(avatar:str=typer.Argument(help='An avatar file; or warp, network: 
     evaluate_avatar(avatar, clip, protocol, out, head=head, method=method, subject=subject, seed=seed, say=typer.echo)
 
 # %% ../nbs/18_cli.ipynb #49b531b0
+class Size(str, Enum):
+    "Sizes of a generator."
+    tiny = 'tiny'
+    laptop = 'laptop'
+    paper = 'paper'
+
 @app.command()
-def train(out:Path=_OUT, preset:Preset=_PRESET, steps:int=typer.Option(10_000, min=1, help='Of both phases; the last fifth is Phase 2.'),
-          people:int=typer.Option(300, min=1, help='Painted people in front of one camera.'), subjects:int=typer.Option(12, min=1, help='Painted people in front of sixteen.'), seed:int=_SEED, device:Device=_DEVICE):
-    "Train a generator on painted people; stopped, the same command goes on."
-    train_generator(out, preset.value, steps, people=people, subjects=subjects, seed=seed, device=check_device(device.value, True), say=typer.echo)
+def train(out:Path=_OUT, preset:Size=typer.Option(Size.laptop, help='paper: DINOv3, 512 pixels, 58,000 Gaussians, 250,000 steps; wants a GPU.'), steps:int=typer.Option(None, min=1, help='Of both phases; default: 10,000, or the paper\'s.'),
+          people:int=typer.Option(300, min=1, help='Painted people in front of one camera.'), subjects:int=typer.Option(12, min=1, help='Painted people in front of sixteen.'),
+          mono:Path=typer.Option(None, help='Folder of clips to take their place: one camera each.'), multi:Path=typer.Option(None, help='Folder of clips of several cameras.'), head:Path=typer.Option(None, help='FLAME model of those clips.'),
+          batch:int=typer.Option(None, min=1, help='Targets per step; default: the preset\'s.'), seed:int=_SEED, device:Device=_DEVICE):
+    "Train a generator, on painted people or on your data; stopped, the same command goes on."
+    train_generator(out, preset.value, steps, people=people, subjects=subjects, mono=mono, multi=multi, head=head, batch=batch, seed=seed, device=check_device(device.value, True), say=typer.echo)
+
+# %% ../nbs/18_cli.ipynb #f675291c
+@app.command('benchmark')
+def _benchmark(folder:Path=typer.Argument(help='A folder with a folder per person, in any format of page 07b.'), protocol:str=typer.Option('splattingavatar', help='As for evaluate; also vfhq_cross, hdtf_cross.'),
+               method:str=typer.Option('warp+paper', help='warp, network or a generator\'s file; then perhaps +paper or +ours.'), out:Path=typer.Option(Path('results.jsonl'), help='Lines of results; those that are there are not made again.'),
+               jobs:int=typer.Option(1, min=1, help='People at a time, a process each.'), seeds:int=typer.Option(1, min=1), iters:int=typer.Option(10_000, min=1, help='Of a refinement.'), resolution:int=typer.Option(128, min=8, help='Texels per side of a warped start.'),
+               head:Path=typer.Option(None, help='FLAME model of the clips; default: the open head.'), device:Device=_DEVICE):
+    "Run a PROTOCOL over many people: make their avatars, judge them, print the table."
+    benchmark(folder, protocol, method, out, processes=jobs, seeds=seeds, iters=iters, resolution=resolution, head=head, device=check_device(device.value, True), say=typer.echo)
 
 # %% ../nbs/18_cli.ipynb #ac78f573
 @app.command('doctor')

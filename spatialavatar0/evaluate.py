@@ -248,11 +248,12 @@ def code_state()->str: # like 'd3f9a84', 'd3f9a84+changes' or 'version 0.1.0'
     except (OSError,subprocess.TimeoutExpired): pass
     return f'version {spatialavatar0.__version__}'
 
-def _watched(clip, render, preset, judges, answers):
-    "Pairs for film_scores; what the judges say of them goes into answers."
+def _watched(clip, render, preset, judges, answers, source=None):
+    "Pairs for film_scores; what the judges say of them goes into answers. Identity is held against the source, if there is one."
+    who = None if source is None else {j: j(lay_on(source.image, source.mask, preset)) for j in judges if 'CSIM' in j.gives}
     for f in clip:
-        with torch.no_grad(): a = render(f, preset.background)
-        b = lay_on(f.image, f.mask, preset); answers.append([(j(a.clamp(0,1)),j(b)) for j in judges])
+        with torch.no_grad(): a = render(f, preset.background).cpu()
+        b = lay_on(f.image, f.mask, preset); answers.append([(j(a.clamp(0,1)), who[j] if who and j in who else j(b)) for j in judges])
         yield a, f.image, f.mask
 
 # %% ../nbs/14_evaluate.ipynb #14e00024
@@ -265,12 +266,14 @@ def evaluate(
     seed:int=0, judges=(),   # see judges_here
     lpips='auto',   # from open_lpips
     driver:str=None,# whose motion it is, if somebody else's: then pixels have no truth, and only judges count
+    source=None,    # Frame of who is shown, for the identity of a cross-reenactment
     **more,         # for the line: anything JSON can hold
 )->dict:            # a line of results
     "Judge renders against frames, by the rules of a protocol."
     p = load_protocols()[protocol] if isinstance(protocol,str) else protocol; preset,answers = PRESETS[p.preset],[]; start = time.perf_counter()
+    if driver not in (None,subject) and source is None: raise InputError(f'{driver} drives {subject}: give source=, a picture of {subject}, to judge identity by')
     lpips = open_lpips() if lpips=='auto' else lpips
-    scores = film_scores(_watched(progress(clip,'judge'), render, preset, judges, answers), preset, lpips)
+    scores = film_scores(_watched(progress(clip,'judge'), render, preset, judges, answers, source), preset, lpips)
     for k,j in enumerate(judges):
         for metric,(key,distance) in j.gives.items(): scores[metric] = ask(lambda v: None if v is None else v[key], [a[k] for a in answers], distance, j.name)
     if driver not in (None,subject): scores = {k: v for k,v in scores.items() if k in ('CSIM','AED','APD','frames','preset')}

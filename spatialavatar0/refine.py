@@ -244,7 +244,7 @@ class Refinement:
     "Stage 2 between two steps."
     def __init__(self, avatar, clip, cfg, iters, seed=0, gate=None, extra=(), device='cpu'): # extra: Views, one every fourth step
         self.avatar,self.clip,self.cfg,self.iters,self.seed,self.device = avatar,clip,cfg,iters,seed,torch.device(device)
-        self.binding = avatar.binding.to(device); self.views,self.room,self.extra = {},256e6,[v.to(self.device, self.binding) for v in extra]
+        self.layout = avatar.binding.to(device); self.views,self.room,self.extra = {},256e6,[v.to(self.device, self.layout) for v in extra]
         self.start = {k: avatar.splats[k].detach().to(device).clone(memory_format=torch.contiguous_format) for k in RAW}
         self.gate = {k: like(gate[k].to(device) if gate else torch.ones(len(avatar), device=device), v).expand_as(v).contiguous() for k,v in self.start.items()}
         if cfg.keep: self.near, self.tie = texel_neighbours(avatar.binding).to(device), ((cfg.dim/(light_share(avatar, clip)+cfg.dim))**2).to(device)
@@ -256,7 +256,7 @@ class Refinement:
     def view(self, i):
         "View i, kept while there is room."
         if i in self.views: return self.views[i]
-        frame = self.clip[i]; v = (frame if isinstance(frame,View) else look(self.avatar, frame)).to(self.device, self.binding)
+        frame = self.clip[i]; v = (frame if isinstance(frame,View) else look(self.avatar, frame)).to(self.device, self.layout)
         if self.room>0: self.views[i] = v; self.room -= v.bytes()
         return v
 

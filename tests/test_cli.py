@@ -354,7 +354,7 @@ def test_evaluate_a_folder(built, tmp_path, capfd):
 
 def test_train(tmp_path, capfd):
     args = ('train', '--out', tmp_path/'out', '--preset', 'tiny', '--steps', 10, '--people', 2, '--subjects', 1)
-    code, out, err = run(capfd, *args); assert code == 0 and 'held-out people' in out, err
+    code, out, err = run(capfd, *args); assert code == 0 and 'held-out mono' in out, err
     first = (tmp_path/'out'/'generator.safetensors').read_bytes()
     code, out, err = run(capfd, *args); assert code == 0 and 'going on from step 10' in out and (tmp_path/'out'/'generator.safetensors').read_bytes() == first
     assert 'another run' in refused(capfd, *args[:-6], '--steps', 11, '--people', 2, '--subjects', 1)
