@@ -1,5 +1,5 @@
 "Two threads, no display, and an environment (thread counts, too) that no test leaves changed."
-import os
+import os, signal
 from pathlib import Path
 import pytest
 
@@ -11,6 +11,7 @@ os.environ.setdefault('MPLBACKEND', 'Agg')
 os.environ.setdefault('GLOG_minloglevel', '2')
 if not os.access(ROOT/'spatialavatar0', os.W_OK):   # numba writes compiled kernels beside the code where it may
     os.environ.setdefault('NUMBA_CACHE_DIR', str(Path.home()/'.cache'/'spatialavatar0'/'numba'))
+if signal.getsignal(signal.SIGINT)==signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)   # a job in the background ignores Ctrl-C, and so would its children
 
 @pytest.fixture(autouse=True)
 def same_environment():

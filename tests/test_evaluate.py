@@ -150,4 +150,5 @@ def test_tables_do_not_mix():
     nothing = json.loads(json.dumps(a)); nothing['scores'] = dict(CSIM=dict(value=math.nan, estimator='x', frames=0, lost=6), psnr=20.); assert 'nan' not in result_table([nothing])
 
 def test_another_driver_has_no_pixels():
-    s = line(driver='t')['scores']; assert 'psnr' not in s and 'ssim' not in s and s['frames'] == 6
+    s = line(driver='t', source=clip()[0])['scores']; assert 'psnr' not in s and 'ssim' not in s and s['frames'] == 6
+    with pytest.raises(InputError, match='give source='): line(driver='t')
