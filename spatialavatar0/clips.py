@@ -33,6 +33,7 @@ class Frame:
     params:dict = field(default_factory=dict) # keyword arguments of the head, each (1,n)
     time:int = 0    # time step
     camera:str = '' # camera's name
+    camera_index:int = None # its number in the data set, if it has numbers
     def __post_init__(self):
         h,w = self.image.shape[:2]
         for name,shape in dict(image=(h,w,3), mask=(h,w), viewmat=(4,4), K=(3,3)).items():
@@ -328,6 +329,7 @@ class _Shot:
     size:tuple     # width, height
     time:int
     camera:str
+    camera_index:int
 
 def _shot(folder, top, e, i):
     where = f'{folder}: frame {i}'
@@ -338,7 +340,7 @@ def _shot(folder, top, e, i):
     if gone: raise InputError(f'{where} has no {min(gone)}; that is not a VHAP data set')
     path = lambda k: inside(folder, e[k], where) if e.get(k) else None
     return _Shot(path('file_path'), path('fg_mask_path'), path('flame_param_path'), *_camera(e, where), (int(e['w']),int(e['h'])),
-        time, str(e.get('camera_id', e.get('camera_index',''))))
+        time, str(e.get('camera_id', e.get('camera_index',''))), e.get('camera_index') if isinstance(e.get('camera_index'),int) else None)
 
 # %% ../nbs/07_clips.ipynb #bd6ea22f
 def read_picture(
@@ -374,7 +376,7 @@ def read_pair(
 def _load_shot(s, head):
     "The frame of a shot."
     image,mask = read_pair(s.image, s.mask, s.size, 'transforms.json')
-    return Frame(image, mask, s.viewmat, s.K, from_flame_param(_read_npz(s.params), head, s.params), s.time, s.camera)
+    return Frame(image, mask, s.viewmat, s.K, from_flame_param(_read_npz(s.params), head, s.params), s.time, s.camera, s.camera_index)
 
 # %% ../nbs/07_clips.ipynb #f86ac50c
 def _open_transforms(folder, split):

@@ -44,7 +44,8 @@ def parts(
     p:Protocol,
 )->dict:        # train and test: Clips; source: Frame that stands for the person
     "A clip cut as its protocol says."
-    seen = [(f.time,str(f.camera)) for f in frames]; times = sorted({t for t,_ in seen}); at = frames_of(p, len(times)); cameras = set(map(str,p.test.get('cameras',())))
+    name = lambda f: str(f.camera if f.camera_index is None else f.camera_index)    # protocols count cameras; data sets name them by serial numbers
+    seen = [(f.time,name(f)) for f in frames]; times = sorted({t for t,_ in seen}); at = frames_of(p, len(times)); cameras = set(map(str,p.test.get('cameras',())))
     pick = lambda steps, ok: [i for i,(t,c) in enumerate(seen) if t in {times[k] for k in steps} and ok(c)]
     test = pick(at['test'], lambda c: not cameras or c in cameras)
     if not test: raise InputError(f'the clip has no frame of the cameras {p.test.get("cameras")}; {p.id} is about those')
