@@ -1,7 +1,7 @@
 "The wheel holds what it should, says what settings.ini says, and importing is quick, quiet and light."
-import configparser, os, shutil, subprocess, sys, tomllib, zipfile
+import configparser, json, os, re, shutil, subprocess, sys, tomllib, zipfile
 from email.parser import HeaderParser
-import pytest
+import pytest, yaml
 from conftest import ROOT
 from packaging.requirements import Requirement
 
@@ -89,3 +89,36 @@ def test_import_time():
     "At most half a second more than torch alone: the best of three tries, for a busy machine."
     code = 'import time, torch; t = time.perf_counter(); import spatialavatar0; print(time.perf_counter()-t)'
     assert min(float(python(code).stdout) for _ in range(3)) <= .5
+
+# ---- what stands around the code
+
+def readme_commands(): return subprocess.run([sys.executable, ROOT/'tools'/'readme.py', '--commands'], capture_output=True, text=True, check=True).stdout.splitlines()
+
+def test_other_machines_run_the_same_commands():
+    install, test = readme_commands(); colab = json.loads((ROOT/'tools'/'colab.ipynb').read_text())
+    assert json.loads((ROOT/'.devcontainer'/'devcontainer.json').read_text())['postCreateCommand'].endswith(install)
+    assert install in (ROOT/'.binder'/'postBuild').read_text().splitlines() and any(''.join(c['source']) == '!'+install for c in colab['cells'])
+    assert test in (ROOT/'CONTRIBUTING.md').read_text()
+    steps = [s.get('run', '') for j in yaml.safe_load((ROOT/'.github'/'workflows'/'test.yaml').read_text())['jobs'].values() for s in j['steps']]
+    assert all(part in steps for part in test.split(' && '))
+
+def test_system_libraries_are_the_readmes():
+    named = re.search(r'apt-get install -y (lib[\w ]+)', (ROOT/'README.md').read_text())[1].split()
+    assert (ROOT/'.binder'/'apt.txt').read_text().split() == named and all(n in (ROOT/'.devcontainer'/'devcontainer.json').read_text() for n in named)
+
+def test_one_version():
+    import spatialavatar0
+    assert yaml.safe_load((ROOT/'CITATION.cff').read_text())['version'] == spatialavatar0.__version__ and f'## {spatialavatar0.__version__}\n' in (ROOT/'CHANGELOG.md').read_text()
+
+@pytest.mark.parametrize('file', ['CONTRIBUTING.md', 'LICENCES.md', 'CHANGELOG.md'])
+def test_files_that_are_named_exist(file):
+    text = (ROOT/file).read_text()
+    for path in re.findall(r'`((?:tests|tools|nbs|benchmarks)/[\w./]*)`', text)+re.findall(r'(?:python|pytest) ((?:tools|tests)/[\w./]+)', text): assert (ROOT/path).exists(), path
+
+def test_licences_agree_with_the_manifest():
+    "What the manifest calls non-commercial, the table does not allow at work."
+    from spatialavatar0.manifest import load_manifest
+    rows = [[x.strip() for x in l.strip('|').split('|')] for l in (ROOT/'LICENCES.md').read_text().splitlines() if l.startswith('|')][2:]
+    for name in ('FLAME 2020', 'FLAME 2023 Open', 'NeRSemble', 'ArcFace'):
+        asset = next(a for a in load_manifest().values() if name.split(' Open')[0] in a.what and ('Open' in name) == ('Open' in a.what)); row = next(r for r in rows if name in r[0])
+        assert row[2].startswith('no') == ('non-commercial' in asset.licence), (name, row, asset.licence)
