@@ -51,7 +51,7 @@ class RefineConfig:
     l1:float = .8         # weight of L1 (ours: 3D Gaussian Splatting's)
     dssim:float = .2      # weight of 1 - SSIM, 11x11 (ours, likewise)
     aspect:float = .5     # weight of the aspect term (the paper's)
-    tau:float = 1.4       # log ratio it tolerates: e^1.4 = 4 (ours: ends near the paper's 8)
+    tau:float = 1.4       # log ratio it tolerates: e^1.4 = 4 (ours; the term is soft, the longest splat of held-out frames ends at 6 to 8)
     spread:float = 1.5    # clamp: axes within this of their mean log scale, ratio at most e^3 = 20 (ours: the paper's 20)
     grow:float = 2.       # clamp: a scale stays within e^2 of where it began (ours: its absolute range)
     keep:float = .1       # remedy: what the clip hardly sees changes as its neighbours do; 0 = the paper

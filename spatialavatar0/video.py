@@ -406,7 +406,7 @@ def _fitted(film, rows, head, focal, judge, say):
     fit = FilmFit(film, rows, head, focal); say(f'{len(rows)} pictures, {film.fps:.4g} a second; a face in {int((rows["faces"]==1).sum())}'+(f'; cuts: {int(fit.cuts.sum())}' if fit.cuts.any() else ''))
     _same_person(fit, film, judge); fit.shape,fit.keys = identity(fit); _follow(fit)
     checks = film_checks(fit, film, head); table = verdicts(checks, rows); use = [r['time'] for r in table if r['use']]; lost = len(rows)-len(use)
-    if len(use)<8: raise InputError(f'{film.path}: only {len(use)} of {len(rows)} pictures can be used, 8 are needed; {_reasons(table)}')
+    if len(use)<8: raise InputError(f'{film.path}: only {len(use)} of {len(rows)} pictures can be used, 8 are needed; {_reasons(table) or "film a second more"}')
     numbers = dict(landmarks=round(float(np.mean([checks[i]['landmarks'] for i in use])),3), held_out=round(held_out_error(fit),3))
     say(f'landmarks fit to {numbers["landmarks"]:.2f} % of the distance between the eyes, held out {numbers["held_out"]:.2f} %; {lost} pictures left out'+(f' ({_reasons(table)})' if lost else ''))
     return fit, table, numbers
