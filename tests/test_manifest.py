@@ -41,9 +41,9 @@ def test_entries():
     for e in yaml.safe_load((ROOT/'data_manifest.yaml').read_text())['assets']: assert manifest.Asset(**e) == entries[e['id']]
 
 def test_package_assets_are_the_ones_named():
-    "A file that travels in the package has its fingerprint in the manifest, and there is no file without an entry but the viewer's code and a checkpoint's recipe."
+    "A file that travels in the package has its fingerprint in the manifest, and there is no file without an entry but the viewer's code, a checkpoint's recipe, protocols and the paper's tables."
     named = {s['package'] for a in manifest.load_manifest().values() for s in a.sources if 'package' in s}
-    assert named == {p.relative_to(ROOT/'spatialavatar0').as_posix() for p in (ROOT/'spatialavatar0'/'assets').rglob('*') if p.is_file() and p.suffix != '.txt' and p.parent.name != 'viewer' and p.name not in ('toy.json', 'protocols.yaml')}
+    assert named == {p.relative_to(ROOT/'spatialavatar0').as_posix() for p in (ROOT/'spatialavatar0'/'assets').rglob('*') if p.is_file() and p.suffix != '.txt' and p.parent.name != 'viewer' and p.name not in ('toy.json', 'protocols.yaml', 'paper.yaml')}
     for a in manifest.load_manifest().values():
         for s in a.sources:
             if 'package' in s:
