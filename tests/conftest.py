@@ -20,4 +20,4 @@ def same_environment():
     yield
     os.environ.clear(); os.environ.update(before); os.chdir(folder)
     import numba, torch                                # pages that compare speeds use one thread, and run in this process
-    numba.set_num_threads(numba.config.NUMBA_NUM_THREADS); torch.set_num_threads(int(threads))
+    numba.set_num_threads(numba.config.NUMBA_NUM_THREADS); torch.set_num_threads(int(threads)); torch.set_grad_enabled(True)
