@@ -42,7 +42,7 @@ def swing(
     t = np.arange(n)/max(n,1)*2*math.pi
     return [(yaw*math.sin(a), pitch*math.sin(2*a)) for a in t]
 
-# %% ../nbs/15_animate.ipynb #a729cce0
+# %% ../nbs/15_animate.ipynb #61bfdf5d
 @functools.lru_cache
 def _sides(name):
     "Whole ARKit names for a name that may lack its side."
@@ -51,13 +51,14 @@ def _sides(name):
     if set(pair)<=set(names) and name not in ('jaw','mouth'): return pair   # jawLeft and jawRight are opposites, not a pair
     raise InputError(f'{name} is not an ARKit weight; these begin alike: {", ".join(n for n in names if n[:3]==name[:3]) or "none"}')
 
+# %% ../nbs/15_animate.ipynb #a729cce0
 def both(
     **weights, # ARKit names; those that lack Left or Right go to both sides
 )->dict:       # whole names
     "ARKit weights, the same on both sides: `both(mouthSmile=.8, jawOpen=.2)`."
     return {n: w for name,w in weights.items() for n in _sides(name)}
 
-# %% ../nbs/15_animate.ipynb #15c00002
+# %% ../nbs/15_animate.ipynb #2f9d2e9a
 TURNS = dict(neckYaw=(-40,40), neckPitch=(-25,25), neckRoll=(-25,25), jawPitch=(0,25), jawYaw=(-10,10), eyesYaw=(-35,35), eyesPitch=(-25,25)) # degrees
 VIEW = dict(yaw=0., pitch=0., zoom=1.) # of the camera, for programs that move it, too
 
@@ -65,6 +66,7 @@ def control_names(head): # list of text
     "What the weights of the expression basis are called: ARKit's names, or expr0, expr1 ..."
     return list(head.arkit_names) if hasattr(head,'arkit_names') else [f'expr{i}' for i in range(head.num_expr)]
 
+# %% ../nbs/15_animate.ipynb #15c00002
 def check_controls(values, names): # names of the weights
     "One clear error for a control that does not exist."
     if wrong := set(values)-set(names)-set(TURNS)-set(VIEW): raise InputError(f'{min(wrong)} is not a control; those are {", ".join([*names[:3],"...",*TURNS,*VIEW])}')
@@ -80,12 +82,13 @@ def pose_of(
     turn = lambda part: torch.tensor([[math.radians(values.get(part+axis,0)) for axis in ('Pitch','Yaw','Roll')]])
     return dict(p, jaw=p['jaw']+turn('jaw'), eyes=p['eyes']+turn('eyes').repeat(1,2), neck=turn('neck'))
 
-# %% ../nbs/15_animate.ipynb #604b278c
+# %% ../nbs/15_animate.ipynb #9328a513
 _MOUTHS = (dict(jawOpen=.55), dict(jawOpen=.35,mouthFunnel=.55), dict(jawOpen=.12,mouthPucker=.65), dict(jawOpen=.25,mouthStretch=.3,mouthUpperUp=.2),
            dict(jawOpen=.14,mouthSmile=.4), dict(mouthPress=.6,mouthRollLower=.3), dict(jawOpen=.08,mouthRollLower=.5,mouthUpperUp=.25))  # a o u e i m f
 
 def _bump(t, at, rise, fall): return np.exp(-((t-at)/np.where(t<at, rise, fall))**2)
 
+# %% ../nbs/15_animate.ipynb #604b278c
 def _syllables(t, rng):
     "Mouth shapes in phrases: name -> (n,) weights."
     tracks,at,bag = {},.25,[]
@@ -96,7 +99,7 @@ def _syllables(t, rng):
         at += rng.uniform(.14,.25)+pause*rng.uniform(.35,.8)
     return tracks
 
-# %% ../nbs/15_animate.ipynb #c19c51a1
+# %% ../nbs/15_animate.ipynb #fcb62b00
 def _blinks(t, rng):
     "Lids: down in a twentieth of a second, up in a tenth, now and then twice."
     lids,at = 0*t,rng.uniform(.4,1.1)
@@ -105,6 +108,7 @@ def _blinks(t, rng):
         at += .3 if rng.uniform()<.15 else rng.uniform(1.7,3.6)
     return lids
 
+# %% ../nbs/15_animate.ipynb #c19c51a1
 def _glances(t, rng, reach=.25):
     "A gaze that jumps and holds: (n,) weights, > 0 towards one side; starts and ends straight."
     times,values,at = [0.],[0.],rng.uniform(.3,.9)
@@ -130,7 +134,7 @@ def speak(
     tracks = {k: np.clip(v,0,1)*np.ones(n) for k,v in tracks.items()}
     return [both(**{k: float(v[i]) for k,v in tracks.items()}) for i in range(n)]
 
-# %% ../nbs/15_animate.ipynb #15c00011
+# %% ../nbs/15_animate.ipynb #dbae8564
 def _follow(target, fps, seconds):
     "(n,) numbers that come after (n,) targets, softly, about so many seconds late."
     x,v,out,w,h = float(target[0]),0.,[],2/seconds,1/(16*fps)
@@ -139,6 +143,7 @@ def _follow(target, fps, seconds):
         out.append(x)
     return np.array(out)
 
+# %% ../nbs/15_animate.ipynb #15c00011
 def _places(t, rng, reach):
     "Something to look at, (n,): it jumps and holds; straight ahead at both ends."
     x,at = 0*t,rng.uniform(.3,.7)
@@ -160,7 +165,7 @@ def look_around(
         if axis=='Yaw': lids = np.max([0*t]+[_bump(t, t[i]+.04, .05, .11) for i in np.flatnonzero(abs(np.diff(place))>.5*reach)], 0)
     return [{k: float(v[i]) for k,v in out.items()}|both(eyeBlink=float(lids[i])) for i in range(n)]
 
-# %% ../nbs/15_animate.ipynb #15c00012
+# %% ../nbs/15_animate.ipynb #55a04758
 def nod(
     n:int, fps:int=25, seed:int=0,
     depth:float=11,  # degrees
@@ -174,6 +179,7 @@ def nod(
     pitch = pitch*np.clip((t[-1]-t)/.3,0,1)
     return [dict(neckPitch=float(p), eyesPitch=float(-.8*p)) for p in pitch]
 
+# %% ../nbs/15_animate.ipynb #15c00012
 def blink(n:int, fps:int=25, seed:int=0)->list: # n dicts of ARKit weights
     "Nothing but lids."
     return [both(eyeBlink=float(w)) for w in _blinks(np.arange(n)/fps, np.random.default_rng(seed))] if n else []
@@ -216,7 +222,7 @@ def render_motion(
     return [to_uint8(avatar.render(V, K, width, height, background=background, **p)[0])
             for V,p in progress(list(zip(viewmats, params)), 'render')]
 
-# %% ../nbs/15_animate.ipynb #3a5f7601
+# %% ../nbs/15_animate.ipynb #ea7ec083
 def _film_frames(frames):
     "Bytes of one size, frame by frame; else one clear error."
     shape = None
@@ -227,12 +233,14 @@ def _film_frames(frames):
         yield f
     if shape is None: raise InputError('a film needs at least one frame; got none')
 
+# %% ../nbs/15_animate.ipynb #8d6633df
 def _write_mp4(frames, path, fps):
     import imageio.v2 as imageio
     film = imageio.get_writer(path, fps=fps, codec='libx264', quality=8, macro_block_size=1, ffmpeg_log_level='error')
     with contextlib.closing(film):   # also after an error: the encoder must let go of its file before it is removed
         for f in frames: film.append_data(np.pad(f, ((0,len(f)%2),(0,f.shape[1]%2),(0,0)), mode='edge'))
 
+# %% ../nbs/15_animate.ipynb #3a5f7601
 def _write_gif(frames, path, fps):
     from PIL import Image
     images = [Image.fromarray(f) for f in frames]; ticks = np.diff([round(100*i/fps) for i in range(len(images)+1)])

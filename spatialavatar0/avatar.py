@@ -58,7 +58,7 @@ def texel_mask(
     "A region mask of the head, per Gaussian."
     return bind_points(head.masks[name][:,None], binding)[:,0]
 
-# %% ../nbs/09_avatar.ipynb #e15e828d
+# %% ../nbs/09_avatar.ipynb #cf94ea66
 def open_splats(
     splats:dict,  # raw local attributes
     frames,       # binding.Frames
@@ -66,6 +66,7 @@ def open_splats(
     "Raw attributes in the world, opened: exp, sigmoid, colour."
     return (*place(splats, frames), splats['logit_opacities'].sigmoid(), sh0_to_rgb(splats['sh0']).clamp_min(0))
 
+# %% ../nbs/09_avatar.ipynb #e15e828d
 def new_avatar(
     head:Head,
     resolution:int=128, # texels per side
@@ -83,7 +84,7 @@ def new_avatar(
         for k in ('quats','log_scales'): splats[k] = torch.where(lid[:,None], shut[k], splats[k])
     return Avatar(splats, b, head, shape, offset, torch.zeros(len(b)))
 
-# %% ../nbs/09_avatar.ipynb #ca90cba6
+# %% ../nbs/09_avatar.ipynb #008fe0fa
 SCHEMA = 1
 _SHAPES = dict(offsets=('N',3), quats=('N',4), log_scales=('N',3), logit_opacities=('N',), sh0=('N',3),
                face_ids=('N',), bary=('N',3), texels=('N',2), shape=(1,'S'), static_offset=('V',3), seen=('N',))
@@ -96,9 +97,11 @@ def head_id(
     for t in (head.faces, head.uv_faces): h.update(t.cpu().numpy().astype('<i4').tobytes())
     return h.hexdigest()[:16]
 
+# %% ../nbs/09_avatar.ipynb #01c1d5e3
 def _tensors(a): return dict(a.splats, face_ids=a.binding.face_ids, bary=a.binding.bary, texels=a.binding.texels,
                              shape=a.shape, static_offset=a.static_offset, seen=a.seen)
 
+# %% ../nbs/09_avatar.ipynb #ca90cba6
 def save_avatar(avatar, path): # path: .safetensors
     "Write an avatar to one file, whole or not at all."
     from safetensors.torch import save_file
@@ -148,7 +151,7 @@ class Seen:
     cosine:Tensor  # (N,) of the angle between the normal and the way to the camera
     visible:Tensor # (N,) bool, inside the picture and nothing in front
 
-# %% ../nbs/09_avatar.ipynb #791d13e0
+# %% ../nbs/09_avatar.ipynb #ab1909c6
 def see(
     binding:Binding,
     verts:Tensor,   # (V,3) posed mesh, metres
@@ -163,6 +166,7 @@ def see(
     cosine = (F.normalize(n,dim=-1)*F.normalize(eye-p,dim=-1)).sum(-1)
     return Seen(project(p, frame.viewmat, frame.K)[0], cosine, visible_points(p, depth, frame.viewmat, K, .004))
 
+# %% ../nbs/09_avatar.ipynb #791d13e0
 def look_up(
     frame:Frame,
     uv:Tensor,  # (N,2) pixels
@@ -170,7 +174,7 @@ def look_up(
     "The picture's colours at some points."
     return sample_texture(frame.image, uv/torch.tensor([frame.width,frame.height]))
 
-# %% ../nbs/09_avatar.ipynb #1fd1da27
+# %% ../nbs/09_avatar.ipynb #5bc147f1
 def erode(
     mask:Tensor,  # (H,W) 0..1
     px:int,       # how far, pixels
@@ -178,6 +182,7 @@ def erode(
     "Shrink a mask."
     return -F.max_pool2d(-mask[None,None], 2*px+1, 1, px)[0,0]
 
+# %% ../nbs/09_avatar.ipynb #1fd1da27
 def bleed(
     frame:Frame,
     px:int=3,  # width of the rim that is not trusted, pixels
@@ -224,7 +229,7 @@ def fill(
     b = t[:,None]*values.double().numpy()+pull*prior.double().numpy()
     return torch.from_numpy(spsolve(A.tocsc(), b).reshape(n,-1)).float()
 
-# %% ../nbs/09_avatar.ipynb #218607bd
+# %% ../nbs/09_avatar.ipynb #a26d5613
 def silhouette(
     mask:Tensor,    # (H,W) 0..1
     center:Tensor,  # (2,) pixels
@@ -236,6 +241,7 @@ def silhouette(
     k = ((d[:,1].atan2(d[:,0])/(2*math.pi)+.5)*bins).long().clamp_max(bins-1)
     return torch.zeros(bins).scatter_reduce(0, k, d.norm(dim=-1), 'amax')
 
+# %% ../nbs/09_avatar.ipynb #218607bd
 def ring_lookup(
     ring:Tensor,  # (bins,) values by direction
     d:Tensor,     # (N,2) directions
@@ -257,11 +263,12 @@ def unturned(
         if name in p: R = axis_angle_to_mat(p.pop(name)[0]); V = V@_rigid(R, j-R@j)
     return replace(frame, viewmat=V, params=p)
 
-# %% ../nbs/09_avatar.ipynb #3edb9c79
+# %% ../nbs/09_avatar.ipynb #172a62c5
 def _rigid(R, t):
     M = torch.eye(4); M[:3,:3],M[:3,3] = R,t
     return M
 
+# %% ../nbs/09_avatar.ipynb #0250223b
 def _reach(head, frame, limit, bins=90):
     "How far one picture's matte stands off the skull: per vertex the fraction, how much the picture says about it, and the fraction at the crown."
     f = unturned(frame, head); verts = head(**f.params)[0]; c = _middle(head, verts)
@@ -275,6 +282,7 @@ def _reach(head, frame, limit, bins=90):
     edge = (d.norm(dim=-1)/ring_lookup(skull, d).clamp_min(1)).clamp(0,1)**2                    # 1 on the silhouette, 0 in the middle of the picture
     return ring_lookup(ratio, d), edge*ring_lookup(known, d), ratio[angle<0].median()         # image rows grow downwards: the upper half
 
+# %% ../nbs/09_avatar.ipynb #3edb9c79
 def _middle(head, verts): return verts[head.masks['scalp']>.5].mean(0)*torch.tensor([0.,1,1])
 
 # %% ../nbs/09_avatar.ipynb #b51db39a
@@ -309,7 +317,7 @@ def shaded_lid(
     near = (texel_mask(h, 'lids', b)>.1)|(texel_mask(h, 'lid_rims', b)>.02)
     return near&(light<.75*usual)
 
-# %% ../nbs/09_avatar.ipynb #840c3909
+# %% ../nbs/09_avatar.ipynb #18c04567
 def trust(
     avatar:Avatar,
     frame:Frame,
@@ -322,6 +330,7 @@ def trust(
     t = t*(1-texel_mask(h, 'lid_rims', b)).clamp(0,1)*~shaded_lid(avatar, frame, s)
     return t*~part_is(h, b, 'mouth','socket_l','socket_r','tongue','teeth_up','teeth_low','eye_l','eye_r')
 
+# %% ../nbs/09_avatar.ipynb #840c3909
 def borrow(
     rgb:Tensor,     # (N,3)
     t:Tensor,       # (N,) trust

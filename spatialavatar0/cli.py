@@ -31,12 +31,13 @@ class BuildConfig:
     seed:int = 0          # of the refinement's random backgrounds and of the speech
     device:str = 'cpu'    # where to refine: cpu or cuda
 
-# %% ../nbs/18_cli.ipynb #771aff22
+# %% ../nbs/18_cli.ipynb #ee31dd71
 class Preset(str, Enum):
     "Names a command line accepts."
     tiny = 'tiny'
     laptop = 'laptop'
 
+# %% ../nbs/18_cli.ipynb #771aff22
 def build_preset(
     name:str='laptop', # tiny or laptop
     seed:int=0,
@@ -71,9 +72,10 @@ def track_photo(
     frame = fit(photo, head, found)
     return frame, dict(landmarks=fit_report(frame, found, head), landmarks_held_out=held_out_report(image, found, head))
 
-# %% ../nbs/18_cli.ipynb #20cb34a1
+# %% ../nbs/18_cli.ipynb #5275d0e2
 def _name(photo): return Path(photo).name if isinstance(photo, (str,Path)) else 'array'
 
+# %% ../nbs/18_cli.ipynb #20cb34a1
 def track_photos(
     photos:list, # files or arrays
     head,
@@ -106,7 +108,7 @@ def avatar_from_frame(
     say(f'refined: {refined:.1f} dB after {cfg.iters} steps')
     return avatar, cut, dict(gaussians=len(avatar), psnr_warped=warped, psnr_refined=refined, added=added(trusted))
 
-# %% ../nbs/18_cli.ipynb #19e900a7
+# %% ../nbs/18_cli.ipynb #8b777006
 SHEET = [('yaw -45°',-45,0,{}), ('yaw -25°',-25,0,{}), ('yaw 25°',25,0,{}), ('yaw 45°',45,0,{}),  # title, yaw, pitch, ARKit weights
     ('jaw open',0,0,dict(jawOpen=.7)), ('smile',0,0,dict(mouthSmile=.9,cheekSquint=.5)), ('eyes shut',0,0,dict(eyeBlink=1.)),
     ('speaking, from the side',30,0,dict(jawOpen=.35,mouthFunnel=.5)), ('profile',90,0,{}), ('from behind',180,0,{}), ('from above',0,35,{}),
@@ -120,6 +122,7 @@ def film_camera(
     from spatialavatar0.geometry import crop_intrinsics
     return crop_intrinsics(cut.K, 0, 0, size/cut.width)
 
+# %% ../nbs/18_cli.ipynb #19e900a7
 def swung(
     avatar, cut,      # Avatar, Frame of the head
     yaw:float=0., pitch:float=0., # degrees
@@ -129,7 +132,7 @@ def swung(
     v = avatar.verts(); center = (v.amin(0)+v.amax(0))/2*v.new_tensor([0,1,1])
     return turn(cut.viewmat, yaw, pitch, center)
 
-# %% ../nbs/18_cli.ipynb #d25a5b33
+# %% ../nbs/18_cli.ipynb #e32b899d
 def view_of(
     avatar, cut,      # Avatar, Frame of the head
     size:int,         # pixels
@@ -144,6 +147,7 @@ def view_of(
     with torch.no_grad(): rgb,_ = avatar.render(swung(avatar, cut, yaw, pitch), film_camera(cut, size), size, size, background=background, **params)
     return rgb.clamp(0,1)
 
+# %% ../nbs/18_cli.ipynb #d25a5b33
 def contact_sheet(
     avatar, cut,  # Avatar, Frame of the head
     size:int,     # of each picture, pixels
@@ -170,7 +174,7 @@ def write_sheet(
     for ax in fig.axes: ax.axis('off')
     with atomic_path(path) as tmp: fig.savefig(tmp, dpi=120)
 
-# %% ../nbs/18_cli.ipynb #a3cf39fd
+# %% ../nbs/18_cli.ipynb #fb63a6b0
 def write_films(
     avatar, cut,      # Avatar, Frame of the head
     cfg:BuildConfig,
@@ -185,6 +189,7 @@ def write_films(
         write_film(frames, out/f'{name}.mp4', cfg.fps)
         write_film([_shrink(f, cfg.gif) for f in frames[::2]], out/f'{name}.gif', cfg.fps//2)
 
+# %% ../nbs/18_cli.ipynb #a3cf39fd
 def _shrink(image, size):
     "(H,W,3) bytes -> (size,size,3) bytes."
     import numpy as np
@@ -243,7 +248,7 @@ def check_out(
         if isinstance(photo, (str,Path)) and f.exists() and Path(photo).exists() and f.samefile(photo): raise InputError(f'{f} is the photo itself and would be overwritten; choose another --out')
     return out
 
-# %% ../nbs/18_cli.ipynb #466f79ee
+# %% ../nbs/18_cli.ipynb #67b3d0a8
 def write_results(
     avatar, frame, cut,  # Avatar, Frame of the photo, Frame of the head
     cfg:BuildConfig,
@@ -258,8 +263,10 @@ def write_results(
     write_sheet(contact_sheet(avatar, cut, cfg.film), out/FILES['sheet']); say('drawn: the contact sheet')
     write_films(avatar, cut, cfg, out); say('filmed: turntable and speaking head')
 
+# %% ../nbs/18_cli.ipynb #9f303bb8
 def _rounded(x): return {k: _rounded(v) for k,v in x.items()} if isinstance(x, dict) else round(x, 3) if isinstance(x, float) else x
 
+# %% ../nbs/18_cli.ipynb #466f79ee
 def _save_overlay(frame, head, path):
     "The mesh over the photo."
     from PIL import Image
@@ -293,7 +300,7 @@ def build_avatar(
     with atomic_path(out/FILES['metrics']) as tmp: tmp.write_text(json.dumps(_rounded(numbers), indent=1))
     return numbers
 
-# %% ../nbs/18_cli.ipynb #e8149712
+# %% ../nbs/18_cli.ipynb #14be7f87
 def _person_judge(say):
     "Who tells one person from another, if it is installed."
     from spatialavatar0.core import InputError
@@ -301,6 +308,7 @@ def _person_judge(say):
     try: return DlibJudge()
     except InputError as e: say(f'note: cuts to somebody else go unnoticed; {e}')
 
+# %% ../nbs/18_cli.ipynb #e8149712
 def track_clip(
     video, out,        # film file or folder of pictures; folder of the clip
     *,
@@ -405,7 +413,7 @@ def refine_clip(
     say(f"held out: {before['psnr']:.1f} -> {after['psnr']:.1f} dB; longest splat {after['aspect_max']:.1f} times its width; {out/'avatar.safetensors'}")
     return numbers
 
-# %% ../nbs/18_cli.ipynb #ef474f2c
+# %% ../nbs/18_cli.ipynb #dc6e80f1
 def _training_sets(g, out, people, subjects, mono, multi, head, say):
     "Looks of both data sets: folders of clips, or painted people."
     from spatialavatar0.domains import mono as one_camera, multi as many_cameras, people as painted
@@ -418,6 +426,7 @@ def _training_sets(g, out, people, subjects, mono, multi, head, say):
     a = Shelf(read(mono) if mono else painted(one_camera(size), people), g, out/'looks'/'mono')
     return [a, Shelf(read(multi) if multi else painted(many_cameras(size, instants=6), subjects), g, out/'looks'/'multi')]
 
+# %% ../nbs/18_cli.ipynb #ef474f2c
 def _phases(preset, steps, batch):
     "The schedule of a preset; the paper's own where nothing else is asked for."
     from spatialavatar0.schedule import laptop_schedule, paper_schedule
@@ -584,12 +593,13 @@ def benchmark(
     if not lines: raise InputError(f'nobody could be judged: {next(iter(failed.values()),"there is no clip")}')
     say(result_table(lines)+f'\n\n{out.resolve()}'); return failed
 
-# %% ../nbs/18_cli.ipynb #a446b877
+# %% ../nbs/18_cli.ipynb #767e26ea
 def _package(name, cost): # -> (name, found, note)
     from importlib.metadata import PackageNotFoundError, version
     try: return name, True, version(name)
     except PackageNotFoundError: return name, False, cost
 
+# %% ../nbs/18_cli.ipynb #1d7c7ef0
 def _gpu():
     import importlib.util
     if importlib.util.find_spec('torch'):
@@ -597,6 +607,7 @@ def _gpu():
         if torch.cuda.is_available(): return 'CUDA GPU', True, torch.cuda.get_device_name(0)
     return 'CUDA GPU', False, 'everything runs on the CPU renderer; the paper\'s full size wants a GPU'
 
+# %% ../nbs/18_cli.ipynb #a446b877
 def _libraries():
     import ctypes
     if sys.platform!='linux': return 'system libraries', True, 'nothing to add on this system'
@@ -606,18 +617,20 @@ def _libraries():
         except OSError: missing.append(name)
     return 'system libraries', not missing, f'{", ".join(missing)} missing: photos cannot be tracked; sudo apt-get install libegl1 libgles2' if missing else 'libEGL, libGLESv2'
 
-# %% ../nbs/18_cli.ipynb #94977961
+# %% ../nbs/18_cli.ipynb #534b4c3f
 def _asset(id, cost):
     from spatialavatar0.core import InputError
     from spatialavatar0.manifest import find_local, load_manifest
     try: return (id, True, 'here') if find_local(load_manifest()[id]) else (id, False, cost)
     except InputError as e: return id, False, str(e)
 
+# %% ../nbs/18_cli.ipynb #baefc0f0
 def _film():
     import imageio_ffmpeg
     try: imageio_ffmpeg.get_ffmpeg_exe(); return 'ffmpeg', True, imageio_ffmpeg.get_ffmpeg_version()
     except RuntimeError: return 'ffmpeg', False, 'films cannot be written as mp4; pip install --force-reinstall imageio-ffmpeg'
 
+# %% ../nbs/18_cli.ipynb #94977961
 def doctor()->list: # rows (what, whether it is here, version or what its absence costs)
     "What this machine has and what each absence costs."
     return [('python', True, platform.python_version()), ('processors', True, str(os.cpu_count())), _package('torch','nothing runs'), _gpu(),
@@ -643,7 +656,7 @@ _PRESET = typer.Option(Preset.laptop, help='tiny: seconds, coarse. laptop: half 
 _SEED = typer.Option(0, min=0, help='Seed of all that is random.')
 _DEVICE = typer.Option(Device.cpu, help='Where to compute; cuda needs an NVIDIA GPU.')
 
-# %% ../nbs/18_cli.ipynb #65f52541
+# %% ../nbs/18_cli.ipynb #0edc4394
 def check_device(
     device:str,        # cpu or cuda
     useful:bool=False, # whether the command can use a GPU
@@ -656,6 +669,7 @@ def check_device(
     if not useful: raise InputError('this command has nothing for a GPU to do; use --device cpu')
     return device
 
+# %% ../nbs/18_cli.ipynb #65f52541
 def _built(photo, out, preset, seed, device):
     where = check_device(device.value, True)
     films = [p for p in photo if p.suffix.lower() in _FILMS] if isinstance(photo,list) else []
@@ -665,13 +679,14 @@ def _built(photo, out, preset, seed, device):
                f'open {where["page"]} in a browser and turn it, then see {where["sheet"]}, {where["turntable"]} and {where["speaking"]};\n'
                f'{where["splats"]} opens in any splat viewer, {where["avatar"]} with Avatar.load;\nnbs/20_your_own_photo.ipynb tells how it was made')
 
-# %% ../nbs/18_cli.ipynb #9e8f4da4
+# %% ../nbs/18_cli.ipynb #fa82a49e
 @app.command()
 def demo(out:Path=_OUT, preset:Preset=_PRESET, seed:int=_SEED, device:Device=_DEVICE):
     "Make a talking head from a public-domain portrait that comes with scikit-image."
     import skimage.data
     _built(skimage.data.astronaut(), out, preset, seed, device)
 
+# %% ../nbs/18_cli.ipynb #9e8f4da4
 @app.command()
 def build(photos:list[Path]=typer.Argument(help='A portrait (JPEG, PNG, WebP, TIFF ...), several of one person, or a film of one (mp4, mov ...).'), out:Path=_OUT, preset:Preset=_PRESET, seed:int=_SEED, device:Device=_DEVICE):
     "Make a head from your own PHOTOS, or from a film. Faces belong to people: ask them first."
@@ -686,7 +701,7 @@ def track(video:Path=typer.Argument(help='A film of one person, or a folder of p
     check_device(device.value)
     track_clip(video, out, size=size, most=fps, focal=focal, say=typer.echo)
 
-# %% ../nbs/18_cli.ipynb #7c18cf94
+# %% ../nbs/18_cli.ipynb #fb8b3ddf
 _HEAD = typer.Option(None, help='FLAME model of the avatar; default: the open head.')
 _AVATAR = typer.Argument(help='An avatar file.')
 
@@ -695,6 +710,7 @@ def _load(avatar, head):
     from spatialavatar0.head import load_flame
     return load_avatar(avatar, load_flame(head) if head else None)
 
+# %% ../nbs/18_cli.ipynb #7c18cf94
 @app.command()
 def view(avatar:Path=_AVATAR, out:Path=typer.Option(Path('avatar.html'), help='The page to write; it needs no network.'),
          live:bool=typer.Option(False, help='Serve it to this machine\'s browser instead, until Ctrl-C.'), head:Path=_HEAD, device:Device=_DEVICE):
@@ -706,7 +722,7 @@ def view(avatar:Path=_AVATAR, out:Path=typer.Option(Path('avatar.html'), help='T
     try: server.sleep_forever()
     finally: server.stop()
 
-# %% ../nbs/18_cli.ipynb #18c00009
+# %% ../nbs/18_cli.ipynb #034afc53
 _SECONDS = typer.Option(None, min=.04, help='At most so long; default: all of it, 6 s for motions of ours.')
 _FPS = typer.Option(25., min=1, max=240, help='Frames per second of motions of ours.')
 _DRIVER = typer.Option(None, help="FLAME model of a clip's performer; default: the avatar's head.")
@@ -715,6 +731,7 @@ def _options(seconds, fps, seed, driver):
     from spatialavatar0.head import load_flame
     return dict(seconds=seconds, fps=fps, seed=seed, driver=load_flame(driver) if driver else None, say=typer.echo)
 
+# %% ../nbs/18_cli.ipynb #ce2558e2
 @app.command()
 def animate(avatar:Path=_AVATAR, motion:str=typer.Argument('talk', help='talk, look, nod or blink; an ARKit recording (.csv, .json); a clip, a film or a folder of pictures of somebody who drives.'),
             out:Path=typer.Option(Path('film.mp4'), help='.mp4 or .gif'), size:int=typer.Option(384, min=32, max=2048, help='Pixels.'), sway:float=typer.Option(20., min=0, max=90, help='Degrees the camera swings to either side.'),
@@ -723,6 +740,7 @@ def animate(avatar:Path=_AVATAR, motion:str=typer.Argument('talk', help='talk, l
     check_device(device.value)
     typer.echo(animate_avatar(_load(avatar, head), motion, out, size=size, sway=sway, **_options(seconds, fps, seed, driver)).resolve())
 
+# %% ../nbs/18_cli.ipynb #18c00009
 @app.command()
 def export(avatar:Path=_AVATAR, out:Path=typer.Argument(help='.ply, .compressed.ply, .splat, .npz: splats at rest. .glb: mesh for engines. .html: page. A folder: splats per frame.'),
            motion:str=typer.Option(None, help='For a folder: as for animate.'), form:str=typer.Option('.ply', help='Of the files in a folder: .ply, .compressed.ply, .splat or .npz.'),
@@ -750,13 +768,14 @@ def _evaluate(avatar:str=typer.Argument(help='An avatar file; or warp, network: 
     check_device(device.value)
     evaluate_avatar(avatar, clip, protocol, out, head=head, method=method, subject=subject, seed=seed, say=typer.echo)
 
-# %% ../nbs/18_cli.ipynb #49b531b0
+# %% ../nbs/18_cli.ipynb #a191cd42
 class Size(str, Enum):
     "Sizes of a generator."
     tiny = 'tiny'
     laptop = 'laptop'
     paper = 'paper'
 
+# %% ../nbs/18_cli.ipynb #49b531b0
 @app.command()
 def train(out:Path=_OUT, preset:Size=typer.Option(Size.laptop, help='paper: DINOv3, 512 pixels, 58,000 Gaussians, 250,000 steps; wants a GPU.'), steps:int=typer.Option(None, min=1, help='Of both phases; default: 10,000, or the paper\'s.'),
           people:int=typer.Option(300, min=1, help='Painted people in front of one camera.'), subjects:int=typer.Option(12, min=1, help='Painted people in front of sixteen.'),
@@ -774,23 +793,25 @@ def _benchmark(folder:Path=typer.Argument(help='A folder with a folder per perso
     "Run a PROTOCOL over many people: make their avatars, judge them, print the table."
     benchmark(folder, protocol, method, out, processes=jobs, seeds=seeds, iters=iters, resolution=resolution, head=head, device=check_device(device.value, True), say=typer.echo)
 
-# %% ../nbs/18_cli.ipynb #ac78f573
+# %% ../nbs/18_cli.ipynb #ae570936
 @app.command('doctor')
 def _doctor():
     "Say what this machine has, and what each absence costs."
     for what,here,note in doctor(): typer.echo(f'{"yes" if here else "no ":4} {what:18} {note}')
 
+# %% ../nbs/18_cli.ipynb #ac78f573
 @app.command()
 def assets():
     "List every model file and data set: what is here, who may have the rest."
     from spatialavatar0.manifest import assets_table
     typer.echo(assets_table())
 
-# %% ../nbs/18_cli.ipynb #d54714dc
+# %% ../nbs/18_cli.ipynb #bcaf8261
 def _note(message, *_, **__):
     "A library's warning as one line."
     typer.echo(f'note: {message}', err=True)
 
+# %% ../nbs/18_cli.ipynb #d54714dc
 def _failed(e):
     "Exit code and one line for an error that is not a bug; a bug is raised again."
     if hasattr(e, 'format_message'):

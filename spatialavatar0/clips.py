@@ -46,7 +46,7 @@ class Frame:
     @property
     def width(self): return self.image.shape[1]
 
-# %% ../nbs/07_clips.ipynb #d9737594
+# %% ../nbs/07_clips.ipynb #2228f028
 def resize(
     image:Tensor,  # (H,W) or (H,W,C)
     height:int, width:int,
@@ -56,6 +56,7 @@ def resize(
     x = F.interpolate(x.permute(2,0,1)[None], (height,width), mode='bilinear', antialias=True)[0].permute(1,2,0)
     return x[...,0] if image.ndim==2 else x
 
+# %% ../nbs/07_clips.ipynb #d9737594
 def crop(
     frame:Frame,
     x0:int, y0:int, # top left corner of the square, pixels; may be negative
@@ -181,7 +182,7 @@ def fingerprint(
     h.update(head.faces.cpu().numpy().astype('<i4').tobytes())
     return h.hexdigest()[:16]
 
-# %% ../nbs/07_clips.ipynb #9f232585
+# %% ../nbs/07_clips.ipynb #689fffc2
 def _entry(frame, t, c):
     "What transforms.json says about a frame: time step t, camera c."
     expect_tensor('viewmat', frame.viewmat, (4,4)); expect_tensor('K', frame.K, (3,3)); K = frame.K.double(); (fx,s,cx),(_,fy,cy),_ = K.tolist()
@@ -192,6 +193,7 @@ def _entry(frame, t, c):
         transform_matrix=viewmat_to_opengl(frame.viewmat.double()).tolist(), file_path=f'images/{t:05d}_{c:02d}.png',
         fg_mask_path=f'fg_masks/{t:05d}_{c:02d}.png', flame_param_path=f'flame_param/{t:05d}.npz')
 
+# %% ../nbs/07_clips.ipynb #9f232585
 def _write_json(path, x):
     with atomic_path(path) as tmp: tmp.write_text(json.dumps(x, indent=1))
 
@@ -203,7 +205,7 @@ class _Numbers:
         if (time,camera) in self.seen: raise InputError(f'two frames have time {time} and camera {camera!r}; number them first')
         self.seen.add((time,camera)); return self.times.setdefault(time,len(self.times)), self.cameras.setdefault(camera,len(self.cameras))
 
-# %% ../nbs/07_clips.ipynb #4aa367fa
+# %% ../nbs/07_clips.ipynb #82a8c745
 def _write_frame(frame, folder, head, numbers):
     "Picture, matte and parameters of one frame; its entry."
     new = int(frame.time) not in numbers.times; e = _entry(frame, *numbers(int(frame.time), str(frame.camera)))
@@ -214,17 +216,19 @@ def _write_frame(frame, folder, head, numbers):
     elif any(not np.array_equal(a[k], x) for k,x in _read_npz(path).items()): raise InputError(f'frames of time {frame.time} disagree about the head; the format has one set of parameters per time step')
     return e
 
+# %% ../nbs/07_clips.ipynb #803ae78c
 def _write_png(path, image):
     from PIL import Image
     path.parent.mkdir(exist_ok=True); Image.fromarray(to_uint8(image)).save(path, compress_level=3)
 
+# %% ../nbs/07_clips.ipynb #4aa367fa
 def _read_npz(path):
     "Arrays of an npz file; nothing in it is ever run."
     try:
         with np.load(path, allow_pickle=False) as z: return dict(z)
     except Exception as e: raise InputError(f'{path} is not a readable npz file of numbers ({e})') from e
 
-# %% ../nbs/07_clips.ipynb #fdb3edb9
+# %% ../nbs/07_clips.ipynb #cd1780a8
 _JOURNAL = 'writing.jsonl'
 
 def _resume(clip, folder, head):
@@ -239,6 +243,7 @@ def _resume(clip, folder, head):
     with atomic_path(log) as tmp: tmp.write_text(''.join(json.dumps(e)+'\n' for e in [title,*done[1:]]))
     return done[1:]
 
+# %% ../nbs/07_clips.ipynb #fdb3edb9
 def _begins_with(frame, folder, entry):
     "Whether this is the frame of an entry, picture included."
     return _entry(frame, 0, 0)==entry and np.array_equal(read_picture(folder/entry['file_path'])[...,:3], to_uint8(frame.image))
@@ -263,7 +268,7 @@ def write_vhap(
     _finish(folder, done, head, train)
     return folder
 
-# %% ../nbs/07_clips.ipynb #4b43edbd
+# %% ../nbs/07_clips.ipynb #ce72b0ca
 def _finish(folder, entries, head, train):
     "The files that make a folder a data set, transforms.json last."
     entries = sorted(entries, key=lambda e: (e['timestep_index'],e['camera_index'])); steps = entries[-1]['timestep_index']+1
@@ -275,6 +280,7 @@ def _finish(folder, entries, head, train):
     _write_json(folder/'transforms.json', _transforms(entries, entries[0], head))
     (folder/_JOURNAL).unlink()
 
+# %% ../nbs/07_clips.ipynb #4b43edbd
 def _transforms(entries, first, head):
     "Contents of a transforms file."
     top = {k:first[k] for k in ('cx','cy','fl_x','fl_y','h','w','camera_angle_x','camera_angle_y')}
@@ -317,7 +323,7 @@ def _camera(e, where):
     if not is_rigid(c2w): raise InputError(f'{where}: transform_matrix should be 4 x 4, camera to world, with a rotation in it')
     return opengl_to_viewmat(c2w).float(), K
 
-# %% ../nbs/07_clips.ipynb #1dc52430
+# %% ../nbs/07_clips.ipynb #341145b0
 @dataclass
 class _Shot:
     "An entry of transforms.json, checked."
@@ -331,6 +337,7 @@ class _Shot:
     camera:str
     camera_index:int
 
+# %% ../nbs/07_clips.ipynb #1dc52430
 def _shot(folder, top, e, i):
     where = f'{folder}: frame {i}'
     if not isinstance(e,dict): raise InputError(f'{where} should be an object, got {e!r}')
@@ -401,7 +408,7 @@ def read_frames(
     if not isinstance(top,dict) or not isinstance(top.get('frames'),list): raise InputError(f'{path} should hold an object with a list of frames')
     return top
 
-# %% ../nbs/07_clips.ipynb #de80e494
+# %% ../nbs/07_clips.ipynb #0b4ec7b2
 def check_files(
     files,      # each must be there
     bare=None,  # a picture without a matte of its own, if there is one
@@ -412,6 +419,7 @@ def check_files(
     if gone: raise InputError(f'{len(gone)} of {len(files)} files are missing, the first is {gone[0]}')
     if bare and read_picture(bare).shape[-1]==3: warnings.warn(f'no matte for {bare}: the whole picture counts as the person; {advice}', stacklevel=4)
 
+# %% ../nbs/07_clips.ipynb #de80e494
 def check_once(
     shots,  # (time, camera) of each frame
     where,  # the data set, for the error
@@ -439,7 +447,7 @@ def read_vhap(
     check_files((p for s in shots for p in (s.image,s.mask,s.params) if p), next((s.image for s in shots if not s.mask), None))
     return Clip(lambda i: _load_shot(shots[i], head), len(shots), cache)
 
-# %% ../nbs/07_clips.ipynb #6fc39fa3
+# %% ../nbs/07_clips.ipynb #ca25568a
 def _format(path):
     "Which format a folder is in."
     if not path.exists(): raise InputError(f'no clip at {path}')
@@ -450,6 +458,7 @@ def _format(path):
         if frames and isinstance(frames[0],dict) and 'flame_param_path' in frames[0]: return 'vhap'
     raise InputError(f'{path} is not a clip this version reads: expected the folder of a VHAP / GaussianAvatars data set (canonical_flame_param.npz, transforms.json, images, flame_param)')
 
+# %% ../nbs/07_clips.ipynb #6fc39fa3
 def load_clip(
     path,              # a folder
     head:Head=None,    # its parameters belong to; default: the open head

@@ -70,13 +70,14 @@ class Timer:
     def __enter__(self): self._w,self._c = time.perf_counter(),time.thread_time(); return self
     def __exit__(self, *_): self.wall,self.cpu = time.perf_counter()-self._w, time.thread_time()-self._c
 
-# %% ../nbs/00_core.ipynb #298b4256
+# %% ../nbs/00_core.ipynb #4d620466
 def to_numpy(
     x, # tensor, array or list of numbers
 )->np.ndarray: # the same numbers, on the CPU
     "A detached numpy view of a tensor; arrays pass through."
     return x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
 
+# %% ../nbs/00_core.ipynb #298b4256
 def to_uint8(
     image, # (H,W,3) or (H,W), 0..1 (values outside are clipped), or uint8 already
 )->np.ndarray: # uint8, same shape

@@ -21,9 +21,10 @@ from .clips import Clip, Frame
 from .avatar import Avatar, open_splats
 from .refine import RAW, Refinement, photo_loss
 
-# %% ../nbs/12c_densify.ipynb #8925b99e
+# %% ../nbs/12c_densify.ipynb #6ec29d6d
 def _rates(): return dict(offsets=5e-3, quats=1e-3, log_scales=1.7e-2, logit_opacities=5e-2, sh0=2.5e-3)
 
+# %% ../nbs/12c_densify.ipynb #8925b99e
 @dataclass
 class DensifyConfig:
     "GaussianAvatars' numbers; what it counts in iterations is a fraction of ours."
@@ -136,13 +137,14 @@ class Densification(Refinement):
     def save(self, path): raise InputError('a densification cannot be stopped and resumed; save its result with Avatar.save')
     load = save
 
-# %% ../nbs/12c_densify.ipynb #dc24ce7c
+# %% ../nbs/12c_densify.ipynb #ce6d5d2e
 @patch
 def set_lrs(self:Densification):
     "Places slow down, the rest does not."
     decay = self.cfg.lr_end**(self.step_number/self.iters)
     for g in self.opt.param_groups: g['lr'] = self.cfg.lr[g['name']]*(decay if g['name']=='offsets' else 1)
 
+# %% ../nbs/12c_densify.ipynb #30022b65
 @patch
 def loss(self:Densification, view, background):
     "GaussianAvatars' loss of one picture, and the render."
@@ -151,13 +153,14 @@ def loss(self:Densification, view, background):
     self.meta['means2d'].retain_grad(); self.visible = (self.meta['radii'][0]>0).all(-1)
     return photo_loss(rgb[0], target, self.cfg)+stray_loss(splats['offsets'], splats['log_scales'], self.visible, self.cfg), rgb[0].detach(), target
 
+# %% ../nbs/12c_densify.ipynb #dc24ce7c
 @patch
 def notice(self:Densification):
     "Add up how hard each Gaussian in view is pulled, in half pictures."
     half = torch.tensor([self.meta['width'],self.meta['height']])/2
     self.pull += (self.meta['means2d'].grad[0]*half).norm(dim=-1)*self.visible; self.times += self.visible
 
-# %% ../nbs/12c_densify.ipynb #b0a73249
+# %% ../nbs/12c_densify.ipynb #0034d1ac
 @patch
 @torch.no_grad()
 def take(self:Densification, splats, rows=None, fresh=None):
@@ -167,6 +170,7 @@ def take(self:Densification, splats, rows=None, fresh=None):
     self.delta = {k: torch.zeros_like(v, requires_grad=True) for k,v in splats.items()}
     carry_over(self.opt, self.delta, rows, torch.zeros(len(rows),dtype=torch.bool) if fresh is None else fresh)
 
+# %% ../nbs/12c_densify.ipynb #bc17be52
 @patch
 @torch.no_grad()
 def multiply(self:Densification):
@@ -175,6 +179,7 @@ def multiply(self:Densification):
     now = self.splats(); out = doomed(now['logit_opacities'].sigmoid(), self.sizes(), self.binding().face_ids, self.cfg)
     self.take({k: v[~out] for k,v in now.items()}, (~out).nonzero()[:,0]); self.forget()
 
+# %% ../nbs/12c_densify.ipynb #b0a73249
 @patch
 @torch.no_grad()
 def fade(self:Densification):

@@ -48,11 +48,12 @@ class Domain:
         if not (0<=instant<self.instants and 0<=camera<len(self.cameras)): raise InputError(f'{self.name} has instants 0 to {self.instants-1} and cameras 0 to {len(self.cameras)-1}; got instant {instant}, camera {camera}')
         return instant*len(self.cameras)+camera
 
-# %% ../nbs/08b_domains.ipynb #f47d193c
+# %% ../nbs/08b_domains.ipynb #9a15d0c0
 def _rig(cameras):
     "Yaw and pitch of cameras on an arc of 75 degrees to both sides, at three heights."
     return tuple((-75+150*c/(cameras-1) if cameras>1 else 0., (-8.,6.,18.)[c%3]) for c in range(cameras))
 
+# %% ../nbs/08b_domains.ipynb #f5a95aef
 def _checked(d):
     "The domain, if its numbers make sense."
     if not isinstance(d,Domain): raise InputError(f'expected a Domain, as mono(), multi() or shifted() return it; got {type(d).__name__}')
@@ -64,12 +65,13 @@ def _checked(d):
         if not 0<=getattr(d,k)<math.inf: raise InputError(f'{k} of a domain should be a number, 0 or more; got {getattr(d,k)!r}')
     return d
 
+# %% ../nbs/08b_domains.ipynb #f47d193c
 def _domain(changes, **usual):
     wrong = set(changes)-{f.name for f in fields(Domain)}
     if wrong: raise InputError(f'a domain has no {min(wrong)!r}; it has {", ".join(f.name for f in fields(Domain))}')
     return _checked(Domain(**{**usual, **changes}))
 
-# %% ../nbs/08b_domains.ipynb #0b4bd35d
+# %% ../nbs/08b_domains.ipynb #6911e931
 def mono(
     size:int=128,    # pixels
     instants:int=10, # frames of each clip
@@ -78,6 +80,7 @@ def mono(
     "Many people, a clip of one camera each; light and background are every clip's own."
     return _domain(changes, name='mono', block=1, size=size, instants=instants)
 
+# %% ../nbs/08b_domains.ipynb #0b4bd35d
 def multi(
     size:int=128,    # pixels
     instants:int=4,
@@ -97,13 +100,15 @@ def shifted(
     "One camera as in `mono`, but harsher light, wider turns, livelier faces, worse tracking, a grainy sensor."
     return _domain(changes, name='shifted', block=3, size=size, instants=instants, turn=55., lively=1.5, harsh=1., flicker=.06, tracking=2., grain=.02)
 
-# %% ../nbs/08b_domains.ipynb #cf4bc0c9
+# %% ../nbs/08b_domains.ipynb #fc82dd89
 def _draw(*key):
     "A generator of its own for every purpose: the same numbers whatever was drawn before, on any machine."
     h = hashlib.blake2b('/'.join(map(str,key)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(h,'little')>>1)
 
 def _uniform(g, lo=0., hi=1.): return lo+(hi-lo)*torch.rand((), generator=g).item()
+
+# %% ../nbs/08b_domains.ipynb #cf4bc0c9
 def _normal(g, std=1.): return std*torch.randn((), generator=g).item()
 
 # %% ../nbs/08b_domains.ipynb #8c3cfb2f
@@ -130,7 +135,7 @@ class Style:
     moles:int
     teeth:float      # brightness
 
-# %% ../nbs/08b_domains.ipynb #2eb5e39b
+# %% ../nbs/08b_domains.ipynb #1e87f385
 _CUTS = dict(bald=(.10,0.), horseshoe=(.08,0.), buzz=(.16,.08), short=(.24,.14), swept=(.16,.08), curly=(.12,.14), afro=(.06,.06), bob=(.02,.22), long=(.04,.18), bun=(0.,.10)) # chance of men, women
 _VOLUME = dict(bald=(0,0), horseshoe=(.003,.008), buzz=(.0015,.003), short=(.006,.013), swept=(.007,.014), curly=(.014,.024), afro=(.022,.036), bob=(.008,.016), long=(.007,.013), bun=(.004,.008)) # metres
 
@@ -138,6 +143,7 @@ def _one_of(g, chances):
     "A key of a dict, with its chance."
     return list(chances)[torch.multinomial(torch.tensor([float(c) for c in chances.values()]), 1, generator=g).item()]
 
+# %% ../nbs/08b_domains.ipynb #2eb5e39b
 def random_style(
     look:Palette,
     male:bool,
@@ -160,7 +166,7 @@ def _colours(look, age, g):
     warm = _uniform(g,-.25,1.); skin = look.skin*torch.tensor([1.,1+.035*warm,1-.07*warm])*_uniform(g,.94,1.06)
     return dict(skin=skin.clamp(.1,.95), hair=hair.clamp(.03,.9), iris=iris)
 
-# %% ../nbs/08b_domains.ipynb #0d2261fa
+# %% ../nbs/08b_domains.ipynb #4be91bc0
 _LIPSTICK = [[.62,.1,.14],[.75,.3,.33],[.45,.12,.2],[.72,.36,.28]]
 
 def _lips(skin, male, lipstick, g):
@@ -168,6 +174,7 @@ def _lips(skin, male, lipstick, g):
     bare = skin*torch.tensor([.9,.68,.66] if male else [.95,.62,.62]); red = torch.tensor(_LIPSTICK[int(_uniform(g)*4)])
     return torch.lerp(bare, red*float(.5+.6*skin.mean()), .8*lipstick).clamp(.05,.9)
 
+# %% ../nbs/08b_domains.ipynb #0d2261fa
 def random_person(
     generator:torch.Generator,
 )->tuple:     # Palette, Style
@@ -225,7 +232,7 @@ def _curtain(p, verts, head, look, style, g):
     m = _hangs(p, style, .86)*smooth(-p[:,1],-.35,.25)*(p[:,1]>-3.2); m[part_verts(head,*[n for n in head.part_names if n!='skin'])] = 0
     return (m*(oval-r)*unit)[:,None]*d
 
-# %% ../nbs/08b_domains.ipynb #22218388
+# %% ../nbs/08b_domains.ipynb #004f7e73
 def _beard(a, c, look, style, strands):
     "Stubble and full beards cover the jaw; the others a part of it."
     if style.beard in ('none','stubble','full'): return paint_beard(a, c, look, strands) if style.beard!='none' else a
@@ -234,6 +241,7 @@ def _beard(a, c, look, style, strands):
     if style.beard=='goatee': m = torch.maximum(m, smooth(-x,-.46,-.3)*smooth(-p[:,1],1.2,1.36)*smooth(p[:,2],-.5,-.2))
     return lay(a, look.hair*.9, (look.beard*m*(1-lips)*c.on('skin')*(.85+.15*strands)).clamp(0,1))
 
+# %% ../nbs/08b_domains.ipynb #22218388
 def _hair(a, c, look, style, strands, g):
     "The hair itself, straight or in curls."
     p = c.where; curls = noise(p,16.,g); m = hair_where(p, look, style, .05*noise(p,5.,g,8))*c.on('skin')
@@ -270,12 +278,13 @@ def _rows(d, gap, width):
     "Grooves every `gap`."
     return _groove((d/gap-(d/gap).round())*gap, width)
 
-# %% ../nbs/08b_domains.ipynb #bbff4db9
+# %% ../nbs/08b_domains.ipynb #ef739cd0
 def _from_corner(p):
     "Way outwards, height and distance from the outer corner of the eye, eye distances."
     u = p[:,0].abs()-.78; u = (u**2+p[:,2].clamp_max(0)**2).sqrt()*u.sign()
     return u,p[:,1]+.04,(u**2+(p[:,1]+.04)**2).sqrt()
 
+# %% ../nbs/08b_domains.ipynb #bbff4db9
 @lru_cache(maxsize=4)
 def _folds(head, resolution):
     "(K,N) where on the face each kind of crease is, 0..1, and (N,) where the blush rises."
@@ -385,7 +394,7 @@ def _backdrop(domain, who):
     if domain.studio: return torch.full((domain.size,domain.size,3), .75)
     return backdrop_picture(_draw(who,'backdrop'), domain.size).clamp(0,1)
 
-# %% ../nbs/08b_domains.ipynb #0cacdde7
+# %% ../nbs/08b_domains.ipynb #07f07c18
 def _pose(domain, who, t, head):
     "Keyword arguments of the head at one instant: the truth."
     g = _draw(who,'pose',t); w = {k:min(1.,x) for k,x in random_scores(g, domain.lively).items()}
@@ -393,6 +402,7 @@ def _pose(domain, who, t, head):
     turn = torch.tensor([[_normal(g,5.), _uniform(g,-far,far), _normal(g,3.)]])*math.pi/180
     return dict({k:v[None] for k,v in head.arkit(w).items()}, rotation=turn/2, neck=turn/2, translation=.003*torch.randn(1,3, generator=g))
 
+# %% ../nbs/08b_domains.ipynb #0cacdde7
 def _camera(domain, who, c, head):
     "viewmat, K of a camera of somebody's clip."
     g = _draw(who,'camera'); yaw,pitch = domain.cameras[c]; near,up,zoom = 0.,0.,1.
@@ -415,10 +425,11 @@ def _expose(domain, who, t, c, image):
     if domain.grain: image = image+domain.grain*torch.randn(image.shape, generator=_draw(who,'grain',t,c))
     return image.clamp(0,1)
 
-# %% ../nbs/08b_domains.ipynb #2ba88758
+# %% ../nbs/08b_domains.ipynb #b15693e9
 @lru_cache(maxsize=8)
 def _person(who, head): return make_character(who, head)
 
+# %% ../nbs/08b_domains.ipynb #2ba88758
 class People:
     "Clips, one per person; nobody is painted before somebody looks."
     def __init__(self,
@@ -457,7 +468,7 @@ class Trial:
     target:Frame # another frame of the same person
     person:int   # number within its test set
 
-# %% ../nbs/08b_domains.ipynb #85b26dd2
+# %% ../nbs/08b_domains.ipynb #dbce3d20
 _HELD = dict(mono=(mono,dict(block=11),24,2), multi=(multi,dict(block=12),8,6), shifted=(shifted,dict(block=13),16,3)) # domain, its own people, how many, targets each
 
 def _spread(n, k, g):
@@ -466,6 +477,7 @@ def _spread(n, k, g):
     picks = torch.tensor([a+int(_uniform(g)*(b-a)) for a,b in zip(edges,edges[1:])])
     return picks[torch.randperm(k, generator=g)].tolist()
 
+# %% ../nbs/08b_domains.ipynb #9803bb8f
 def _mono_trials(crowd, i, targets, g):
     "Sources that differ in yaw; the targets are other moments of the clip."
     d,who = crowd.domain,crowd.seeds[i]
@@ -473,17 +485,19 @@ def _mono_trials(crowd, i, targets, g):
     src = [order[k] for k in _spread(d.instants, 4, g)]; rest = [t for t in order if t not in src]
     return src,[rest[k] for k in _spread(len(rest), targets, g)]
 
+# %% ../nbs/08b_domains.ipynb #85b26dd2
 def _multi_trials(crowd, i, targets, g):
     "Sources from four sides at one instant; the targets all around at other instants."
     d = crowd.domain; C = len(d.cameras)
     src = [d.index(0,c) for c in _spread(C, 4, g)]
     return src,[d.index(1+k%(d.instants-1), c) for k,c in enumerate(_spread(C, targets, g))]
 
-# %% ../nbs/08b_domains.ipynb #371519b2
+# %% ../nbs/08b_domains.ipynb #c45c2cf4
 def _held_crowd(name, size):
     make,changes,n,_ = _HELD[name]
     return people(make(size, **changes), n)
 
+# %% ../nbs/08b_domains.ipynb #a10012ac
 @lru_cache(maxsize=8)
 def _held_out(name, size):
     crowd,targets = _held_crowd(name, size),_HELD[name][3]; trials = []
@@ -492,6 +506,7 @@ def _held_out(name, size):
         sources = [clip[k] for k in src]; trials += [Trial(sources, clip[k], i) for k in dst]
     return trials
 
+# %% ../nbs/08b_domains.ipynb #371519b2
 def held_out(
     name:str,     # 'mono', 'multi' or 'shifted'
     size:int=128, # pixels

@@ -112,7 +112,7 @@ class MediaPipeJudge:
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
 
-# %% ../nbs/14_evaluate.ipynb #14e00016
+# %% ../nbs/14_evaluate.ipynb #eda0a4de
 ARCFACE_POINTS = ((38.2946,51.6963),(73.5318,51.5014),(56.0252,71.7366),(41.5493,92.3655),(70.7299,92.2041)) # eyes, nose, corners of the mouth in 112 x 112
 _FIVE = ((33,133),(362,263),(1,),(61,),(291,)) # the same among MediaPipe's landmarks: means of corners
 
@@ -125,6 +125,7 @@ def similarity(
     c,s = (x*y).sum()/n,(x[:,0]*y[:,1]-x[:,1]*y[:,0]).sum()/n; M = torch.stack([torch.stack([c,-s]),torch.stack([s,c])])
     return torch.cat([M,(b.mean(0)-M@a.mean(0))[:,None]],1)
 
+# %% ../nbs/14_evaluate.ipynb #14e00016
 def warped(
     image:Tensor, # (H,W,3)
     A:Tensor,     # (2,3) from pixels of the image to pixels of the result
@@ -181,7 +182,7 @@ class DlibJudge:
         return dict(identity=torch.tensor(list(self.net.compute_face_descriptor(x, self.points(x, max(found, key=lambda r: r.area()))))))
     def close(self): pass
 
-# %% ../nbs/14_evaluate.ipynb #14e00051
+# %% ../nbs/14_evaluate.ipynb #ad0652c2
 def posed_square(
     points:Tensor, # (5,2) pixels: eyes, nose, corners of the mouth
     face:Tensor,   # (5,3) the same on a 3D face, y up
@@ -194,6 +195,7 @@ def posed_square(
     s = scale/k[:3].norm(dim=0).mean(); left,up = int(width*s)/2-size/2+(k[3,0]-width/2)*s, int(height*s)/2-size/2+(height/2-k[3,1])*s
     return torch.stack([torch.stack([s,0*s,-left]), torch.stack([0*s,s,-up])])
 
+# %% ../nbs/14_evaluate.ipynb #14e00051
 def _deep3d_network(path, parts):
     "Backbone and heads of a checkpoint."
     from torchvision.models import resnet50
@@ -237,7 +239,7 @@ def judges_here(say=print)->list: # those that can work; `say` hears about the o
     if any(isinstance(j,Deep3DJudge) for j in found): found[0].gives = dict(AKD=found[0].gives['AKD'])     # one judge per question, the paper's first
     return found
 
-# %% ../nbs/14_evaluate.ipynb #14e00023
+# %% ../nbs/14_evaluate.ipynb #5aca660b
 def code_state()->str: # like 'd3f9a84', 'd3f9a84+changes' or 'version 0.1.0'
     "Which code computed this."
     import spatialavatar0
@@ -248,6 +250,7 @@ def code_state()->str: # like 'd3f9a84', 'd3f9a84+changes' or 'version 0.1.0'
     except (OSError,subprocess.TimeoutExpired): pass
     return f'version {spatialavatar0.__version__}'
 
+# %% ../nbs/14_evaluate.ipynb #14e00023
 def _watched(clip, render, preset, judges, answers, source=None):
     "Pairs for film_scores; what the judges say of them goes into answers. Identity is held against the source, if there is one."
     who = None if source is None else {j: j(lay_on(source.image, source.mask, preset)) for j in judges if 'CSIM' in j.gives}

@@ -65,7 +65,7 @@ def _ply_header(start, path):
     if 'vertex' not in names: raise InputError(f'{path}: a splat PLY has a table "vertex"; this one has {", ".join(names) or "none"}')
     return tables[:names.index('vertex')+1], end.end()
 
-# %% ../nbs/16_export.ipynb #37de4ee6
+# %% ../nbs/16_export.ipynb #02a0cdca
 def _ply_tables(path):
     "All tables of a PLY up to its vertices, as structured arrays by name."
     try:
@@ -80,17 +80,19 @@ def _ply_tables(path):
         offset += n*row.itemsize
     return out
 
+# %% ../nbs/16_export.ipynb #37de4ee6
 def _need(rows, names, path, kind):
     if missing := [c for c in names if c not in rows.dtype.names]: raise InputError(f'{path} is not {kind}: it lacks {", ".join(missing[:6])}')
     if odd := [c for c in names if rows.dtype[c].kind!=('u' if c.startswith('packed') else 'f')]: raise InputError(f'{path}: {odd[0]} should be {"uint" if odd[0].startswith("packed") else "float or double"}; got {rows.dtype[odd[0]]}')
 
-# %% ../nbs/16_export.ipynb #35e2095e
+# %% ../nbs/16_export.ipynb #68d6122c
 def _plain_splats(rows, path):
     _need(rows, [c for c in PLY_COLUMNS if c[0]!='n'], path, 'a Gaussian splatting PLY')
     col = lambda *names: torch.from_numpy(np.stack([rows[c].astype('f4') for c in names], -1))
     return (col('x','y','z'), col(*(f'rot_{i}' for i in range(4))), col(*(f'scale_{i}' for i in range(3))).exp(),
             col('opacity')[:,0].sigmoid(), sh0_to_rgb(col(*(f'f_dc_{i}' for i in range(3)))).clamp_min(0))
 
+# %% ../nbs/16_export.ipynb #35e2095e
 def read_ply(
     path, # binary little-endian 3DGS PLY of any writer, plain or compressed; colour beyond degree 0 is dropped
 )->tuple: # means, quats, scales, opacities, colors, as write_ply takes them
@@ -101,7 +103,7 @@ def read_ply(
     except ValueError as e: raise InputError(f'{path} is damaged: {e}') from e
     return splats
 
-# %% ../nbs/16_export.ipynb #16c00002
+# %% ../nbs/16_export.ipynb #acca8488
 def _by_gsplat(path, form, means, quats, scales, opacities, colors):
     "The bytes of gsplat's exporter, whole or not at all."
     from gsplat import export_splats
@@ -110,9 +112,11 @@ def _by_gsplat(path, form, means, quats, scales, opacities, colors):
     data = re.sub(rb'element sh \d+\n(?=end_header)', b'', export_splats(m, s, q, o, c, torch.zeros(len(m),0,3), format=form), count=1)   # a table without columns, over which other readers trip
     with atomic_path(path) as tmp: tmp.write_bytes(data)
 
+# %% ../nbs/16_export.ipynb #efe49a40
 def _write_npz(path, *splats):
     with atomic_path(path) as tmp, tmp.open('wb') as f: np.savez(f, **{k: t.detach().cpu().float().numpy() for k,t in zip(NAMES,splats)})
 
+# %% ../nbs/16_export.ipynb #16c00002
 NAMES = 'means','quats','scales','opacities','colors'
 _WRITERS = {'.compressed.ply': lambda p,*s: _by_gsplat(p, 'ply_compressed', *s), '.ply': lambda p,*s: write_ply(p, *s), '.splat': lambda p,*s: _by_gsplat(p, 'splat', *s), '.npz': _write_npz}
 
@@ -126,7 +130,7 @@ def write_splats(
     _checked_splats(*splats); _WRITERS[end](path, *splats)
     return path
 
-# %% ../nbs/16_export.ipynb #16c00004
+# %% ../nbs/16_export.ipynb #25d297fa
 _CHUNK = [f'{side}_{c}' for group in (('x','y','z'),('scale_x','scale_y','scale_z'),('r','g','b')) for side in ('min','max') for c in group]
 _PACKED = 'packed_position','packed_rotation','packed_scale','packed_color'
 
@@ -134,12 +138,14 @@ def _bits(x, *widths): # (N,) -> (N,len(widths)) in 0..1, the highest bits first
     at = np.cumsum(widths[::-1])[::-1]-widths
     return torch.from_numpy(np.stack([((x.astype('u4')>>np.uint32(a))&np.uint32(2**w-1))/(2**w-1) for a,w in zip(at,widths)],-1)).float()
 
+# %% ../nbs/16_export.ipynb #ddd7b7c5
 def _smallest_three(x): # (N,) uint32 -> (N,4) unit quaternions
     a = (_bits(x,2,10,10,10)[:,1:]-.5)*2**.5; left = (a.square().sum(-1).mul(-1)+1).clamp_min(0).sqrt(); out = torch.zeros(len(a),4)
     for k in range(4):
         on = torch.from_numpy(x>>30==k); out[on] = torch.cat([a[on,:k], left[on,None], a[on,k:]],-1)
     return out
 
+# %% ../nbs/16_export.ipynb #16c00004
 def _packed_splats(tables, path):
     rows,chunk = tables['vertex'],tables.get('chunk'); _need(rows, _PACKED, path, 'a compressed PLY')
     if chunk is None or len(chunk)!=-(-len(rows)//256): raise InputError(f'{path}: {len(rows):,} compressed splats need {-(-len(rows)//256)} chunks; got {0 if chunk is None else len(chunk)}')
@@ -149,17 +155,19 @@ def _packed_splats(tables, path):
     return (within(0,_bits(rows['packed_position'],11,10,11)), _smallest_three(rows['packed_rotation']), within(6,_bits(rows['packed_scale'],11,10,11)).exp(),
             rgba[:,3], within(12,rgba[:,:3]) if colours else rgba[:,:3])
 
-# %% ../nbs/16_export.ipynb #16c00005
+# %% ../nbs/16_export.ipynb #083d638d
 def _read_bytes(path):
     try: return path.read_bytes()
     except OSError as e: raise InputError(f'cannot read {path}: {e.strerror}') from e
 
+# %% ../nbs/16_export.ipynb #a890a73c
 def _read_splat(path):
     data = _read_bytes(path)
     if len(data)%32: raise InputError(f'{path}: a .splat has 32 bytes per Gaussian; {len(data):,} is no multiple of 32: it is cut short or something else')
     r = np.frombuffer(data, [('means','<f4',3),('scales','<f4',3),('rgba','u1',4),('quats','u1',4)]); f = lambda x: torch.from_numpy(x.astype('f4'))
     return f(r['means']), F.normalize((f(r['quats'])-128)/128,dim=-1), f(r['scales']), f(r['rgba'][:,3])/255, f(r['rgba'][:,:3])/255
 
+# %% ../nbs/16_export.ipynb #16c00005
 def _read_npz(path):
     import io
     try:
@@ -178,12 +186,13 @@ def read_splats(
     except ValueError as e: raise InputError(f'{path} is damaged: {e}') from e
     return splats
 
-# %% ../nbs/16_export.ipynb #16c00011
+# %% ../nbs/16_export.ipynb #249d177b
 def _print_of(avatar, poses, end):
     h = hashlib.sha256(end.encode())
     for x in (*avatar.splats.values(), avatar.binding.face_ids, avatar.binding.bary, avatar.shape, avatar.static_offset, *(p[k] for p in poses for k in sorted(p))): h.update(np.ascontiguousarray(x.detach().cpu().numpy()).tobytes())
     return h.hexdigest()[:16]
 
+# %% ../nbs/16_export.ipynb #16c00011
 @torch.no_grad()
 def write_sequence(
     avatar:Avatar,

@@ -13,7 +13,7 @@ from torch import Tensor
 # %% ../nbs/04c_figures.ipynb #04f00004
 from .core import to_numpy
 
-# %% ../nbs/04c_figures.ipynb #04f00008
+# %% ../nbs/04c_figures.ipynb #77f3255c
 def mesh_part(
     verts:Tensor,        # (V,3) metres
     faces:Tensor,        # (F,3)
@@ -26,6 +26,7 @@ def mesh_part(
     look = dict(color=color) if values is None else dict(intensity=to_numpy(values)[used].astype(np.float32).round(4), colorscale='Viridis', showscale=False)
     return go.Mesh3d(**dict(zip('xyz',v.T)), **dict(zip('ijk',f.T)), opacity=opacity, hoverinfo='skip', lighting=dict(ambient=.55,diffuse=.6,specular=.1), **look)
 
+# %% ../nbs/04c_figures.ipynb #04f00008
 def point_part(
     points:Tensor, # (N,3) metres
     colors=None,   # (N,3) 0..1, or one colour's name
@@ -37,7 +38,7 @@ def point_part(
     c = colors if isinstance(colors,str) or colors is None else [f'rgb({r},{g},{b})' for r,g,b in (255*to_numpy(colors).clip(0,1)).astype(int)]
     return go.Scatter3d(**dict(zip('xyz',to_numpy(points).astype(np.float32).round(5).T)), mode='markers', marker=dict(size=size,color=c), text=names, hoverinfo='text' if names else 'skip', showlegend=False)
 
-# %% ../nbs/04c_figures.ipynb #04f00009
+# %% ../nbs/04c_figures.ipynb #b67df858
 def line_part(
     lines:Tensor,  # (L,P,3) metres: L lines of P points
     color:str='#333333', width:float=3.,
@@ -47,6 +48,7 @@ def line_part(
     x = to_numpy(lines).astype(np.float32).round(5); x = np.concatenate([x,np.full_like(x[:,:1],np.nan)],1).reshape(-1,3)
     return go.Scatter3d(**dict(zip('xyz',x.T)), mode='lines', line=dict(color=color,width=width), hoverinfo='skip', showlegend=False)
 
+# %% ../nbs/04c_figures.ipynb #04f00009
 def frame_parts(
     points:Tensor,    # (N,3) metres
     rotations:Tensor, # (N,3,3) axes in columns
@@ -88,7 +90,7 @@ def _still(parts, eye):
     fig.canvas.draw(); picture = np.asarray(fig.canvas.buffer_rgba())[...,:3].copy(); plt.close(fig)
     return picture
 
-# %% ../nbs/04c_figures.ipynb #04f00012
+# %% ../nbs/04c_figures.ipynb #b039d9f0
 class Turnable:
     "A figure for the mouse; `.figure` is plotly's. Shown by being the last line of a cell."
     def __init__(self, figure, still, alt): self.figure,self.still,self.alt = figure,still,alt
@@ -97,6 +99,7 @@ class Turnable:
         jpeg = io.BytesIO(); Image.fromarray(self.still).save(jpeg, 'JPEG', quality=85)
         return ({'application/vnd.plotly.v1+json': json.loads(self.figure.to_json()), 'image/jpeg': base64.b64encode(jpeg.getvalue()).decode(), 'text/plain': self.alt}, {'image/jpeg': dict(alt=self.alt)})
 
+# %% ../nbs/04c_figures.ipynb #04f00012
 def turnable(
     parts:list,     # traces, or lists of traces
     alt:str,        # what a reader who cannot see it should hear

@@ -14,7 +14,7 @@ from .core import InputError
 from .manifest import asset, data_dir
 from .pickles import printable, read_arrays
 
-# %% ../nbs/02c_flame_files.ipynb #2c87083f
+# %% ../nbs/02c_flame_files.ipynb #5532c261
 WHERE = 'FLAME comes from https://flame.is.tue.mpg.de after registration (2020 and 2023 non-commercial, 2023 Open CC-BY-4.0)'
 KEYS = dict(v_template=('V',3), f=('F',3), shapedirs=('V',3,'C'), posedirs=('V',3,36), J_regressor=(5,'V'), weights=('V',5), kintree_table=(2,5))
 
@@ -24,6 +24,7 @@ def _plain(d, key, where):
     if x.dtype.kind in 'iuf': return x
     raise InputError(f'{where}: {key} should hold numbers; got {type(d[key]).__name__} of {x.dtype}. {WHERE}')
 
+# %% ../nbs/02c_flame_files.ipynb #2c87083f
 def _numbers(d, key, sizes, where):
     "One array of the file with the right shape and no nan; letters in its shape take their value from the first that has them."
     x = _plain(d, key, where); want = KEYS[key]
@@ -33,7 +34,7 @@ def _numbers(d, key, sizes, where):
     if not np.isfinite(x).all(): raise InputError(f'{where}: {key} holds nan or inf; the file is damaged, download it again')
     return x
 
-# %% ../nbs/02c_flame_files.ipynb #db77bb1f
+# %% ../nbs/02c_flame_files.ipynb #79af8770
 def _tree(d, where):
     "FLAME's five joints, or an error that says which came."
     rows = _plain(d, 'kintree_table', where)
@@ -44,6 +45,7 @@ def _tree(d, where):
         raise InputError(f"{where}: kintree_table should be FLAME's tree of five joints (root, neck, jaw, left eye, right eye: parents -1 0 1 1 1); got {len(parents)} joints with parents {' '.join(map(str,parents[:8]))}. {WHERE}")
     return np.array(parents)
 
+# %% ../nbs/02c_flame_files.ipynb #db77bb1f
 def _checked(d, where):
     "The seven arrays of a model, each what it should be."
     if not isinstance(d,dict): raise InputError(f'{where} should hold a dictionary of arrays; got {type(d).__name__}. {WHERE}')
@@ -71,7 +73,7 @@ def _split(m, num_shape, num_expr, where):
     dirs = np.ascontiguousarray(m['shapedirs'].transpose(2,0,1), np.float32)
     return dirs[:S], dirs[first:first+E]
 
-# %% ../nbs/02c_flame_files.ipynb #3ef1748c
+# %% ../nbs/02c_flame_files.ipynb #d787b513
 def _obj(path):
     "UV points (U,2), and the vertices (F,3) and UV points (F,3) of the triangles of an OBJ file."
     vt,f,ft = [],[],[]
@@ -83,6 +85,7 @@ def _obj(path):
             for k in range(1,len(c)-1): f.append([c[j][0]-1 for j in (0,k,k+1)]); ft.append([c[j][1]-1 for j in (0,k,k+1)])
     return np.array(vt),np.array(f),np.array(ft)
 
+# %% ../nbs/02c_flame_files.ipynb #3ef1748c
 def _same_corners(faces, other, values, where):
     "Values at the corners of `other`, for the same triangles as they stand in `faces`."
     row = {tuple(t):i for i,t in enumerate(np.sort(other,1).tolist())}
@@ -108,9 +111,10 @@ def read_uv(
     if not (np.abs(uv-.5)<=.5+1e-4).all(): raise InputError(f'{path}: uv should lie in 0..1; got {uv.min():.3g} to {uv.max():.3g}')
     return uv.clip(0,1),ft
 
-# %% ../nbs/02c_flame_files.ipynb #bdf03439
+# %% ../nbs/02c_flame_files.ipynb #25d79b91
 def _about(x): return f'{x.dtype} {x.shape}'+(f' up to {x.max()}' if x.dtype.kind in 'iuf' and x.size else '')
 
+# %% ../nbs/02c_flame_files.ipynb #bdf03439
 def read_masks(
     path,          # FLAME_masks.pkl, or an .npz of index lists
     num_verts:int, # of the model
@@ -140,12 +144,13 @@ def read_landmarks(
     if not (np.abs(b.sum(1)-1)<1e-3).all(): raise InputError(f'{path}: weights of a landmark should sum to 1; got {b.sum(1).min():.3g} to {b.sum(1).max():.3g}')
     return f.astype(np.int64),b.astype(np.float32)
 
-# %% ../nbs/02c_flame_files.ipynb #130f49f5
+# %% ../nbs/02c_flame_files.ipynb #cb77fec5
 _RELEASES = ['FLAME_NEUTRAL'], ['flame2023_Open'], ['flame2023','flame2023_no_jaw'], ['generic_model']
 _BESIDE = dict(masks=r'flame_?masks.*\.(pkl|npz)', embedding=r'(flame_static_embedding|landmark_embedding).*\.(pkl|npy|npz)', uv=r'head_template.*\.obj|uv.*\.(obj|npz)|flame_texture\.npz')
 
 def _files(folder): return sorted(p for p in (*Path(folder).glob('*'),*Path(folder).glob('*/*')) if p.is_file())
 
+# %% ../nbs/02c_flame_files.ipynb #130f49f5
 def find_model(
     path, # file, folder, or the manifest's flame2020, flame2023, flame2023_open
 )->Path:
@@ -170,7 +175,7 @@ def find_beside(
     places = [model.parent] + ([data_dir()/'flame_masks',data_dir()/'flame_embeddings'] if model.resolve().is_relative_to(data_dir().resolve()) else [])
     return next((p for d in places for p in _files(d) if re.fullmatch(_BESIDE[what], p.name, re.I)), None)
 
-# %% ../nbs/02c_flame_files.ipynb #420803de
+# %% ../nbs/02c_flame_files.ipynb #e7083e0e
 def release_of(
     path:Path,
 )->str: # for people; code compares fingerprints
@@ -179,6 +184,7 @@ def release_of(
     if '2023' in name: return 'FLAME 2023 Open' if 'open' in name else 'FLAME 2023 (no jaw)' if 'no_jaw' in name else 'FLAME 2023'
     return 'FLAME 2020' if '2020' in name else f'FLAME of unknown release ({path.name})'
 
+# %% ../nbs/02c_flame_files.ipynb #420803de
 def fingerprint(
     *arrays, # float arrays
 )->str:      # 16 hex digits

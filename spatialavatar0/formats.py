@@ -63,18 +63,20 @@ def camera(
     if not is_rigid(m): raise InputError(f'{where}: {name} should hold a rotation; it is scaled, skewed or mirrored')
     return torch.from_numpy(m.astype(np.float32))
 
-# %% ../nbs/07b_formats.ipynb #49c5d112
+# %% ../nbs/07b_formats.ipynb #1d12753f
 def pinhole(fx, fy, cx, cy, where)->Tensor: # (3,3)
     "Intrinsics in pixels."
     if not all(map(math.isfinite,(fx,fy,cx,cy))) or fx<=0 or fy<=0: raise InputError(f'{where}: the focal lengths should be positive and the centre finite; got {fx:.4g}, {fy:.4g}, {cx:.4g}, {cy:.4g}')
     return torch.tensor([[fx,0,cx],[0,fy,cy],[0,0,1]], dtype=torch.float32)
 
+# %% ../nbs/07b_formats.ipynb #477bdba1
 def field(d, name, where):
     "An entry of a dictionary of strangers."
     if not isinstance(d,dict): raise InputError(f'{where} should be an object with {name}; got {printable(repr(d),60)}')
     if name not in d: raise InputError(f'{where} has no {name}; it has {printable(", ".join(map(str,d)))}')
     return d[name]
 
+# %% ../nbs/07b_formats.ipynb #88e46808
 def codes(head, where, **given)->dict: # keyword arguments of the head
     "Codes cut or padded to the head's directions; joints as they are."
     room = dict(shape=head.num_shape, expr=head.num_expr)
@@ -82,6 +84,7 @@ def codes(head, where, **given)->dict: # keyword arguments of the head
 
 class NoSplit(InputError): "The data set cannot be split the way its papers do."
 
+# %% ../nbs/07b_formats.ipynb #49c5d112
 def part(clip, split, last, where)->Clip:
     "Train and test of a format that holds out its last frames."
     if split is None: return clip
@@ -175,7 +178,7 @@ def read_checkpoint(
     if not isinstance(x,dict): raise InputError(f'{path} should hold a dictionary; got {type(x).__name__}')
     return x
 
-# %% ../nbs/07b_formats.ipynb #b2d196a3
+# %% ../nbs/07b_formats.ipynb #c374c032
 def _text_codes(folder, stem, exp, where):
     "Function name -> numbers, out of text files or else the tracker's checkpoint."
     last = folder/'checkpoint'/f'{stem}.frame'; kept = {}
@@ -189,9 +192,10 @@ def _text_codes(folder, stem, exp, where):
         flame = field(kept,'flame',last); return flame.get(name) if name=='eyelids' and isinstance(flame,dict) else field(flame,name,last)
     return get
 
+# %% ../nbs/07b_formats.ipynb #b2d196a3
 def _no_codes(path, last): raise InputError(f'{path} is missing, and so is {last}: the codes of a frame lie in flame/exp, shape, jaw, eyes, or in the tracker\'s checkpoint')
 
-# %% ../nbs/07b_formats.ipynb #f61211c3
+# %% ../nbs/07b_formats.ipynb #516bea76
 def _insta_view(m, opengl, middle, where):
     "(4,4) world -> camera, with the head in front; `opengl` None: whichever reading has it there."
     if not is_rigid(m): raise InputError(f'{where}: transform_matrix should be 4 x 4, camera to world, with a rotation in it')
@@ -201,6 +205,7 @@ def _insta_view(m, opengl, middle, where):
     if opengl!=behind: raise InputError(f'{where}: transform_matrix has its head behind the camera; the first frame has it in front')
     return np.diag([1,-1,-1,1])@v if opengl else v
 
+# %% ../nbs/07b_formats.ipynb #f61211c3
 def _insta_files(folder, split):
     "The transforms files of a split."
     if split not in (None,'train','val','test'): raise InputError(f"{folder}: split should be 'train', 'val', 'test' or None; got {split!r}")
@@ -238,7 +243,7 @@ def read_insta(
     check_once([(s[2],'') for s in shots], folder); check_files((s[0] for s in shots), next((s[0] for s in shots if not s[1]), None), 'add matted/NAME.png or an alpha channel')
     return Clip(lambda i: shots[i][3](), len(shots), cache)
 
-# %% ../nbs/07b_formats.ipynb #ce9d28c7
+# %% ../nbs/07b_formats.ipynb #e54a94ac
 def _numbered(folder, name, suffixes, where):
     "Number -> file, of a folder."
     at = folder/name
@@ -248,6 +253,7 @@ def _numbered(folder, name, suffixes, where):
         if found.setdefault(int(p.stem), p)!=p: raise InputError(f'{where}: {found[int(p.stem)].name} and {p.name} in {name} have the same number')
     return {n:inside(folder, f'{name}/{p.name}', where) for n,p in found.items()}
 
+# %% ../nbs/07b_formats.ipynb #ce9d28c7
 def _flash_frame(path, image, mask, time, head):
     "One frame; its camera is in the file, too."
     x = read_checkpoint(path); flame,cv = field(x,'flame',path),field(x,'opencv',path); h,w = numbers(field(x,'img_size',path),'img_size',2,path).tolist()
@@ -275,17 +281,19 @@ def read_flashavatar(
     load = lambda i: _flash_frame(frames[(n:=order[i])], images[n+1], masks.get(n+1), n, head)
     return part(Clip(load, len(order), cache), split, 500, folder)
 
-# %% ../nbs/07b_formats.ipynb #3b2a3df8
+# %% ../nbs/07b_formats.ipynb #d92bbc70
 class _Named(io.BytesIO):
     "Bytes that know where they are from, for the error."
     def __init__(self, data, name): super().__init__(data); self.label = name
     def __str__(self): return self.label
 
+# %% ../nbs/07b_formats.ipynb #8a01efdd
 @lru_cache(8)
 def _database(path, size, mtime): # one process may open a database once only; size and mtime: a changed one is opened again
     import lmdb
     return lmdb.open(path, readonly=True, lock=False, readahead=False).begin()
 
+# %% ../nbs/07b_formats.ipynb #98964f04
 def _lmdb_pictures(folder, where):
     "Function key -> a picture's bytes, or None; from the tracker's database."
     at = folder/'img_lmdb'; data = inside(folder, 'img_lmdb/data.mdb', where)
@@ -296,6 +304,7 @@ def _lmdb_pictures(folder, where):
     except lmdb.Error as e: raise InputError(f'{at} is not a readable database ({printable(e)})') from None
     return lambda key: None if (found:=txn.get(key.encode())) is None else _Named(found, f'{at}: {key}')
 
+# %% ../nbs/07b_formats.ipynb #3b2a3df8
 def _file_pictures(folder, where):
     def get(key):
         return next((inside(folder, f'images/{key}{s}', where) for s in ('.png','.jpg') if (folder/f'images/{key}{s}').is_file()), None)

@@ -30,7 +30,7 @@ def from_centres(
     back = ours.quats*ours.quats.new_tensor([1,-1,-1,-1])
     return avatar.splats['offsets']+quat_rotate(back, ours.points-theirs.points)/ours.scales[:,None]
 
-# %% ../nbs/16c_gaussian_avatars.ipynb #16e00010
+# %% ../nbs/16c_gaussian_avatars.ipynb #fcb4890f
 COLUMNS = PLY_COLUMNS[:9]+[f'f_rest_{i}' for i in range(45)]+PLY_COLUMNS[9:]+['binding_0']
 
 def _params(avatar, poses):
@@ -39,6 +39,7 @@ def _params(avatar, poses):
     x = {k: np.concatenate([r[k] for r in rows]) for k in rows[0] if k not in who} | {k: rows[0][k] for k in who}
     return dict(x, dynamic_offset=np.zeros((len(poses),*x['static_offset'].shape[1:]), np.float32))
 
+# %% ../nbs/16c_gaussian_avatars.ipynb #16e00010
 @torch.no_grad()
 def write_gaussian_avatar(
     avatar:Avatar,

@@ -12,7 +12,7 @@ import math
 import torch, torch.nn.functional as F
 from torch import Tensor
 
-# %% ../nbs/01_geometry.ipynb #bd154022
+# %% ../nbs/01_geometry.ipynb #a52f3681
 def look_at(
     eye:Tensor,       # (3,) camera position, metres
     target:Tensor,    # (3,) point in the middle of the picture
@@ -26,6 +26,7 @@ def look_at(
     if not torch.isfinite(R).all() or R.det()<.5: raise ValueError('look_at: eye and target coincide, or up is parallel to the view')
     return torch.cat([torch.cat([R, -(R@eye)[:,None]],1), torch.tensor([[0.,0,0,1]])])
 
+# %% ../nbs/01_geometry.ipynb #bd154022
 def orbit(
     yaw:float,           # degrees; > 0 moves the camera towards the head's left (+x)
     pitch:float=0.,      # degrees; > 0 looks down from above
@@ -69,20 +70,21 @@ def project(
     p = c@K.T
     return p[...,:2]/p[...,2:], c[...,2]
 
-# %% ../nbs/01_geometry.ipynb #46fe81d3
+# %% ../nbs/01_geometry.ipynb #53106901
 def opengl_to_viewmat(
     c2w:Tensor, # (4,4) camera -> world, OpenGL axes (NeRF's transforms.json)
 )->Tensor:      # (4,4) world -> camera, OpenCV axes
     "Negate the camera's y and z axes, then invert."
     return (c2w*c2w.new_tensor([1,-1,-1,1])).inverse()
 
+# %% ../nbs/01_geometry.ipynb #46fe81d3
 def viewmat_to_opengl(
     viewmat:Tensor, # (4,4) world -> camera, OpenCV axes
 )->Tensor:          # (4,4) camera -> world, OpenGL axes
     "The way back."
     return viewmat.inverse()*viewmat.new_tensor([1,-1,-1,1])
 
-# %% ../nbs/01_geometry.ipynb #797f19c8
+# %% ../nbs/01_geometry.ipynb #1112cb42
 def axis_angle_to_mat(
     v:Tensor, # (...,3) axis times angle, radians
 )->Tensor:    # (...,3,3)
@@ -95,6 +97,7 @@ def axis_angle_to_mat(
     b = torch.where(small, .5-t2/24, (1-t.cos())/t**2)
     return torch.eye(3).to(v) + a*k + b*(k@k)
 
+# %% ../nbs/01_geometry.ipynb #797f19c8
 def quat_to_mat(
     q:Tensor, # (...,4) wxyz, any length but zero
 )->Tensor:    # (...,3,3)
@@ -104,7 +107,7 @@ def quat_to_mat(
                         2*(x*y+w*z), 1-2*(x*x+z*z), 2*(y*z-w*x),
                         2*(x*z-w*y), 2*(y*z+w*x), 1-2*(x*x+y*y)],-1).reshape(*q.shape[:-1],3,3)
 
-# %% ../nbs/01_geometry.ipynb #f0cb2e22
+# %% ../nbs/01_geometry.ipynb #c11945b3
 def mat_to_quat(
     R:Tensor, # (...,3,3) rotations
 )->Tensor:    # (...,4) wxyz, unit, w >= 0
@@ -116,6 +119,7 @@ def mat_to_quat(
     q = F.normalize(q.gather(-2, k[...,None,None].expand(*k.shape,1,4))[...,0,:], dim=-1)
     return torch.where(q[...,:1]<0, -q, q)
 
+# %% ../nbs/01_geometry.ipynb #f0cb2e22
 def mat_to_axis_angle(
     R:Tensor, # (...,3,3) rotations
 )->Tensor:    # (...,3) axis times angle, radians, at most pi
@@ -123,7 +127,7 @@ def mat_to_axis_angle(
     w,v = mat_to_quat(R).split([1,3],-1); s = v.norm(dim=-1, keepdim=True)
     return v*torch.where(s<1e-6, 2., 2*torch.atan2(s,w)/s.clamp_min(1e-12))
 
-# %% ../nbs/01_geometry.ipynb #f37ef7a0
+# %% ../nbs/01_geometry.ipynb #21eee3c5
 def quat_mul(
     a:Tensor, # (...,4) wxyz
     b:Tensor, # (...,4) wxyz
@@ -132,6 +136,7 @@ def quat_mul(
     w,x,y,z = a.unbind(-1); W,X,Y,Z = b.unbind(-1)
     return torch.stack([w*W-x*X-y*Y-z*Z, w*X+x*W+y*Z-z*Y, w*Y-x*Z+y*W+z*X, w*Z+x*Y-y*X+z*W],-1)
 
+# %% ../nbs/01_geometry.ipynb #f37ef7a0
 def quat_rotate(
     q:Tensor, # (...,4) wxyz, unit
     v:Tensor, # (...,3)
@@ -140,7 +145,7 @@ def quat_rotate(
     w,u = q[...,:1],q[...,1:]; t = 2*torch.linalg.cross(u, v)
     return v + w*t + torch.linalg.cross(u, t)
 
-# %% ../nbs/01_geometry.ipynb #b970a85e
+# %% ../nbs/01_geometry.ipynb #4d2e3e3b
 SH_C0 = .5*math.sqrt(1/math.pi)
 
 def rgb_to_sh0(
@@ -149,6 +154,7 @@ def rgb_to_sh0(
     "Colour as a degree-0 spherical harmonic."
     return (rgb-.5)/SH_C0
 
+# %% ../nbs/01_geometry.ipynb #b970a85e
 def sh0_to_rgb(
     sh0:Tensor, # (...,3)
 )->Tensor:      # (...,3), not clamped

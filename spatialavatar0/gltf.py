@@ -18,7 +18,7 @@ from .clips import resize
 from .avatar import Avatar
 from .animate import check_controls, control_names, motions_for
 
-# %% ../nbs/16b_gltf.ipynb #16b00008
+# %% ../nbs/16b_gltf.ipynb #cf1572c3
 def corners_of(
     head,
 )->tuple: # (U,) vertex of each file vertex, (U,) its place in head.uv, (F,3) triangles
@@ -26,6 +26,7 @@ def corners_of(
     pairs,triangles = torch.stack([head.faces.reshape(-1), head.uv_faces.reshape(-1)],1).unique(dim=0, return_inverse=True)
     return pairs[:,0], pairs[:,1], triangles.reshape(-1,3)
 
+# %% ../nbs/16b_gltf.ipynb #16b00008
 def baked_texture(
     avatar:Avatar,
     size:int=512, # pixels per side
@@ -85,11 +86,12 @@ def _skeleton(f, head, rest):
     bind = np.tile(np.eye(4,dtype=np.float32),(5,1,1)); bind[:,3,:3] = -J                 # column by column: the last row here is the last column there
     f.json['skins'] = [dict(inverseBindMatrices=f.table(bind.reshape(5,16)), joints=list(range(5)), skeleton=0)]
 
-# %% ../nbs/16b_gltf.ipynb #16b00030
+# %% ../nbs/16b_gltf.ipynb #9b4076d0
 def _weights(head, vid): # -> (U,4) joints, (U,4) weights: the four strongest of the five
     w,j = head.weights[vid].topk(4,-1); w = w/w.sum(-1,keepdim=True)
     return torch.where(w>0,j,0).numpy().astype(np.uint8), w.numpy()
 
+# %% ../nbs/16b_gltf.ipynb #16b00030
 def _surface(f, avatar, vid, uid, triangles, targets, size):
     "The mesh with its targets, and what it looks like."
     rest = avatar.verts(); u = len(vid); xyz = rest[vid].numpy(); joints,weights = _weights(avatar.head, vid)

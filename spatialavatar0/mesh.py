@@ -23,12 +23,13 @@ def vertex_normals(
     for k in range(3): total = total.index_add(-2, faces[:,k], n)
     return F.normalize(total, dim=-1, eps=1e-20)
 
-# %% ../nbs/05b_mesh.ipynb #6a5a125c
+# %% ../nbs/05b_mesh.ipynb #6cdd915c
 _inline = nb.njit(forceinline=True, cache=True, error_model='numpy')
 
 @_inline
 def _edge(ax, ay, bx, by, px, py): return (bx-ax)*(py-ay)-(by-ay)*(px-ax)
 
+# %% ../nbs/05b_mesh.ipynb #6a5a125c
 @_inline
 def _fill_triangle(t, v, y0, y1, face_ids, bary, depth):
     "Draw triangle t with corners v (x, y, z pixels and metres) into the rows y0..y1-1 where it is the nearest."
@@ -59,13 +60,14 @@ def _fill_mesh(threads, xyz, faces, near, face_ids, bary, depth):
             if min(a[2],b[2],c[2])<near: continue
             _fill_triangle(t,(a[0],a[1],a[2],b[0],b[1],b[2],c[0],c[1],c[2]),y0,y1,face_ids,bary,depth)
 
-# %% ../nbs/05b_mesh.ipynb #db91836b
+# %% ../nbs/05b_mesh.ipynb #2b12e4f5
 def _screen(points, viewmat, K):
     "Pixels x, y and depth z of world points, float64 (N,3)."
     p,R,K = [x.detach().cpu().double() for x in (points,viewmat,K)]
     p = p @ R[:3,:3].T + R[:3,3]
     return torch.cat([(p @ K.T)[:,:2]/p[:,2:], p[:,2:]], 1)
 
+# %% ../nbs/05b_mesh.ipynb #db91836b
 def rasterize_mesh(
     verts:Tensor,   # (V,3) metres
     faces:Tensor,   # (F,3) vertex indices
@@ -112,7 +114,7 @@ def sample_texture(
     t = F.grid_sample(texture.permute(2,0,1)[None], grid, align_corners=False, padding_mode='border')
     return t[0,:,:,0].T.reshape(*uv.shape[:-1],-1)
 
-# %% ../nbs/05b_mesh.ipynb #890848a2
+# %% ../nbs/05b_mesh.ipynb #879221ae
 def _albedo(verts, faces, ids, bary, colors, texture, uv, uv_faces):
     "Unlit colour of every pixel (H,W,3)."
     if texture is not None:
@@ -121,6 +123,7 @@ def _albedo(verts, faces, ids, bary, colors, texture, uv, uv_faces):
     if colors is None: return torch.full((*ids.shape,3), .75, device=verts.device)
     return interpolate(colors.float(), faces, ids, bary)
 
+# %% ../nbs/05b_mesh.ipynb #890848a2
 def _lambert(verts, faces, ids, bary, viewmat, light, ambient):
     "Brightness of every pixel (H,W,1) under one distant light and an even sky."
     if light is None: return 1.

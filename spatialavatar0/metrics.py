@@ -14,7 +14,7 @@ import hashlib, math, re, warnings
 import numba as nb, numpy as np, torch, torch.nn.functional as F
 from torch import Tensor
 
-# %% ../nbs/06_metrics.ipynb #1c0c5203
+# %% ../nbs/06_metrics.ipynb #05b1f6de
 def _pair(a, b):
     "Two float pictures of the same shape, or one clear error."
     a,b = [x if isinstance(x,Tensor) else torch.as_tensor(np.asarray(x)) for x in (a,b)]
@@ -24,6 +24,7 @@ def _pair(a, b):
         if not x.is_floating_point(): raise InputError(f'pictures should be floats from 0 to 1; got {x.dtype}: divide bytes by 255')
     return a,b
 
+# %% ../nbs/06_metrics.ipynb #1c0c5203
 def _masked_mean(err, mask):
     "Mean of err over all pixels, or weighted by a mask with one number per pixel."
     if mask is None: return err.mean()
@@ -65,13 +66,14 @@ def psnr(
     "Peak signal-to-noise ratio: mean squared error on a logarithmic scale."
     return 10*torch.log10(data_range**2/mse(a,b,mask))
 
-# %% ../nbs/06_metrics.ipynb #0a05a623
+# %% ../nbs/06_metrics.ipynb #36b1df03
 def pooled_psnr(
     mses, # (T,) mean squared error of each frame, range 0..1
 )->float: # decibels
     "PSNR of the mean squared error of all frames: what the paper prints."
     return float(-10*torch.log10(_frames(mses).mean()))
 
+# %% ../nbs/06_metrics.ipynb #ecbb3c9c
 def mean_psnr(
     mses,           # (T,) mean squared error of each frame, range 0..1
     floor:float=0., # added to the root of each; SplattingAvatar: 1e-8
@@ -79,6 +81,7 @@ def mean_psnr(
     "Mean of the frames' own PSNRs."
     return float((-20*torch.log10(_frames(mses).sqrt()+floor)).mean())
 
+# %% ../nbs/06_metrics.ipynb #0a05a623
 def _frames(mses):
     "(T,) float64, checked."
     m = torch.as_tensor(mses, dtype=torch.float64).flatten()
@@ -91,13 +94,14 @@ SSIM_WINDOW /= SSIM_WINDOW.sum()
 _WINDOW = SSIM_WINDOW.astype(np.float32)
 _C1,_C2,_ZERO,_ONE,_TWO = [np.float32(v) for v in (.01**2,.03**2,0,1,2)]
 
-# %% ../nbs/06_metrics.ipynb #a22c6630
+# %% ../nbs/06_metrics.ipynb #744bfd8f
 def _blur(x, padding):
     "Gaussian window average of (B,H,W) pictures: down the columns, then along the rows."
     n,p,w = len(x), 5 if padding=='same' else 0, torch.as_tensor(SSIM_WINDOW).to(x)
     x = F.conv2d(x[None], w.view(1,1,11,1).expand(n,1,11,1), padding=(p,0), groups=n)
     return F.conv2d(x, w.view(1,1,1,11).expand(n,1,1,11), padding=(0,p), groups=n)[0]
 
+# %% ../nbs/06_metrics.ipynb #a22c6630
 def ssim_map(
     a:Tensor, # (B,H,W) one channel each, 0..1
     b:Tensor, # the same shape
@@ -171,13 +175,14 @@ def ssim_backward(threads, X, Y, step, shift, slopes, grad):
                 n = nb.uintp(j+shift*step)
                 grad[i,y,j] = a+_TWO*X[i,y+shift,n]*b+Y[i,y+shift,n]*c
 
-# %% ../nbs/06_metrics.ipynb #5f25755f
+# %% ../nbs/06_metrics.ipynb #f1425c86
 def _rows(x, pad):
     "(B,H,W,D) as float32 rows (B,H,W*D), with zeros around it."
     x = x.detach().numpy().astype(np.float32,copy=False)
     if pad: x = np.pad(x,((0,0),(pad,pad),(pad,pad),(0,0)))
     return np.ascontiguousarray(x).reshape(*x.shape[:2],-1)
 
+# %% ../nbs/06_metrics.ipynb #5f25755f
 class _FusedSSIM(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a, b, padding):
@@ -211,7 +216,7 @@ def ssim(
     planes = lambda x: x.permute(0,3,1,2).flatten(0,1)
     return ssim_map(planes(a),planes(b),padding).mean()
 
-# %% ../nbs/06_metrics.ipynb #cd219023
+# %% ../nbs/06_metrics.ipynb #8063beb3
 SIGMAS = (.5,1.,2.,4.,8.)
 
 @lru_cache(64)
@@ -223,6 +228,7 @@ def blur_matrix(
     x = torch.arange(n, dtype=torch.float64); w = torch.exp(-(x[:,None]-x)**2/(2*sigma**2))
     return w/w.sum(1, keepdim=True)
 
+# %% ../nbs/06_metrics.ipynb #cd219023
 def ms_ssim(
     a:Tensor, # (H,W,D), (B,H,W,D) or (H,W), 0..1
     b:Tensor, # the same shape
@@ -271,7 +277,7 @@ def open_lpips(
     with warnings.catch_warnings(): warnings.simplefilter('ignore'); net = lpips.LPIPS(net='alex', pnet_rand=True, verbose=False)
     return _Lpips(_fill(net, *found[:2]).eval().requires_grad_(False), found[2])
 
-# %% ../nbs/06_metrics.ipynb #f1d2e89c
+# %% ../nbs/06_metrics.ipynb #24b69965
 @torch.no_grad()
 def _fill(net, convs, heads):
     "Put AlexNet's own convolutions where `lpips` has random ones; its heads must be those of the file."
@@ -280,6 +286,7 @@ def _fill(net, convs, heads):
     if heads and any(not torch.equal(h, l.model[-1].weight) for h,l in zip(heads, net.lins)): raise InputError('the weights of LPIPS in the manifest and in the package lpips differ; pip install "lpips==0.1.4"')
     return net
 
+# %% ../nbs/06_metrics.ipynb #f1d2e89c
 class _Lpips:
     def __init__(self, net, source): self.net,self.name = net, f'LPIPS (alex, v0.1, weights: {source})'
     def __call__(self, a, b, normalize=True): # normalize: 0..1 -> -1..1, what the network was trained for; GaussianAvatars leaves it out

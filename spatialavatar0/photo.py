@@ -44,12 +44,13 @@ def visibility(
         g = torch.maximum(g, torch.stack([s.visible*smooth(s.cosine, -.1, .3), s.visible*smooth(s.cosine, .2, .55)*inside]))
     return tuple(g)
 
-# %% ../nbs/12b_photo.ipynb #e77d911e
+# %% ../nbs/12b_photo.ipynb #5e109c42
 def _outside(avatar, *names):
     "1 outside the named regions, 0 inside; heads that lack a region have none of it."
     h,b = avatar.head,avatar.binding
     return 1-torch.stack([texel_mask(h, n, b) for n in names if n in h.masks] or [torch.zeros(len(b))]).amax(0).clamp(0,1)
 
+# %% ../nbs/12b_photo.ipynb #e77d911e
 def gates(
     avatar:Avatar,
     clip:Clip,
@@ -76,13 +77,14 @@ def shut_eyes(
     on = (lids[h.faces].all(1)[ids.clamp_min(0)]&(ids>=0)).float()
     return Frame(rgb.clamp(0,1), alpha.clamp(0,1).round(), frame.viewmat, K, dict(frame.params, **p)), -erode(-on, 2)
 
-# %% ../nbs/12b_photo.ipynb #037fb98f
+# %% ../nbs/12b_photo.ipynb #163bf237
 def photo_config(
     iters:int=300,
 )->RefineConfig:
     "A few hundred steps on one photo: the front sharpens, the sides keep their shape."
     return RefineConfig(iters=iters, freeze=50, aspect=0., spread=1., grow=1., keep=0., anchor=.02)
 
+# %% ../nbs/12b_photo.ipynb #037fb98f
 def refine_photo(
     avatar:Avatar,
     photos,           # a Frame, or several of one person, the most frontal first

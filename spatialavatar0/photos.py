@@ -18,7 +18,7 @@ from .clips import Frame
 from .avatar import Avatar,bake_eyes,bleed,complete,from_frame,grow_hair,look_up,new_avatar,see,sink,trust
 from .track import camera_guess,detect,landmark_model,landmark_table,load_photo,matte,minimise,set_up,solve,to_frame
 
-# %% ../nbs/13b_photos.ipynb #9ee9ca82
+# %% ../nbs/13b_photos.ipynb #0532563b
 def fit_together(
     photos,        # files, arrays or tensors; see load_photo
     head:Head=None,# default: the open head
@@ -36,6 +36,7 @@ def fit_together(
     known = [minimise(lm, replace(s, c=torch.cat([shape, s.c[-52:]])), t, free=('pose','arkit')) for s,(_,t) in zip(fits,problems)]
     return [_matted(to_frame(s, im, K, head), alpha, head) for s,(im,alpha),K in zip(known,pictures,Ks)]
 
+# %% ../nbs/13b_photos.ipynb #9ee9ca82
 def _matted(frame, alpha, head):
     mask = matte(frame.image, frame, head)
     return replace(frame, mask=mask if alpha is None else torch.minimum(mask, alpha))
@@ -54,13 +55,14 @@ def match_colours(
         if both.sum()>=least: gains[k] = (rgb[0][both].median(0).values/rgb[k][both].median(0).values.clamp_min(.02)).clamp(1/limit,limit)
     return gains
 
-# %% ../nbs/13b_photos.ipynb #f3da5178
+# %% ../nbs/13b_photos.ipynb #c40d5331
 def frontal_first(
     frames:list, # tracked photos
 )->list:         # the same, the most frontal one first
     "Sort photos by how far the face is turned away."
     return sorted(frames, key=lambda f: float(f.viewmat[2,:3]@_facing(f)))     # towards the camera is -z
 
+# %% ../nbs/13b_photos.ipynb #f3da5178
 def _facing(frame):
     "(3,) where the face looks, in the world: turned by the root and the neck."
     d = torch.tensor([0.,0,1])

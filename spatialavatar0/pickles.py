@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from .core import InputError
 
-# %% ../nbs/02b_pickles.ipynb #824cdf3a
+# %% ../nbs/02b_pickles.ipynb #b48446f8
 _MOVED = {'__builtin__':'builtins', 'copyreg':'copy_reg', 'numpy._core.multiarray':'numpy.core.multiarray', 'numpy._core.numeric':'numpy.core.numeric',
           'scipy.sparse._csc':'scipy.sparse.csc', 'scipy.sparse._csr':'scipy.sparse.csr'}
 SPARSE = ('scipy.sparse.csc','csc_matrix'), ('scipy.sparse.csr','csr_matrix')
@@ -27,6 +27,7 @@ class Name(NamedTuple):
     module:str
     name:str
 
+# %% ../nbs/02b_pickles.ipynb #824cdf3a
 class Thing:
     "Something the file wants made: its kind, what it is made from, and the state the file gives it."
     def __init__(self, kind, args=()): self.kind,self.args,self.state = kind,args,None
@@ -47,13 +48,14 @@ _KEEP = '''MARK STOP POP POP_MARK DUP NONE NEWTRUE NEWFALSE INT BININT BININT1 B
     LIST EMPTY_LIST APPEND APPENDS TUPLE EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT EMPTY_SET
     GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE PROTO FRAME GLOBAL STACK_GLOBAL'''.split()
 
-# %% ../nbs/02b_pickles.ipynb #528a3611
+# %% ../nbs/02b_pickles.ipynb #aac85a8b
 class _Table(dict):
     "Instruction -> method; whatever is not in it is refused."
     def __missing__(self, op):
         if op in pickle._Unpickler.dispatch: raise Refused(f'the instruction {bytes([op])!r}')
         raise pickle.UnpicklingError(f'no instruction starts with {bytes([op])!r}')
 
+# %% ../nbs/02b_pickles.ipynb #528a3611
 class Reader(pickle._Unpickler):
     "Python's pickle machine without its hands: it fetches nothing and calls nothing."
     dispatch = _Table({ord(getattr(pickle,op)):pickle._Unpickler.dispatch[ord(getattr(pickle,op))] for op in _KEEP})
@@ -69,17 +71,18 @@ class Reader(pickle._Unpickler):
         if self.left<0: raise Refused('more memory than the limit')
         return n
 
-# %% ../nbs/02b_pickles.ipynb #dc04521a
+# %% ../nbs/02b_pickles.ipynb #148e6b22
 def _does(op): # register a method of the machine in its own table
     def add(f): Reader.dispatch[ord(op)] = f; return f
     return add
 
+# %% ../nbs/02b_pickles.ipynb #dc04521a
 def _costs(op, bytes=256): # a container in memory is larger than the one byte that asks for it: count it
     make = Reader.dispatch[ord(getattr(pickle,op))]
     Reader.dispatch[ord(getattr(pickle,op))] = lambda self: (self.spend(bytes), make(self))[1]
 for _op in 'LIST EMPTY_LIST TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT EMPTY_SET'.split(): _costs(_op)
 
-# %% ../nbs/02b_pickles.ipynb #7c3e05ca
+# %% ../nbs/02b_pickles.ipynb #8d832701
 @_does(pickle.REDUCE)
 @_does(pickle.NEWOBJ)
 def _reduce(self):
@@ -87,6 +90,7 @@ def _reduce(self):
     if type(name) is not Name or type(args) is not tuple: raise Refused('a call of something that is not a name')
     self.stack.append(_make(self, name, args))
 
+# %% ../nbs/02b_pickles.ipynb #7c3e05ca
 @_does(pickle.BUILD)
 def _build(self):
     state = self.stack.pop(); thing = self.stack[-1]
@@ -106,27 +110,34 @@ def _make(self, name, args):
     if name.name=='set' and len(args)==1 and type(args[0]) is list: self.spend(8*len(args[0])); return set(map(_key, args[0]))
     raise Refused(f'{".".join(name)} called in an unusual way')
 
-# %% ../nbs/02b_pickles.ipynb #b6843181
+# %% ../nbs/02b_pickles.ipynb #e9064b79
 def _key(x):
     if type(x) not in (str,bytes,int,float,bool,type(None)): raise Refused(f'a {type(x).__name__} as a key')
     return x
 
+# %% ../nbs/02b_pickles.ipynb #7a30db95
 def _fill(d, items):
     if type(d) is not dict: raise Refused(f'keys for a {type(d).__name__}')
     d.update(zip(map(_key, items[::2]), items[1::2]))
 
 @_does(pickle.SETITEM)
 def _setitem(self): pair = self.stack[-2:]; del self.stack[-2:]; _fill(self.stack[-1], pair)
+
+# %% ../nbs/02b_pickles.ipynb #d699b373
 @_does(pickle.SETITEMS)
 def _setitems(self): items = self.pop_mark(); _fill(self.stack[-1], items)
+
 @_does(pickle.DICT)
 def _dict(self): d = {}; _fill(d, self.pop_mark()); self.append(d)
+
+# %% ../nbs/02b_pickles.ipynb #b6843181
 @_does(pickle.ADDITEMS)
 def _additems(self): items = self.pop_mark(); self.stack[-1].update(map(_key, items))
+
 @_does(pickle.BYTEARRAY8)
 def _bytearray8(self): self.append(self.read(int.from_bytes(self.read(8),'little')))
 
-# %% ../nbs/02b_pickles.ipynb #4973f5eb
+# %% ../nbs/02b_pickles.ipynb #49cadc39
 def _dtype(thing):
     "numpy's type for a pickled one; None for 'any object'."
     if type(thing) is not Thing or thing.kind!=('numpy','dtype'): raise Refused('an array without a type')
@@ -136,6 +147,7 @@ def _dtype(thing):
     if not re.fullmatch(r'b1|[iu][1248]|f[248]|[SU]\d{1,5}', code) or state[1] not in ('<','>','|','=') or any(x is not None for x in state[2:5]): raise Refused(f'an array type {code!r}')
     return np.dtype(code).newbyteorder(state[1])
 
+# %% ../nbs/02b_pickles.ipynb #4973f5eb
 def _array(self, dtype, shape, data, fortran=False):
     "Bytes of the file as an array (read-only, not copied)."
     if type(shape) is not tuple or not all(type(n) is int and 0<=n<2**48 for n in shape) or len(shape)>8: raise Refused('an odd array shape')
@@ -144,7 +156,7 @@ def _array(self, dtype, shape, data, fortran=False):
     if type(data) is not bytes or len(data)!=size: raise Refused(f'an array {shape} of {dtype} in {len(data):,} bytes, not {size:,}')
     return np.frombuffer(data, dtype).reshape(shape, order='F' if fortran else 'C')
 
-# %% ../nbs/02b_pickles.ipynb #f89b90e7
+# %% ../nbs/02b_pickles.ipynb #cbdbaf1f
 def _ndarray(self, thing):
     if type(thing.state) is not tuple or len(thing.state) not in (4,5): raise Refused('an array without numbers')
     shape,dtype,fortran,data = thing.state[-4:]
@@ -153,13 +165,14 @@ def _ndarray(self, thing):
     items = [self.value(x) for x in data]
     return items[0] if shape==() else items
 
+# %% ../nbs/02b_pickles.ipynb #f89b90e7
 def _scalar(self, thing):
     dtype,data = thing.args; return _array(self, _dtype(dtype), (), data)[()]
 
 def _frombuffer(self, thing): # how protocol 5 writes arrays
     data,dtype,shape,order = thing.args; return _array(self, _dtype(dtype), shape, data, order=='F')
 
-# %% ../nbs/02b_pickles.ipynb #fb4962bf
+# %% ../nbs/02b_pickles.ipynb #2f285f67
 def _sparse(self, thing):
     s = {k:self.value(v) for k,v in thing.state.items()}; rows,cols = map(int, s['_shape'] if '_shape' in s else s['shape'])
     by_column = thing.kind==SPARSE[0]; major = cols if by_column else rows
@@ -170,6 +183,7 @@ def _sparse(self, thing):
     dense = np.zeros((rows,cols)); np.add.at(dense, (other,at) if by_column else (at,other), s['data'])
     return dense
 
+# %% ../nbs/02b_pickles.ipynb #fb4962bf
 def _chumpy(self, thing):
     if thing.kind==CHUMPY[0]: return self.value(thing.state['x'])
     a,places = np.asarray(self.value(thing.state['a'])).ravel(),np.asarray(self.value(thing.state['idxs'])).ravel()
@@ -221,7 +235,7 @@ def _bytes_of(path, limit):
     if start[:2]==b'\x1f\x8b': raise InputError(f'{path} is packed with gzip: unpack it first')
     return data
 
-# %% ../nbs/02b_pickles.ipynb #1c72f0f9
+# %% ../nbs/02b_pickles.ipynb #a02a74ae
 def _npy(f, size, where, limit):
     "One array in numpy's own format, from an open file of `size` bytes."
     version = np.lib.format.read_magic(f)
@@ -233,6 +247,7 @@ def _npy(f, size, where, limit):
     if need!=have: raise InputError(f'{where}: an array {shape} of {dtype} needs {need:,} bytes; the file has {have:,}: download it again')
     return np.frombuffer(f.read(need), dtype).reshape(shape, order='F' if fortran else 'C')
 
+# %% ../nbs/02b_pickles.ipynb #1c72f0f9
 def _npz(data, where, limit, keys):
     with zipfile.ZipFile(io.BytesIO(data)) as z:
         members = [m for m in z.infolist() if m.filename.endswith('.npy') and (keys is None or m.filename[:-4] in keys)]; total = sum(m.file_size for m in members)

@@ -35,7 +35,7 @@ PRESETS = {p.name: p for p in (
     Preset('gaussianavatars', 1., True, 'mean', True, 0., 'same', False, "GaussianAvatars' evaluation", ('mean of three PSNRs, one per channel: never below the usual one', 'zeros around the picture count in SSIM', 'LPIPS is fed 0..1: smaller than the real one')),
     Preset('gagavatar', None, True, 'mean', False, 0., 'valid', True, "GAGAvatar's zero-shot tables", ('pictures as its tracker stores them, 512 x 512',)))}
 
-# %% ../nbs/06b_presets.ipynb #06d00011
+# %% ../nbs/06b_presets.ipynb #c56468c2
 def lay_on(
     image:Tensor,  # (H,W,3)
     mask:Tensor,   # (H,W) 0..1, or None
@@ -45,6 +45,7 @@ def lay_on(
     if preset.background is None or mask is None: return image
     return image*mask[...,None]+preset.background*(1-mask[...,None])
 
+# %% ../nbs/06b_presets.ipynb #06d00011
 def frame_scores(
     a:Tensor,      # (H,W,3) the render, on the preset's background; may leave 0..1
     b:Tensor,      # (H,W,3) the truth, on it, too

@@ -88,10 +88,11 @@ def _rotate(V, v): return (V[0,0]*v[0]+V[0,1]*v[1]+V[0,2]*v[2], V[1,0]*v[0]+V[1,
 @inline
 def _rotate_back(V, v): return (V[0,0]*v[0]+V[1,0]*v[1]+V[2,0]*v[2], V[0,1]*v[0]+V[1,1]*v[1]+V[2,1]*v[2], V[0,2]*v[0]+V[1,2]*v[1]+V[2,2]*v[2])
 
-# %% ../nbs/04b_projection.ipynb #67179ea7
+# %% ../nbs/04b_projection.ipynb #ff3b88c2
 @inline
 def _plus(a, b): return (a[0]+b[0],a[1]+b[1],a[2]+b[2])
 
+# %% ../nbs/04b_projection.ipynb #7678840b
 @inline
 def _unit_quat(quats, i):
     "Normalised quaternion i and one over its length."
@@ -99,6 +100,7 @@ def _unit_quat(quats, i):
     s = ONE/math.sqrt(max(w*w+x*x+y*y+z*z, np.float32(1e-24)))
     return (w*s,x*s,y*s,z*s), s
 
+# %% ../nbs/04b_projection.ipynb #67179ea7
 @inline
 def _axes(q):
     "Columns of the rotation matrix of a unit quaternion."
@@ -107,13 +109,14 @@ def _axes(q):
             (TWO*(x*y-w*z), ONE-TWO*(x*x+z*z), TWO*(y*z+w*x)),
             (TWO*(x*z+w*y), TWO*(y*z-w*x), ONE-TWO*(x*x+y*y)))
 
-# %% ../nbs/04b_projection.ipynb #97e4e716
+# %% ../nbs/04b_projection.ipynb #56ed164d
 def _camera(K, width, height):
     "fx fy cx cy and the four clamps of the direction, float32 (8,)."
     fx,fy,cx,cy = K[0,0],K[1,1],K[0,2],K[1,2]
     mx,my = .15*width/fx, .15*height/fy
     return np.array([fx,fy,cx,cy, -cx/fx-mx,(width-cx)/fx+mx, -cy/fy-my,(height-cy)/fy+my], np.float32)
 
+# %% ../nbs/04b_projection.ipynb #fac6cf53
 @inline
 def _jacobian(cam, p):
     "The non-zero entries xx, xz, yy, yz of `camera_jacobian`."
@@ -121,16 +124,18 @@ def _jacobian(cam, p):
     tx,ty = min(max(p[0]*iz,cam[4]),cam[5]), min(max(p[1]*iz,cam[6]),cam[7])
     return cam[0]*iz, -cam[0]*tx*iz, cam[1]*iz, -cam[1]*ty*iz
 
+# %% ../nbs/04b_projection.ipynb #97e4e716
 @inline
 def _to_screen(J, a): return (J[0]*a[0]+J[1]*a[2], J[2]*a[1]+J[3]*a[2])
 
-# %% ../nbs/04b_projection.ipynb #f3e36879
+# %% ../nbs/04b_projection.ipynb #e57f74f9
 @inline
 def _half_size(a, b, c, reach):
     "Half width and half height of the ellipse sigma <= reach, pixels."
     r = math.sqrt(reach)
     return r*math.sqrt(b*b+c*c)/(a*c), r/c
 
+# %% ../nbs/04b_projection.ipynb #f3e36879
 @inline
 def _on_screen(mx, my, ex, ey, width, height): return mx+ex>ZERO and mx-ex<width and my+ey>ZERO and my-ey<height
 
@@ -154,7 +159,7 @@ def project_kernel(means, quats, scales, opacities, V, cam, limits, means2d, dep
         means2d[i,0]=mx; means2d[i,1]=my; white[i,0]=a; white[i,1]=b; white[i,2]=c
         extents[i,0]=ex; extents[i,1]=ey; reach[i] = far_sigma
 
-# %% ../nbs/04b_projection.ipynb #6fadfa23
+# %% ../nbs/04b_projection.ipynb #760939aa
 def whiteners_to_conics(
     white:Tensor, # (...,3)
 )->Tensor:        # (...,3)
@@ -162,8 +167,10 @@ def whiteners_to_conics(
     a,b,c = white.unbind(-1)
     return 2*torch.stack([a*a,a*b,b*b+c*c],-1)
 
+# %% ../nbs/04b_projection.ipynb #c95a9b4a
 def _np(t): return np.ascontiguousarray(t.detach().numpy(), np.float32)
 
+# %% ../nbs/04b_projection.ipynb #6fadfa23
 def _project(arrays, V, K, width, height, near, far, eps2d):
     "`project_kernel` into fresh arrays: the camera's eight numbers, and means2d, depths, white, reach, extents."
     n,f = len(arrays[0]),np.float32; cam = _camera(K,width,height)
@@ -206,10 +213,11 @@ def _quat_backward(q, length, g0, g1, g2):
     along = gw*w+gx*x+gy*y+gz*z
     return (gw-along*w)*length, (gx-along*x)*length, (gy-along*y)*length, (gz-along*z)*length
 
-# %% ../nbs/04b_projection.ipynb #6f56a6d5
+# %% ../nbs/04b_projection.ipynb #803d3dae
 @inline
 def _plus4(a, b): return (a[0]+b[0],a[1]+b[1],a[2]+b[2],a[3]+b[3])
 
+# %% ../nbs/04b_projection.ipynb #6f56a6d5
 @inline
 def _shape_backward(V, J, q, length, s, white, m):
     "From the second moments of a splat: gradients of its scales, its quaternion and J."

@@ -66,7 +66,7 @@ def paper_config(**changes)->RefineConfig:
     "Stage 2 as the paper has it, without our remedy."
     return RefineConfig(**{**dict(keep=0.), **changes})
 
-# %% ../nbs/12_refine.ipynb #5ad40617
+# %% ../nbs/12_refine.ipynb #a7ff6b43
 def render_frame(
     splats:dict,        # raw attributes
     frames:Frames,      # of the posed mesh
@@ -78,6 +78,7 @@ def render_frame(
     rgb,_,_ = rasterize(*world, frame.viewmat[None], frame.K[None], frame.width, frame.height, backgrounds=background[None])
     return rgb[0], world[:3]
 
+# %% ../nbs/12_refine.ipynb #5ad40617
 def photo_loss(
     rgb:Tensor,    # (H,W,3) render
     target:Tensor, # (H,W,3), on the same background
@@ -88,7 +89,7 @@ def photo_loss(
     if care is not None: rgb = torch.where(care[...,None]>.5, rgb, target)
     return cfg.l1/rgb.numel()*(rgb-target).abs().sum() + cfg.dssim*(1-ssim(rgb, target))
 
-# %% ../nbs/12_refine.ipynb #5601ed93
+# %% ../nbs/12_refine.ipynb #17745673
 def clamp_scales(
     log_scales:Tensor, # (N,3)
     start:Tensor,      # (N,3) where they began
@@ -100,6 +101,7 @@ def clamp_scales(
     m = x.mean(-1, keepdim=True)
     return m+(x-m).clamp(-spread, spread)
 
+# %% ../nbs/12_refine.ipynb #5601ed93
 def aspect_loss(
     means:Tensor, quats:Tensor, scales:Tensor, # (N,3) (N,4) (N,3) in the world
     frame,             # has viewmat, K, width, height
@@ -125,7 +127,7 @@ def light_share(
         taken += one.grad[:,0]
     return taken/taken.mean().clamp_min(1e-12)
 
-# %% ../nbs/12_refine.ipynb #e4dd15d0
+# %% ../nbs/12_refine.ipynb #ba5ef357
 def texel_neighbours(
     binding,       # of a UV grid
 )->Tensor:         # (N,4) int32 right, left, below, above; -1 where there is none
@@ -135,6 +137,7 @@ def texel_neighbours(
     r,c = binding.texels.T+1
     return torch.stack([wide[r,c+1], wide[r,c-1], wide[r+1,c], wide[r-1,c]], -1).int()
 
+# %% ../nbs/12_refine.ipynb #e4dd15d0
 @nb.njit(parallel=True, cache=True, fastmath=True)
 def _smooth_kernel(threads, near, s, x, grad, parts):
     "parts (threads,): sums of s_ij |x_i-x_j|^2 over pairs; grad (N,D): its derivative."
@@ -150,7 +153,7 @@ def _smooth_kernel(threads, near, s, x, grad, parts):
                 grad[i,d] = g; total += x[i,d]*g
         parts[t] = total/2                                # every pair was met from both sides
 
-# %% ../nbs/12_refine.ipynb #6fd2ed02
+# %% ../nbs/12_refine.ipynb #c65c3759
 class _Smooth(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, near, s):
@@ -161,6 +164,7 @@ class _Smooth(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g): return (g/max(1,len(ctx.grad))*ctx.grad).reshape(ctx.shape), None, None
 
+# %% ../nbs/12_refine.ipynb #6fd2ed02
 def keep_loss(
     change:Tensor, # (N,...) since the start
     near:Tensor,   # (N,4) from `texel_neighbours`
@@ -195,13 +199,14 @@ class View:
         _paste(nb.get_num_threads(), self.image.numpy(), self.mask.numpy(), *self.corner, background.numpy(), out.numpy())
         return out
 
-# %% ../nbs/12_refine.ipynb #c54ba056
+# %% ../nbs/12_refine.ipynb #da1d5df1
 @patch
 def _on(self:View, background):
     (y,x),(h,w) = self.corner,self.mask.shape; out = background.expand(self.height, self.width, 3).clone(); box = out[y:y+h,x:x+w]
     out[y:y+h,x:x+w] = box+self.mask[...,None].to(box)/255*(self.image.to(box)/255-box)
     return out
 
+# %% ../nbs/12_refine.ipynb #c54ba056
 @patch
 def to(self:View, device, binding): # binding: on that device already, one for all views
     if device.type=='cpu': return self
@@ -220,7 +225,7 @@ def _paste(threads, image, mask, y0, x0, background, out):
                 m = mask[y-y0,x]*byte
                 for d in range(3): out[y,x0+x,d] += m*(image[y-y0,x,d]*byte-background[d])
 
-# %% ../nbs/12_refine.ipynb #986d3806
+# %% ../nbs/12_refine.ipynb #11bc52cb
 def look(
     avatar:Avatar,
     frame:Frame,
@@ -234,12 +239,13 @@ def look(
     with torch.no_grad(): verts = avatar.verts(**frame.pose)
     return View(byte(frame.image), byte(frame.mask), (y0,x0), frame.width, frame.height, frame.viewmat, frame.K, verts, avatar.binding, frame.time, care)
 
+# %% ../nbs/12_refine.ipynb #986d3806
 def _span(on):
     "First true place, and one past the last."
     i = on.nonzero()[:,0].tolist()
     return (i[0],i[-1]+1) if i else (0,0)
 
-# %% ../nbs/12_refine.ipynb #12c463be
+# %% ../nbs/12_refine.ipynb #fa4af571
 class Refinement:
     "Stage 2 between two steps."
     def __init__(self, avatar, clip, cfg, iters, seed=0, gate=None, extra=(), device='cpu'): # extra: Views, one every fourth step
@@ -260,16 +266,18 @@ class Refinement:
         if self.room>0: self.views[i] = v; self.room -= v.bytes()
         return v
 
+# %% ../nbs/12_refine.ipynb #12c463be
 def like(g, x): # (N,) next to (N,...)
     return g.reshape(-1,*[1]*(x.ndim-1))
 
-# %% ../nbs/12_refine.ipynb #2084a836
+# %% ../nbs/12_refine.ipynb #de741aac
 @patch
 def set_lrs(self:Refinement):
     "One cosine over all iterations; scales stand still at first."
     cfg,t = self.cfg,self.step_number; c = cfg.lr_end+(1-cfg.lr_end)*(1+math.cos(math.pi*t/self.iters))/2
     for g in self.opt.param_groups: g['lr'] = c*cfg.lr[g['name']]*(g['name']!='log_scales' or t>=cfg.freeze)
 
+# %% ../nbs/12_refine.ipynb #2084a836
 @patch
 @torch.no_grad()
 def keep_bounds(self:Refinement):
@@ -280,12 +288,13 @@ def keep_bounds(self:Refinement):
     s,g,d = [x['log_scales'].detach().numpy() for x in (self.start,self.gate,self.delta)]
     _clamp_kernel(nb.get_num_threads(), s, g, d, np.float32(self.cfg.spread), np.float32(self.cfg.grow))
 
-# %% ../nbs/12_refine.ipynb #d209514b
+# %% ../nbs/12_refine.ipynb #4e456f0e
 def _bounded(start, gate, delta, cfg):
     "What `_clamp_kernel` does, readable: for GPUs."
     x = clamp_scales(start+gate*delta, start, cfg.spread, cfg.grow)
     return torch.where(gate>1e-3, (x-start)/gate.clamp_min(1e-3), 0.)
 
+# %% ../nbs/12_refine.ipynb #d209514b
 @nb.njit(parallel=True, cache=True)
 def _clamp_kernel(threads, start, gate, delta, spread, grow):
     "`clamp_scales` of start + gate delta, written back to delta (N,3)."
@@ -297,7 +306,7 @@ def _clamp_kernel(threads, start, gate, delta, spread, grow):
             for d in range(3): delta[i,d] = min(max(g*delta[i,d],-grow),grow); m += (start[i,d]+delta[i,d])/np.float32(3)
             for d in range(3): delta[i,d] = (m+min(max(start[i,d]+delta[i,d]-m,-spread),spread)-start[i,d])/g
 
-# %% ../nbs/12_refine.ipynb #05d61ff1
+# %% ../nbs/12_refine.ipynb #af6a97df
 KEEP = dict(offsets=.05, log_scales=.05, sh0=1.) # how much of each neighbours share: colour mostly, shape costs sharpness in front
 ANCHOR = dict(offsets=3., quats=1., log_scales=1., logit_opacities=.05, sh0=.1) # how much of each the spring to the start weighs
 
@@ -312,6 +321,7 @@ def loss(self:Refinement, view, background):
     if cfg.anchor: loss = loss+cfg.anchor*sum(ANCHOR[k]*(d**2).mean() for k,d in self.delta.items())
     return loss, rgb.detach(), target
 
+# %% ../nbs/12_refine.ipynb #05d61ff1
 @patch
 def step(self:Refinement):
     "One random picture, one step; returns what it cost, and leaves render and target in `pair`."
@@ -336,7 +346,7 @@ def check_finite(self:Refinement, loss, view):
     bad = [n for n,s in zip(('loss',*RAW),sums) if not torch.isfinite(s)]
     raise NotFinite(f'{", ".join(bad)} became nan or inf {where}; look at that frame, or lower the learning rates')
 
-# %% ../nbs/12_refine.ipynb #2b413b87
+# %% ../nbs/12_refine.ipynb #7124f87a
 @patch
 def save(self:Refinement, path):
     "Write all that lives between steps to one .safetensors file, whole or not at all."
@@ -346,13 +356,14 @@ def save(self:Refinement, path):
     meta = dict(schema=1, step=self.step_number, log=self.log, **self.identity())
     with atomic_path(path) as tmp: save_file({k: v.cpu() for k,v in dict(t, rng=self.rng.get_state()).items()}, tmp, metadata=dict(refinement=json.dumps(meta)))
 
+# %% ../nbs/12_refine.ipynb #2b413b87
 @patch
 def identity(self:Refinement):
     "What must be the same for a run to go on."
     return dict(iters=self.iters, seed=self.seed, gaussians=len(self.avatar), frames=len(self.clip), config=asdict(self.cfg),
                 start=round(float(sum(v.double().abs().sum() for v in self.start.values())),6))
 
-# %% ../nbs/12_refine.ipynb #a55006a5
+# %% ../nbs/12_refine.ipynb #f68ccb8b
 @patch
 def load(self:Refinement, path):
     "Go on from a file written by `save`."
@@ -367,6 +378,7 @@ def load(self:Refinement, path):
         self.opt.state[p] = {n: t[f'{n}.{k}'].to(p.device) for n in ('step','exp_avg','exp_avg_sq') if f'{n}.{k}' in t}
     self.rng.set_state(t['rng']); self.step_number,self.log = meta['step'],meta['log']
 
+# %% ../nbs/12_refine.ipynb #a55006a5
 @patch
 def result(self:Refinement): # -> Avatar
     "The avatar as it is now."
@@ -425,7 +437,7 @@ def go(self:Refinement, callback=None, state=None, every=50):
         if state: self.save(state)
     return self.result(), self.log
 
-# %% ../nbs/12_refine.ipynb #ae738bec
+# %% ../nbs/12_refine.ipynb #cd6fe086
 def screen_aspect(
     avatar:Avatar,
     viewmat:Tensor, K:Tensor, width:int, height:int,
@@ -437,6 +449,7 @@ def screen_aspect(
     ratio = log_aspects(m, q, s, viewmat, K, width, height)
     return ratio[(o>min_opacity)&(ratio>=0)].exp()
 
+# %% ../nbs/12_refine.ipynb #ae738bec
 def measure(
     avatar:Avatar,
     clip:Clip,

@@ -14,7 +14,7 @@ import functools, math
 import numba as nb, numpy as np, torch, torch.nn.functional as F
 from torch import Tensor
 
-# %% ../nbs/05_render.ipynb #27da25fb
+# %% ../nbs/05_render.ipynb #1a1d0d67
 def pixel_centres(
     width:int, height:int, # pixels
 )->Tensor:                 # (H*W,2) x and y, row by row
@@ -22,6 +22,7 @@ def pixel_centres(
     y,x = torch.meshgrid(torch.arange(height)+.5, torch.arange(width)+.5, indexing='ij')
     return torch.stack([x,y],-1).reshape(-1,2)
 
+# %% ../nbs/05_render.ipynb #27da25fb
 def splat_alphas(
     d:Tensor,              # (...,N,P,2) from each pixel to each splat's centre, pixels
     conics:Tensor,         # (...,N,3) entries xx, xy, yy of the inverse covariances
@@ -57,12 +58,13 @@ def _project_readable(means, quats, scales, opacities, viewmats, Ks, width, heig
         views.append((m, z, covs_to_conics(cov), reach, torch.where(reach[:,None]>=0,half,0.)))
     return [torch.stack(x) for x in zip(*views)]
 
-# %% ../nbs/05_render.ipynb #b78b35ff
+# %% ../nbs/05_render.ipynb #0406055f
 def _near_to_far(depths, reach):
     "Indices of the drawn Gaussians, the nearest first."
     drawn = (reach>=0).nonzero()[:,0]
     return drawn[depths.detach()[drawn].argsort(stable=True)]
 
+# %% ../nbs/05_render.ipynb #b78b35ff
 def _blend_dense(means2d, depths, conics, reach, half, opacities, values, width, height, max_alpha, absgrad):
     "Every splat on every pixel: image (H,W,D), T (H,W)."
     order = _near_to_far(depths, reach)
@@ -96,7 +98,7 @@ def tile_lists(
     by = tile.argsort(stable=True)
     return F.pad(torch.bincount(tile, minlength=int(count.prod())).cumsum(0), (1,0)), k[by]
 
-# %% ../nbs/05_render.ipynb #2391445f
+# %% ../nbs/05_render.ipynb #cae58b76
 def _batches(lengths, pairs=2**15):
     "Tiles of similar list length together, at most about `pairs` list entries at once."
     by = lengths.argsort(descending=True)
@@ -105,6 +107,7 @@ def _batches(lengths, pairs=2**15):
         yield by[:n]
         by = by[n:]
 
+# %% ../nbs/05_render.ipynb #2391445f
 def _tiles_to_image(x, width, height):
     "(tiles,64,...) back to (H,W,...)."
     nx,ny = -(-width//_TILE), -(-height//_TILE)
@@ -145,7 +148,7 @@ def order_by_depth(depths, reach):
         idx,keys = new_idx,new_keys
     return idx
 
-# %% ../nbs/05_render.ipynb #78c767ca
+# %% ../nbs/05_render.ipynb #1c1aab4e
 @nb.njit(**kernel)
 def pack_splats(order, means2d, white, opacities, reach, extents, values, chunk):
     "One row per drawn splat, near to far: centre (2), a b c, opacity, reach, four values, half width."
@@ -158,13 +161,14 @@ def pack_splats(order, means2d, white, opacities, reach, extents, values, chunk)
         for d in range(4): splats[k,7+d] = values[i,4*chunk+d]
     return splats
 
+# %% ../nbs/05_render.ipynb #78c767ca
 def _padded(values):
     "Values with zeros added up to a multiple of four channels."
     n,D = values.shape; v = np.zeros((n,max(4,-(-D//4)*4)),np.float32)
     v[:,:D] = values
     return v
 
-# %% ../nbs/05_render.ipynb #81591191
+# %% ../nbs/05_render.ipynb #18569009
 _EDGE = np.float32(1e-3)
 
 @inline
@@ -174,6 +178,7 @@ def _tiles_between(lo, hi, size):
     p0,p1 = math.ceil(min(max(ZERO,lo-HALF-_EDGE),np.float32(size))), math.floor(max(-ONE,min(np.float32(size-1),hi-HALF+_EDGE)))
     return (int(p0)//_TILE, int(p1)//_TILE) if p0<=p1 else (0,-1)
 
+# %% ../nbs/05_render.ipynb #81591191
 @inline
 def _rows(s, k, height):
     "First and last tile row of splat k."
@@ -304,7 +309,7 @@ def _blend_splat(buf, s, k, place, max_alpha):
         rest = after if live else -abs(T)
         buf[_T+p] = rest if inside else T
 
-# %% ../nbs/05_render.ipynb #34a4a456
+# %% ../nbs/05_render.ipynb #6682abcb
 @inline
 def _all_finished(buf):
     "Does no pixel of the tile want more splats?"
@@ -312,6 +317,7 @@ def _all_finished(buf):
     for p in range(_P): left += max(ZERO,buf[_T+p])
     return left==ZERO
 
+# %% ../nbs/05_render.ipynb #34a4a456
 @inline
 def _close_tile(buf, tile, width, height, image, chunk, T, last):
     "Write the tile into the picture."
@@ -353,11 +359,12 @@ def _open_tile_backward(buf, tile, width, height, g_image, chunk, g_T, T, last):
             buf[_V0+p]=g_image[y,x,4*chunk]; buf[_V1+p]=g_image[y,x,4*chunk+1]; buf[_V2+p]=g_image[y,x,4*chunk+2]; buf[_V3+p]=g_image[y,x,4*chunk+3]
     return deepest
 
-# %% ../nbs/05_render.ipynb #8059a19e
+# %% ../nbs/05_render.ipynb #f9269c51
 @inline
 def _add(sums, k, at, terms):
     for i in range(len(terms)): sums[k,at+i] += terms[i]
 
+# %% ../nbs/05_render.ipynb #8059a19e
 @inline
 def _unblend_splat(buf, s, k, place, max_alpha, sums, chunk):
     "Take splat k off again and add up what its 64 pixels want from it."
@@ -470,7 +477,7 @@ def _blend_numba(kernels, means2d, depths, white, reach, half, opacities, values
     "The numba rungs: image (H,W,D), T (H,W)."
     return _Blend.apply(means2d, white, opacities.cpu().float(), values.cpu().float(), depths, reach, half, width, height, max_alpha, absgrad, kernels)
 
-# %% ../nbs/05_render.ipynb #2692ea3b
+# %% ../nbs/05_render.ipynb #303157fb
 @functools.cache
 def gsplat_max_alpha()->float:
     "The largest alpha of the installed gsplat: .999 in 1.5, .99 in later versions."
@@ -479,11 +486,13 @@ def gsplat_max_alpha()->float:
     _,alpha,_ = gsplat.rasterization(x([0.,0,1]), x([1.,0,0,0]), x([1.,1,1]), x(1.), x([1.,1,1]), torch.eye(4,device='cuda')[None], x([[9.,0,.5],[0,9.,.5],[0,0,1]]), 1, 1, packed=False)
     return round(alpha.item(),4)
 
+# %% ../nbs/05_render.ipynb #33800e50
 def _need_cuda(means):
     "One clear error instead of gsplat's many."
     if not torch.cuda.is_available(): raise InputError('gsplat needs a CUDA GPU and there is none here; use backend="cpu"')
     if not means.is_cuda: raise InputError(f'gsplat needs CUDA tensors; got {means.device}: move everything with .cuda(), or use backend="cpu"')
 
+# %% ../nbs/05_render.ipynb #2692ea3b
 def _rasterize_gsplat(means, quats, scales, opacities, colors, viewmats, Ks, width, height, max_alpha=None, **kw):
     "gsplat's CUDA kernels, called as they are."
     _need_cuda(means)
@@ -491,12 +500,13 @@ def _rasterize_gsplat(means, quats, scales, opacities, colors, viewmats, Ks, wid
     import gsplat
     return gsplat.rasterization(means, quats, scales, opacities, colors, viewmats, Ks, width, height, packed=False, **kw)
 
-# %% ../nbs/05_render.ipynb #4edb2f69
+# %% ../nbs/05_render.ipynb #4fdd05ed
 def _check_range(name, x, lo, hi, hint):
     "One clear error for values outside lo..hi."
     if x.numel() and not lo<=float(x.detach().min())<=float(x.detach().max())<=hi:
         raise InputError(f'{name} should be between {lo} and {hi}; got {float(x.min()):.3g} to {float(x.max()):.3g}: {hint}')
 
+# %% ../nbs/05_render.ipynb #4edb2f69
 _MODES = ('RGB','D','ED','RGB+D','RGB+ED')
 
 def _check_options(width, height, render_mode, near_plane, absgrad, channels):

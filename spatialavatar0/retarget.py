@@ -47,11 +47,12 @@ def neutral_of(
     low = {k: how=='low' and (k=='jaw' or k=='expr' and not signed) for k in x}
     return {k: v.quantile(.1 if low[k] else .5, 0, keepdim=True) for k,v in x.items()}
 
-# %% ../nbs/15b_retarget.ipynb #15b00012
+# %% ../nbs/15b_retarget.ipynb #e715394f
 def _bounds(head): # pose -> (lowest, highest), radians: what a face can do
     yaw,pitch,roll = (math.radians(TURNS['neck'+a][1]) for a in ('Yaw','Pitch','Roll')); neck = torch.tensor([pitch,yaw,roll]); eyes = torch.tensor([.44,.61,.1]*2)
     return dict(expr=(0.,1.) if hasattr(head,'arkit_names') else (-3.,3.), jaw=(torch.tensor([0.,-.17,-.1]),torch.tensor([.5,.17,.1])), eyes=(-eyes,eyes), neck=(-neck,neck))
 
+# %% ../nbs/15b_retarget.ipynb #15b00012
 def retarget(
     poses:list,       # the driver's motion
     head:Head,        # of driver and driven
@@ -65,13 +66,14 @@ def retarget(
     moved = {k: g.get(k,1.)*(v-(rest[k] if k in rest else 0)) for k,v in x.items()}
     return unstacked({k: v.clamp(*(torch.as_tensor(b).expand(v.shape[1]) for b in bounds[k])) for k,v in moved.items()})
 
-# %% ../nbs/15b_retarget.ipynb #15b00018
+# %% ../nbs/15b_retarget.ipynb #1bea5bc3
 def _turned(frame): # (3,3) head -> camera
     R = frame.viewmat[:3,:3]
     for name in ('rotation','neck'):
         if frame.params.get(name) is not None: R = R@axis_angle_to_mat(frame.params[name].reshape(3)).to(R)
     return R
 
+# %% ../nbs/15b_retarget.ipynb #15b00018
 def performance(
     frames,     # tracked Frames in time; None where nobody was found
 )->list:        # poses
@@ -103,7 +105,7 @@ def face_points(
     ids = torch.tensor(MARKS)
     return (verts[...,head.faces[t.face_ids[ids]],:]*t.bary[ids].to(verts)[...,None]).sum(-2)
 
-# %% ../nbs/15b_retarget.ipynb #15b00026
+# %% ../nbs/15b_retarget.ipynb #101b3569
 def _forward(head, who, used): # x (T,n) -> poses; n is expr, then for heads without ARKit weights the jaw's pitch
     arkit = hasattr(head,'arkit_names')
     def pose(x): return head.arkit(x) if arkit else dict(expr=x[:,:-1], jaw=F.pad(x[:,-1:],(0,2)))
@@ -111,6 +113,7 @@ def _forward(head, who, used): # x (T,n) -> poses; n is expr, then for heads wit
     lo = torch.zeros(52) if arkit else torch.tensor([-3.]*used+[0.]); hi = torch.ones(52) if arkit else torch.tensor([3.]*used+[.5])
     return pose,points,lo,hi
 
+# %% ../nbs/15b_retarget.ipynb #15b00026
 def _solve(J, r, x, lo, hi, pull):
     "One bounded least-squares step per frame: (T,n)."
     from scipy.optimize import lsq_linear
@@ -143,7 +146,7 @@ def across(
     p = pose(y.clamp(lo,hi)); turns = retarget([{k: v for k,v in q.items() if k in ('eyes','neck')} for q in poses], driver, {k: v for k,v in rest.items() if k in ('eyes','neck')})
     return unstacked({k: v for k,v in p.items() if k!='eyes'}|stacked(turns))
 
-# %% ../nbs/15b_retarget.ipynb #15b00041
+# %% ../nbs/15b_retarget.ipynb #77700e0a
 _HEAD = dict(headYaw='neckYaw', headPitch='neckPitch', headRoll='neckRoll')
 
 def _control(name):
@@ -152,6 +155,7 @@ def _control(name):
     n = n[:1].lower()+n[1:]
     return n if n in open_head().arkit_names else _HEAD.get(n)
 
+# %% ../nbs/15b_retarget.ipynb #15b00041
 def _table(names, rows, path, flip):
     "Rows of numbers as dicts of controls."
     known = [_control(n) for n in names]; used = [k for k in known if k]
@@ -168,7 +172,7 @@ def _table(names, rows, path, flip):
         out.append({k: float(np.clip(turn.get(k,v), *TURNS.get(k,(0,1)))) for k,v in x.items()})
     return out
 
-# %% ../nbs/15b_retarget.ipynb #15b00042
+# %% ../nbs/15b_retarget.ipynb #31ae716e
 def _read_csv(text, path):
     "Column names, rows, frames per second or None."
     try: rows = [r for r in csv.reader(text.splitlines(), strict=True) if any(c.strip() for c in r)]
@@ -178,6 +182,7 @@ def _read_csv(text, path):
     frames = [int(m[1]) for r in rows[1:] for i in clock if i<len(r) and (m := re.fullmatch(r'\d+:\d+:\d+[:;](\d{1,3})(\.\d+)?', r[i].strip()))]
     return names, rows[1:], min((f for f in (24,25,30,50,60,120) if f>max(frames)), default=None) if len(frames)>20 else None
 
+# %% ../nbs/15b_retarget.ipynb #15b00042
 def _read_json(text, path):
     try: d = json.loads(text)
     except (ValueError,RecursionError) as e: raise InputError(f'{path} is not JSON ({str(e)[:80]})') from e

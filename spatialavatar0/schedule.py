@@ -40,7 +40,7 @@ class Weights:
     l2sp:float = 0.      # squared distance to the weights at the start of the phase (the paper: 1e-3 in Phase 2)
     offset:float = 0.    # mean squared offset (ours, in small runs)
 
-# %% ../nbs/11_schedule.ipynb #d0b5364a
+# %% ../nbs/11_schedule.ipynb #5462285a
 def face_box(
     points:Tensor,   # (n,3) of the face, metres
     viewmat:Tensor, K:Tensor,
@@ -54,6 +54,7 @@ def face_box(
     (x0,y0),(x1,y1) = mid-half,mid+half; x0,y0 = cut(x0,width-1),cut(y0,height-1)
     return x0, y0, max(cut(x1,width),x0+1), max(cut(y1,height),y0+1)
 
+# %% ../nbs/11_schedule.ipynb #d0b5364a
 def box_l1(
     rgb:Tensor, target:Tensor, # (H,W,3)
     box:tuple,                 # x0, y0, x1, y1
@@ -62,7 +63,7 @@ def box_l1(
     x0,y0,x1,y1 = box
     return (rgb[y0:y1,x0:x1]-target[y0:y1,x0:x1]).abs().mean()
 
-# %% ../nbs/11_schedule.ipynb #5b343287
+# %% ../nbs/11_schedule.ipynb #4f4233c4
 def texel_pairs(
     binding, # of a UV grid
 )->tuple:    # (P,2) Gaussians next to each other across, (Q,2) down
@@ -71,6 +72,7 @@ def texel_pairs(
     pairs = [torch.stack([a.flatten(),b.flatten()],1) for a,b in ((ids[:,:-1],ids[:,1:]), (ids[:-1],ids[1:]))]
     return tuple(p[(p>=0).all(1)] for p in pairs)
 
+# %% ../nbs/11_schedule.ipynb #5b343287
 def uv_tv(
     values:Tensor, # (B,N,C) per Gaussian
     pairs:tuple,   # from `texel_pairs`
@@ -78,7 +80,7 @@ def uv_tv(
     "Mean absolute step between neighbours, across plus down."
     return sum((values[:,p[:,0]]-values[:,p[:,1]]).abs().mean() for p in pairs if len(p))
 
-# %% ../nbs/11_schedule.ipynb #5171af51
+# %% ../nbs/11_schedule.ipynb #2bf7c4a9
 def signs(
     shape:tuple,
     rng:torch.Generator,
@@ -86,6 +88,7 @@ def signs(
     "Random signs."
     return torch.randint(0, 2, shape, generator=rng).mul_(2).sub_(1).float()
 
+# %% ../nbs/11_schedule.ipynb #5171af51
 def view_jacobian(
     outputs:tuple, # (B,N,3) each, that depend on gamma: offsets and log-scales
     gamma:Tensor,  # (B,27), requires grad
@@ -98,7 +101,7 @@ def view_jacobian(
         squares = squares+g.square().sum(-1)
     return torch.log1p(squares)
 
-# %% ../nbs/11_schedule.ipynb #a9a2c235
+# %% ../nbs/11_schedule.ipynb #7562264d
 def l2_sp(
     params:list, # of tensors
     home:list,   # the same tensors at the start of the phase
@@ -106,6 +109,7 @@ def l2_sp(
     "Sum of squared distances from home."
     return torch.stack([(p.detach()-h).square().sum() for p,h in zip(params,home)]).sum()
 
+# %% ../nbs/11_schedule.ipynb #a9a2c235
 @torch.no_grad()
 def pull_home(
     params:list,  # with gradients
@@ -116,7 +120,7 @@ def pull_home(
     for p,h in zip(params,home):
         if p.grad is not None: p.grad.add_(p-h, alpha=2*weight)
 
-# %% ../nbs/11_schedule.ipynb #9df03cec
+# %% ../nbs/11_schedule.ipynb #08d21fbe
 def dissimilarity(
     directions:Tensor, # (n,3) unit, from the head to the camera, in the head's frame
     exprs:Tensor,      # (n,E) expression codes
@@ -127,6 +131,7 @@ def dissimilarity(
     others = torch.arange(len(angle))!=target
     return sum(x/x[others].mean().clamp_min(1e-6) for x in (angle,face) if x[others].mean()>1e-6) + 0*angle
 
+# %% ../nbs/11_schedule.ipynb #0a873ca6
 def temperature(
     t:int, steps:int,            # now, and of the phase
     hot:float=2., cold:float=.5, # the paper's
@@ -135,6 +140,7 @@ def temperature(
     "From hot to cold over the first quarter, then cold (ours: in a straight line)."
     return hot+(cold-hot)*min(1,t/max(1,over*steps))
 
+# %% ../nbs/11_schedule.ipynb #9df03cec
 def source_chances(
     d:Tensor, # (n,) dissimilarity of the candidates
     T:float,  # temperature
@@ -142,7 +148,7 @@ def source_chances(
     "Softmax of dissimilarity over temperature."
     return torch.softmax(d/T, 0)
 
-# %% ../nbs/11_schedule.ipynb #0f3df5bd
+# %% ../nbs/11_schedule.ipynb #89e3a585
 @dataclass
 class Roll:
     "The pictures of one person, without the pictures."
@@ -160,6 +166,7 @@ class Roll:
         if (g<0).any(): i,j = (g<0).nonzero()[0].tolist(); raise InputError(f'{self.name}: camera {cs[j]!r} is missing at instant {ts[i]}; every instant needs all {len(cs)} cameras: leave that instant, or that camera, out')
         return g
 
+# %% ../nbs/11_schedule.ipynb #0f3df5bd
 def _pick(n, rng): return int(torch.randint(n, (), generator=rng))
 
 # %% ../nbs/11_schedule.ipynb #d486267a
@@ -178,11 +185,12 @@ def choose(
     rest = [j for j in rest.tolist() if j not in (i,first)][:K-1]
     return places[[first,*rest]].tolist(), int(places[i])
 
-# %% ../nbs/11_schedule.ipynb #7515568a
+# %% ../nbs/11_schedule.ipynb #c3eeab0f
 def draw_mono(roll:Roll, K:int, T:float, rng:torch.Generator)->tuple: # sources, target
     "Phase 1: frames of one clip."
     return choose(roll, torch.arange(len(roll)), K, T, rng)
 
+# %% ../nbs/11_schedule.ipynb #7515568a
 def draw_multi(
     roll:Roll, K:int, T:float, rng:torch.Generator,
     cross_time:float=.25, # chance; the paper's
@@ -214,7 +222,7 @@ class Phase:
     def K(self, rng): return 1+_pick(self.sources, rng)
     def heat(self, t): return temperature(t, self.steps, self.hot, self.cold, self.cool)
 
-# %% ../nbs/11_schedule.ipynb #f33a4da3
+# %% ../nbs/11_schedule.ipynb #b9ab9885
 @dataclass(frozen=True)
 class MonoPhase(Phase):
     "Phase 1, monocular-temporal: Adam, a rate that falls in a straight line and then rests."
@@ -225,6 +233,7 @@ class MonoPhase(Phase):
     def optimiser(self, groups): return torch.optim.Adam(groups, fused=True)
     def draw(self, roll, K, t, rng): return draw_mono(roll, K, self.heat(t), rng)
 
+# %% ../nbs/11_schedule.ipynb #f33a4da3
 @dataclass(frozen=True)
 class MultiPhase(Phase):
     "Phase 2, multi-view-spatial: AdamW, a cosine with warm-up."
@@ -235,7 +244,7 @@ class MultiPhase(Phase):
     def optimiser(self, groups): return torch.optim.AdamW(groups, weight_decay=self.weight_decay, fused=True)
     def draw(self, roll, K, t, rng): return draw_multi(roll, K, self.heat(t), rng, self.cross_time)
 
-# %% ../nbs/11_schedule.ipynb #83fa741b
+# %% ../nbs/11_schedule.ipynb #d685b3e0
 def paper_schedule(
     multi_steps:int=50_000, # of Phase 2 (ours: the paper does not say)
 )->list:
@@ -243,6 +252,7 @@ def paper_schedule(
     return [MonoPhase(200_000, 48, 2.5e-4),
             MultiPhase(multi_steps, 12, 1e-4, Weights(residual=1e-2, l2sp=1e-3), warmup=1000, layer_decay=.65, bf16=True)]
 
+# %% ../nbs/11_schedule.ipynb #83fa741b
 LAPTOP = Weights(l1=2., ms_ssim=0., ssim=.5, lpips=0., face=0., tv=.02, jacobian=0., offset=.003)
 
 def laptop_schedule(
@@ -259,7 +269,7 @@ def laptop_schedule(
               MultiPhase(multi_steps, batch, multi_lr, held, warmup=30, cross_time=.25 if anchored else 0.)]
     return [p for p in phases if p.steps]
 
-# %% ../nbs/11_schedule.ipynb #afb1c3fa
+# %% ../nbs/11_schedule.ipynb #ed638896
 def look_type(
     look:Look,
 )->np.dtype: # one record
@@ -268,6 +278,7 @@ def look_type(
     tensors = {**{k:getattr(look,k) for k in ('viewmat','K','uv','image','weight')}, **{f'params.{k}':v for k,v in look.params.items()}}
     return np.dtype([(k,kinds[x.dtype],tuple(x.shape)) for k,x in tensors.items()]+[('box','<i4',(4,)),('time','<i4'),('camera','S32'),('done','u1')], align=True)
 
+# %% ../nbs/11_schedule.ipynb #afb1c3fa
 class Shelf:
     "Looks of every frame of a data set, made once; and a `Roll` per person."
     def __init__(self,
@@ -302,7 +313,7 @@ def _open(self:Shelf, kind, generator, folder, limit):
         with atomic_path(title) as tmp: tmp.write_text(json.dumps(mine))
     return np.memmap(path, kind, 'r+', shape=(n,))
 
-# %% ../nbs/11_schedule.ipynb #448a9928
+# %% ../nbs/11_schedule.ipynb #5216d3c6
 @patch
 def _fill(self:Shelf, p, clip, generator):
     "Look at the frames of one person that nobody has looked at."
@@ -314,6 +325,7 @@ def _fill(self:Shelf, p, clip, generator):
         except InputError as e: raise InputError(f'person {p}, frame {f}: {e}') from e
         self._write(r, look, frame, generator, f'person {p}, frame {f}')
 
+# %% ../nbs/11_schedule.ipynb #448a9928
 @patch
 def _write(self:Shelf, r, look, frame, generator, where):
     "One look into its record; the mark that it is there comes last."
@@ -327,13 +339,14 @@ def _write(self:Shelf, r, look, frame, generator, where):
     with torch.no_grad(): r['box'] = face_box(h(**look.params)[0][face], look.viewmat, look.K, look.size, look.size)
     r['time'],r['camera'],r['done'] = frame.time,str(frame.camera).encode(),1
 
-# %% ../nbs/11_schedule.ipynb #f939198a
+# %% ../nbs/11_schedule.ipynb #8d8757b0
 @patch
 def look(self:Shelf, p:int, f:int)->Look: # person, frame
     "A look, as it was made."
     r = self.records[self.first[p]+f]; t = lambda k: torch.from_numpy(r[k])
     return Look(t('image'), t('uv'), t('weight'), t('viewmat'), t('K'), {k:t(f'params.{k}') for k in self.names})
 
+# %% ../nbs/11_schedule.ipynb #f939198a
 @patch
 def _roll(self:Shelf, p, generator):
     "What the sampler must know of one person."
@@ -341,10 +354,11 @@ def _roll(self:Shelf, p, generator):
     return Roll(torch.stack([l.direction for l in looks]), torch.stack([l.code(generator.head) for l in looks]),
                 rows['time'].tolist(), [c.decode() for c in rows['camera']], f'person {p}')
 
-# %% ../nbs/11_schedule.ipynb #b90d08fb
+# %% ../nbs/11_schedule.ipynb #820cca43
 class BadBatch(InputError):
     "A loss or a gradient became nan or inf; the state before that step is intact."
 
+# %% ../nbs/11_schedule.ipynb #b90d08fb
 @dataclass
 class Batch:
     "What one step needs."
@@ -377,7 +391,7 @@ class Trainer:
         self.begin(0)
     total = property(lambda self: sum(p.steps for p in self.schedule), doc='steps of all phases')
 
-# %% ../nbs/11_schedule.ipynb #73429083
+# %% ../nbs/11_schedule.ipynb #3e01fc89
 @patch
 def now(self:Trainer): # number of the phase, phase, step within it
     "Where in the schedule we are."
@@ -385,6 +399,7 @@ def now(self:Trainer): # number of the phase, phase, step within it
     while i<len(self.schedule)-1 and t>=self.schedule[i].steps: t -= self.schedule[i].steps; i += 1
     return i, self.schedule[i], t
 
+# %% ../nbs/11_schedule.ipynb #73429083
 def layer_scales(
     names,       # of parameters
     decay:float, # of the learning rate, per layer of the encoder
@@ -432,12 +447,13 @@ def render(self:Trainer, batch, weights, bf16=False):
     rgb = torch.stack([_drawn(g, *x) for x in zip(d.splats, batch.targets, batch.backgrounds, batch.names)])
     return rgb, torch.stack([l.target(b)[0] for l,b in zip(batch.targets, batch.backgrounds)]).to(dev), d, gamma
 
-# %% ../nbs/11_schedule.ipynb #e050cbf0
+# %% ../nbs/11_schedule.ipynb #9841c85a
 def _drawn(generator, splats, look, background, name):
     "One person's picture; the rasterizer refuses nan, and then we say whose it is."
     try: return generator.draw({k:v.float() for k,v in splats.items()}, look, background)[0]
     except InputError as e: raise BadBatch(f'{e}: {name}') from None
 
+# %% ../nbs/11_schedule.ipynb #e050cbf0
 @patch
 def terms(self:Trainer, batch, w, bf16=False):
     "Each term that weighs something, and L1 per picture."
@@ -453,7 +469,7 @@ def terms(self:Trainer, batch, w, bf16=False):
     if w.offset: t['offset'] = m['position'].square().mean()
     return t, each.detach()
 
-# %% ../nbs/11_schedule.ipynb #e0166f1a
+# %% ../nbs/11_schedule.ipynb #9db425df
 @patch
 def share_gradients(self:Trainer):
     "The mean over processes, in one exchange. (A double backward rules out hooks that exchange while the backward runs.)"
@@ -462,6 +478,7 @@ def share_gradients(self:Trainer):
     mean = self.accelerator.reduce(torch.cat([g.flatten() for g in grads]), 'mean')
     for p,g in zip(self.params, mean.split([p.numel() for p in self.params])): p.grad = g.view_as(p).clone()
 
+# %% ../nbs/11_schedule.ipynb #e0166f1a
 @patch
 def backward(self:Trainer, batch, w, bf16=False):
     "Gradients of the mean over the whole batch; the terms as numbers; L1 per picture."
@@ -470,7 +487,7 @@ def backward(self:Trainer, batch, w, bf16=False):
     if w.l2sp: t['l2sp'] = l2_sp(self.params, self.home); pull_home(self.params, self.home, w.l2sp)
     return {k:float(x.detach()) for k,x in t.items()}, each
 
-# %% ../nbs/11_schedule.ipynb #bbd7979a
+# %% ../nbs/11_schedule.ipynb #b9f2f1a3
 @patch
 def step(self:Trainer):
     "One step; returns what it cost, term by term."
@@ -483,6 +500,7 @@ def step(self:Trainer):
     self.opt.step(); self.step_number += 1; self.seconds += time.perf_counter()-begun
     return dict(loss=total, **terms)
 
+# %% ../nbs/11_schedule.ipynb #bbd7979a
 @patch
 def check(self:Trainer, batch, w, terms, each, norm):
     "The weighted sum of the terms; or which term of which frames is nan."
@@ -491,7 +509,7 @@ def check(self:Trainer, batch, w, terms, each, norm):
     bad = [n for n,x in zip(batch.names, each) if not torch.isfinite(x)] or batch.names; what = [k for k,x in terms.items() if not math.isfinite(x)] or ['a gradient']
     raise BadBatch(f'{", ".join(what)} became nan or inf: {"; ".join(bad)}')
 
-# %% ../nbs/11_schedule.ipynb #345253a7
+# %% ../nbs/11_schedule.ipynb #4929af21
 @patch
 def identity(self:Trainer):
     "What must be the same for a run to go on."
@@ -499,6 +517,7 @@ def identity(self:Trainer):
     return plain(dict(schedule=[dict(asdict(p), name=p.name) for p in self.schedule], seed=self.seed, frames=[s.counts for s in self.shelves],
                       config=asdict(self.generator.config), head=head_id(self.generator.head)))
 
+# %% ../nbs/11_schedule.ipynb #345253a7
 @patch
 def save(self:Trainer, path):
     "Write all that lives between steps to one .safetensors file, whole or not at all."

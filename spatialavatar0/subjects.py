@@ -62,7 +62,7 @@ def squares(
     cut = lambda f: f if f.width==f.height else crop(f, *head_square(f, head), size)
     return Clip(lambda i: cut(clip[i]), len(clip))
 
-# %% ../nbs/15c_subjects.ipynb #d8665946
+# %% ../nbs/15c_subjects.ipynb #06f82ef3
 @dataclass(frozen=True)
 class Method:
     "How an avatar is made."
@@ -71,6 +71,7 @@ class Method:
     iters:int = 10_000
     resolution:int = 128 # texels per side of a warped start
 
+# %% ../nbs/15c_subjects.ipynb #d8665946
 def method_of(
     name:str,     # like warp, network+paper, out/generator.safetensors+ours
     iters:int=10_000, resolution:int=128,
@@ -96,7 +97,7 @@ def avatar_by(
     config = (paper_config if method.refine=='paper' else RefineConfig)(iters=method.iters)
     return refine(avatar, train, method.iters, config=config, seed=seed, state=state, device=device)[0]
 
-# %% ../nbs/15c_subjects.ipynb #26e8c195
+# %% ../nbs/15c_subjects.ipynb #8eb837a5
 @dataclass(frozen=True)
 class Job:
     "One line of a table to be."
@@ -107,6 +108,7 @@ class Job:
     iters:int = 10_000; resolution:int = 128; seed:int = 0; device:str = 'cpu'; threads:int = 1
     state:str = ''           # folder for what an interrupted refinement has reached
 
+# %% ../nbs/15c_subjects.ipynb #26e8c195
 def run_job(job:Job)->dict: # a line of results
     "Make a person's avatar and judge it; what a process of its own does."
     torch.set_num_threads(job.threads); import numba; numba.set_num_threads(min(job.threads, numba.config.NUMBA_NUM_THREADS))
@@ -121,12 +123,13 @@ def run_job(job:Job)->dict: # a line of results
     finally:
         for j in judges: j.close()
 
-# %% ../nbs/15c_subjects.ipynb #d1fd757f
+# %% ../nbs/15c_subjects.ipynb #b2f62d1d
 def jobs_of(folder, protocol, method, seeds=1, **more)->list:
     "The lines of a table: a job per person or pair, and seed."
     here = subjects(folder); p = protocol_of(protocol)
     return [Job(a, b, str(here[a]), str(here[b]), method, protocol, seed=s, **more) for s in range(seeds) for a,b in reenactments(p, list(here))]
 
+# %% ../nbs/15c_subjects.ipynb #6b51b11e
 def run_all(
     jobs:list,
     out,            # .jsonl; lines that are there are not made again
@@ -142,6 +145,7 @@ def run_all(
         except KeyboardInterrupt: pool.shutdown(wait=False, cancel_futures=True); raise
     return failed
 
+# %% ../nbs/15c_subjects.ipynb #d1fd757f
 def _collect(done, n, results, failed, say):
     for job,result in progress(done, 'people', total=n):
         try: results.add(result())

@@ -25,7 +25,7 @@ from .binding import Binding, bind_points, bind_uv
 from .mesh import rasterize_mesh, sample_texture, vertex_normals
 from .clips import Clip, Frame
 
-# %% ../nbs/08_synth.ipynb #5faae0cb
+# %% ../nbs/08_synth.ipynb #dfd883fb
 def face_coords(
     head:Head,
 )->Tensor:     # (V,3) neutral vertices in eye distances, from the point between the eyes
@@ -34,6 +34,7 @@ def face_coords(
     eyes = [verts[part_verts(head, n)].mean(0) for n in ('eye_l','eye_r')]
     return (verts-(eyes[0]+eyes[1])/2)/(eyes[0]-eyes[1]).norm()
 
+# %% ../nbs/08_synth.ipynb #5faae0cb
 def part_verts(
     head:Head,
     *names:str,   # part names, e.g. 'eye_l'
@@ -67,13 +68,14 @@ class Canvas:
         ids = torch.tensor([self.part_names.index(n) for n in names])
         return torch.isin(self.part, ids).float()
 
-# %% ../nbs/08_synth.ipynb #b053b74c
+# %% ../nbs/08_synth.ipynb #ceb5954f
 def _lid_edge(head):
     "(V,) 1 on the lid margin, which moves most in a blink."
     rest = head()[0]
     move = [(head(**head.arkit({f'eyeBlink{s}':1.}))[0]-rest).norm(dim=-1) for s in ('Left','Right')]
     return torch.stack([m/m.max() for m in move]).amax(0)
 
+# %% ../nbs/08_synth.ipynb #b053b74c
 def _gaze(head, where, part, names):
     "(N,) angle between a point on an eyeball and the eyeball's straight gaze."
     coords = face_coords(head); angle = where.new_full((len(where),), math.pi)
@@ -82,7 +84,7 @@ def _gaze(head, where, part, names):
         angle[m] = d[:,2].clamp(-1,1).acos()
     return angle
 
-# %% ../nbs/08_synth.ipynb #67089a42
+# %% ../nbs/08_synth.ipynb #36800f73
 def _nearest(binding):
     "(R,R) index of the texel nearest to each cell of the grid."
     from scipy.ndimage import distance_transform_edt
@@ -90,6 +92,7 @@ def _nearest(binding):
     r,c = distance_transform_edt((ids<0).numpy(), return_distances=False, return_indices=True)
     return ids[torch.as_tensor(r).long(),torch.as_tensor(c).long()]
 
+# %% ../nbs/08_synth.ipynb #67089a42
 @lru_cache(maxsize=4)
 def canvas(
     head:Head,
@@ -123,10 +126,14 @@ def noise(
     b = torch.rand(waves, generator=generator)*2*math.pi
     return (points@w+b).cos().sum(-1)*math.sqrt(2/waves)
 
-# %% ../nbs/08_synth.ipynb #2af8c83f
+# %% ../nbs/08_synth.ipynb #8b343731
 def _uniform(g, lo=0., hi=1.): return lo+(hi-lo)*torch.rand((), generator=g).item()
+
 def _normal(g, std=1.): return std*torch.randn((), generator=g).item()
+
 def _chance(g, p): return _uniform(g)<p
+
+# %% ../nbs/08_synth.ipynb #2af8c83f
 def _pick(g, rows, weights):
     "One row of a table, a little lighter or darker."
     k = torch.multinomial(torch.tensor(weights), 1, generator=g).item()
@@ -200,11 +207,12 @@ def paint_skin(
     lines = look.age*.14*smooth((p[:,1]*37+2*noise(p,1.2,g)).sin(),.5,1)*spot(p,(0.,.75,.4),(.8,.25,.9))
     return a*(1-tired[:,None]*a.new_tensor([.6,.8,.6]))*(1-lines[:,None])
 
-# %% ../nbs/08_synth.ipynb #ddb6f3f9
+# %% ../nbs/08_synth.ipynb #c9d8d708
 def paint_lips(a, c, look):
     "Lips over skin: (N,3) -> (N,3)."
     return lay(a, look.lips, .7*smooth(c.masks['lips'],.35,.65)*c.on('skin'))
 
+# %% ../nbs/08_synth.ipynb #e73a5998
 def paint_brows(a, c, look, strands):
     "A tapering arc of hair above each eye."
     x,y,z = c.where[:,0].abs(),c.where[:,1],c.where[:,2]
@@ -213,21 +221,24 @@ def paint_brows(a, c, look, strands):
     m = (-((y-arc)/half)**2).exp()*smooth(x,.13,.24)*smooth(-x,-.92,-.72)*(z>-.8)
     return lay(a, look.hair*.8, (m*(.85+.15*strands)).clamp(0,1))
 
+# %% ../nbs/08_synth.ipynb #ddb6f3f9
 def paint_lashes(a, c, look):
     "A dark line on the lid margin."
     return lay(a, look.hair*.25, look.lashes*smooth(c.masks['lid_edge'],.72,.95)*c.on('skin'))
 
-# %% ../nbs/08_synth.ipynb #38204959
+# %% ../nbs/08_synth.ipynb #a8c7256d
 def _hairline(sideburn):
     "(n,2) rows z, y of the hairline, from the nape past the ear to the forehead."
     return torch.tensor([[-2.6,-1.2],[-1.8,-.8],[-1.6,-.1],[-1.1,.25-.6*sideburn],[-.87,.35-.5*sideburn],[-.75,.6],[-.5,.97],[-.2,1.15],[.1,1.2]])
 
+# %% ../nbs/08_synth.ipynb #5f820b2d
 def _interp(x, table):
     "(N,) piecewise linear through the rows (x, y) of a table."
     k = torch.searchsorted(table[:,0].contiguous(), x.contiguous()).clamp(1,len(table)-1)
     (x0,y0),(x1,y1) = table[k-1].T,table[k].T
     return y0+(y1-y0)*((x-x0)/(x1-x0)).clamp(0,1)
 
+# %% ../nbs/08_synth.ipynb #40aecf31
 def above_hairline(
     p:Tensor,      # (N,3) eye distances
     look:Palette,
@@ -235,24 +246,26 @@ def above_hairline(
     "Height above the hairline, which falls from the forehead past the ear to the nape."
     return p[:,1]-look.hairline*smooth(p[:,2],-1.2,-.3)-_interp(p[:,2], _hairline(look.sideburn).to(p))
 
+# %% ../nbs/08_synth.ipynb #38204959
 def hair_mask(p, look, wobble=0.):
     "(N,) 1 where there is hair; `wobble` (N,) moves the line, eye distances."
     return smooth(above_hairline(p, look)+wobble, -look.hair_edge, look.hair_edge)
 
-# %% ../nbs/08_synth.ipynb #3b36e16b
+# %% ../nbs/08_synth.ipynb #1410d81c
 def paint_beard(a, c, look, strands):
     "Stubble to full beard, on jaw, chin and upper lip."
     p,lips = c.where,smooth(c.masks['lips'],.2,.5)
     m = smooth(-p[:,1],.75,1.15)*smooth(p[:,2],-1.2,-.6)*smooth(p[:,1],-2.2,-1.7)*(1-lips)*c.on('skin')
     return lay(a, look.hair*.9, (look.beard*m*(.8+.2*strands)).clamp(0,1))
 
+# %% ../nbs/08_synth.ipynb #3b36e16b
 def paint_hair(a, c, look, strands, generator):
     "The hair cap; ears stay skin."
     m = hair_mask(c.where, look, .05*noise(c.where,5.,generator))*(1-c.masks['ears'])*c.on('skin')
     shine = 1+.2*strands+.1*noise(c.where,1.2,generator)+.25*spot(c.where,(.0,1.7,-.6),(2.,.3,.5))
     return lay(a, look.hair*shine[:,None], look.cover*m)
 
-# %% ../nbs/08_synth.ipynb #8cbb9543
+# %% ../nbs/08_synth.ipynb #82353c77
 _IRIS_ANGLE,_PUPIL_ANGLE = .46,.18 # radians
 
 def paint_eyes(a, c, look):
@@ -263,6 +276,7 @@ def paint_eyes(a, c, look):
     a = lay(a, look.iris, eye*smooth(-t,-_IRIS_ANGLE+.02,-_IRIS_ANGLE+.12))
     return lay(a, a.new_full((3,),.03), eye*smooth(-t,-_PUPIL_ANGLE-.03,-_PUPIL_ANGLE+.03))
 
+# %% ../nbs/08_synth.ipynb #8cbb9543
 def paint_mouth(a, c):
     "Teeth, tongue and the dark behind them."
     a = lay(a, a.new_tensor([.88,.85,.78]), c.on('teeth_up','teeth_low'))
@@ -297,7 +311,7 @@ def hair_volume(
     waves = 1+.2*noise(p,1.8,generator)+.1*noise(p,5.,generator)
     return (look.volume*m*waves.clamp_min(.2))[:,None]*vertex_normals(verts, head.faces)
 
-# %% ../nbs/08_synth.ipynb #d35d07e5
+# %% ../nbs/08_synth.ipynb #298c3192
 @dataclass
 class Person:
     "A synthetic person: geometry, paint and what they were made with."
@@ -307,6 +321,7 @@ class Person:
     static_offset:Tensor # (V,3) volume of the hair, metres
     look:Palette         # colours and styles
 
+# %% ../nbs/08_synth.ipynb #d35d07e5
 def make_person(
     seed:int,           # the same seed, the same person
     head:Head=None,     # default: the open head
@@ -319,7 +334,7 @@ def make_person(
     look = random_palette(g); texture = paint_texture(c, look, g)
     return Person(seed, shape, texture, hair_volume(head, head(shape=shape)[0], look, g), look)
 
-# %% ../nbs/08_synth.ipynb #4fb7205c
+# %% ../nbs/08_synth.ipynb #d3f684e2
 @dataclass(frozen=True)
 class Light:
     "One lamp and the sky around."
@@ -329,6 +344,7 @@ class Light:
     tint:tuple=(1.,1.,1.)        # colour of the light
     in_room:bool=True            # True: fixed to the head's frame; False: carried by the camera
 
+# %% ../nbs/08_synth.ipynb #4fb7205c
 STUDIO = Light()
 
 def random_light(
@@ -339,7 +355,7 @@ def random_light(
     tint = tuple((1+.05*torch.randn(3, generator=g)).tolist())
     return Light((math.sin(az)*math.cos(el), math.sin(el), math.cos(az)*math.cos(el)), _uniform(g,.42,.68), _uniform(g,.3,.6), tint, in_room=False)
 
-# %% ../nbs/08_synth.ipynb #e93c7e86
+# %% ../nbs/08_synth.ipynb #22bb6767
 def lamp(
     light:Light,
     viewmat:Tensor, # (4,4)
@@ -348,6 +364,7 @@ def lamp(
     d = F.normalize(torch.tensor(light.direction, dtype=torch.float32), dim=0)
     return d if light.in_room else viewmat[:3,:3].T@(d*d.new_tensor([1,-1,-1]))
 
+# %% ../nbs/08_synth.ipynb #e93c7e86
 def shade(
     colour:Tensor,  # (P,3)
     normals:Tensor, # (P,3) unit
@@ -422,7 +439,7 @@ def random_expression(
     "Random expression, jaw and eyes."
     return {k:v[None] for k,v in (head or open_head()).arkit(random_scores(generator, strength)).items()}
 
-# %% ../nbs/08_synth.ipynb #14894444
+# %% ../nbs/08_synth.ipynb #77a2a84b
 def glide(
     marks:Tensor, # (n,) values at even spacing, first to last frame
     frames:int,
@@ -431,12 +448,13 @@ def glide(
     t = torch.linspace(0, len(marks)-1, frames); k = t.long().clamp_max(len(marks)-2)
     return torch.lerp(marks[k], marks[k+1], smooth(t-k, 0, 1))
 
+# %% ../nbs/08_synth.ipynb #14894444
 def _marks(g, frames, every, lo, hi, chance=1.):
     "Random marks, one about every so many frames; some are 0."
     n = max(2, round(frames/every))+1
     return (lo+(hi-lo)*torch.rand(n, generator=g))*(torch.rand(n, generator=g)<chance)
 
-# %% ../nbs/08_synth.ipynb #f44766c1
+# %% ../nbs/08_synth.ipynb #b4bc7813
 def _turns(frames, g, yaw, every=30):
     "(T,3) pitch, yaw and roll of the head, radians; yaw touches both limits in the first half."
     n = max(6, round(frames/every)); side = 1 if _chance(g,.5) else -1
@@ -444,6 +462,7 @@ def _turns(frames, g, yaw, every=30):
     pitch,roll = (glide(_marks(g, frames, .7*every, -b, b), frames) for b in (8.,6.))
     return torch.stack([pitch-pitch[0], yaw*glide(drawn, frames), roll-roll[0]],1)*math.pi/180
 
+# %% ../nbs/08_synth.ipynb #f44766c1
 def _blinks(frames, g, every=55):
     "(T,) 0 open, 1 shut: two frames down, three shut, three up; at least two blinks."
     one = torch.tensor([.5,1.,1.,1.,.7,.3]); n = max(2, round(frames/every)); x = torch.zeros(frames+len(one))
@@ -452,7 +471,7 @@ def _blinks(frames, g, every=55):
         x[at:at+len(one)] = one[:len(x)-at]
     return x[:frames]
 
-# %% ../nbs/08_synth.ipynb #48b4abc1
+# %% ../nbs/08_synth.ipynb #91eac80d
 _FACE = dict(mouthFunnel=(4,.5,.4), mouthPucker=(5,.5,.3), mouthStretch=(5,.4,.3), mouthPress=(5,.4,.3),    # (frames per mark, most, chance): lips
              mouthSmile=(22,.8,.45), mouthFrown=(30,.4,.2), cheekSquint=(25,.4,.3), browInnerUp=(14,.7,.4), browOuterUp=(14,.6,.3), browDown=(18,.6,.25), noseSneer=(30,.35,.2))
 
@@ -465,6 +484,7 @@ def _talk(frames, g):
         w.update({n:x for n in ([name] if name in ('mouthFunnel','mouthPucker','browInnerUp') else [name+'Left',name+'Right'])})
     return w
 
+# %% ../nbs/08_synth.ipynb #48b4abc1
 def _stare(frames, g, turn):
     "ARKit name -> (T,) of eyes that hold the camera while the head turns, and now and then jump elsewhere."
     def jumps(most): return _marks(g, frames, 18, -most, most, .35).repeat_interleave(18)[:frames]
@@ -473,7 +493,7 @@ def _stare(frames, g, turn):
     ways = dict(OutLeft=across, InRight=across, InLeft=-across, OutRight=-across, UpLeft=up, UpRight=up, DownLeft=-up, DownRight=-up)
     return {f'eyeLook{k}':x.clamp(0,1) for k,x in ways.items()}
 
-# %% ../nbs/08_synth.ipynb #4014f4f6
+# %% ../nbs/08_synth.ipynb #92f15828
 def motion_scores(
     frames:int,     # at 25 a second
     seed:int=0,
@@ -486,6 +506,7 @@ def motion_scores(
     w = {k:x*(1-blink) if k.startswith(('eyeLookDown','eyeLookUp','cheekSquint')) else x for k,x in w.items()}
     return {**w, 'eyeBlinkLeft':blink, 'eyeBlinkRight':blink}, turn
 
+# %% ../nbs/08_synth.ipynb #4014f4f6
 def motion(
     frames:int,     # at 25 a second
     seed:int=0,
@@ -499,7 +520,7 @@ def motion(
     p.update(rotation=turn/2, neck=turn/2, translation=sway)
     return [{k:v[t:t+1] for k,v in p.items()} for t in range(frames)]
 
-# %% ../nbs/08_synth.ipynb #0f6fa38f
+# %% ../nbs/08_synth.ipynb #b37363f3
 def portrait_camera(
     head:Head,
     size:int,           # pixels
@@ -508,6 +529,7 @@ def portrait_camera(
     "A camera at arm's length that holds the whole head, hair included."
     return orbit(yaw, pitch, .6, face_centre(head)), intrinsics(1.75*size, size, size)
 
+# %% ../nbs/08_synth.ipynb #0f6fa38f
 def backdrop(
     seed:int,
     time:float=0.,      # 0..1 of the take

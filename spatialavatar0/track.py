@@ -56,7 +56,7 @@ def _decode(im, name):
     a = np.asarray(im, dtype=np.float32)
     return a[...,None].repeat(3,-1)/(65535 if a.max()>255 else 255 if a.max()>1 else 1) if deep else a/255
 
-# %% ../nbs/13_track.ipynb #d8788353
+# %% ../nbs/13_track.ipynb #79a5d316
 def _from_array(a):
     "Array -> (H,W,3|4) floats 0..1, at most MAX_SIDE long."
     a = to_numpy(a); a = a[...,None] if a.ndim==2 else a
@@ -67,6 +67,7 @@ def _from_array(a):
     a = torch.from_numpy(a.clip(0,1).repeat(3 if a.shape[2]==1 else 1, -1)); s = min(1, MAX_SIDE/max(a.shape[:2]))
     return to_numpy(a if s==1 else resize(a, max(1,round(a.shape[0]*s)), max(1,round(a.shape[1]*s))))
 
+# %% ../nbs/13_track.ipynb #d8788353
 def load_photo(
     photo,            # a file, or an array or tensor (H,W), (H,W,3), (H,W,4): bytes, 16 bits, or floats 0..1
     alpha:bool=False, # also return the transparency
@@ -80,7 +81,7 @@ def load_photo(
     informative = cover is not None and .02<(cover<.5).float().mean()<.98
     return (a, cover if informative else None) if alpha else a
 
-# %% ../nbs/13_track.ipynb #7d071810
+# %% ../nbs/13_track.ipynb #645bca95
 @contextlib.contextmanager
 def _quiet():
     "Send what C++ code logs (straight to file descriptor 2) nowhere."
@@ -89,6 +90,7 @@ def _quiet():
     try: yield
     finally: os.dup2(saved, 2); os.close(saved); os.close(null)
 
+# %% ../nbs/13_track.ipynb #61aa9335
 def _mediapipe():
     "The package, or one clear line on what is missing."
     try:
@@ -99,6 +101,7 @@ def _mediapipe():
     except ModuleNotFoundError as e: raise InputError(f'finding a face needs mediapipe ({e}); get it with: pip install "spatialavatar0[track]"') from e
     except OSError as e: raise _no_library(e) from e
 
+# %% ../nbs/13_track.ipynb #7d071810
 def _no_library(e): return InputError(f'mediapipe cannot start: {e}; on Debian or Ubuntu: sudo apt-get install libegl1 libgles2')
 
 # %% ../nbs/13_track.ipynb #19ddd736
@@ -127,7 +130,7 @@ def landmarker(
 class NoFace(InputError):
     "No face was found in a picture."
 
-# %% ../nbs/13_track.ipynb #dd24c87c
+# %% ../nbs/13_track.ipynb #b946a9f1
 @dataclass
 class Detection:
     "One face in a picture, as MediaPipe sees it."
@@ -136,16 +139,19 @@ class Detection:
     @property
     def span(self): return (self.lmks.amax(0)-self.lmks.amin(0)).max().item() # pixels
 
+# %% ../nbs/13_track.ipynb #ec830cae
 def _windows(height, width, n):
     "Overlapping windows, each 1/n of the picture: (x0,y0,x1,y1)."
     w,h = math.ceil(width/n),math.ceil(height/n)
     return [(x,y,x+w,y+h) for y in np.linspace(0,height-h,2*n-1).astype(int) for x in np.linspace(0,width-w,2*n-1).astype(int)]
 
+# %% ../nbs/13_track.ipynb #ccb482bb
 def _look(run, image, x0, y0, x1, y1):
     "Faces inside one window, in pixels of the whole picture."
     x0,y0 = max(0,int(x0)),max(0,int(y0))
     return [replace(d, lmks=d.lmks+torch.tensor([x0,y0])) for d in run(image[y0:int(y1),x0:int(x1)])]
 
+# %% ../nbs/13_track.ipynb #dd24c87c
 def _distinct(found):
     "Largest first, no face twice."
     keep = []
@@ -153,7 +159,7 @@ def _distinct(found):
         if all((d.lmks.mean(0)-k.lmks.mean(0)).norm()>.5*k.span for k in keep): keep.append(d)
     return keep
 
-# %% ../nbs/13_track.ipynb #50432469
+# %% ../nbs/13_track.ipynb #0b8e962a
 def _search(run, image):
     "All faces, largest first."
     h,w = image.shape[:2]
@@ -164,6 +170,7 @@ def _search(run, image):
     (cx,cy),s = found[0].lmks.mean(0).tolist(),1.5*found[0].span
     return (_distinct(_look(run, image, cx-s, cy-s, cx+s, cy+s))[:1] or found[:1])+found[1:]
 
+# %% ../nbs/13_track.ipynb #50432469
 def detect(
     photo,       # file, array or tensor; see load_photo
     model=None,  # the .task file; None: the manifest's face_landmarker
@@ -175,7 +182,7 @@ def detect(
     if len(found)>1: warnings.warn(f'found {len(found)} faces of very different size; the largest one is used')
     return found[0]
 
-# %% ../nbs/13_track.ipynb #b0e0f438
+# %% ../nbs/13_track.ipynb #e6fa8aff
 @dataclass
 class LandmarkTable:
     "Where MediaPipe's points lie on a head."
@@ -185,6 +192,7 @@ class LandmarkTable:
     contour:Tensor  # (478,) bool: on the outline of the face, where points slide along it
     valid:Tensor    # (478,) bool: worth using (seen, and not spread over more than 15 mm)
 
+# %% ../nbs/13_track.ipynb #b0e0f438
 def landmark_table(
     head, # the open head
 )->LandmarkTable:
@@ -228,7 +236,7 @@ def landmark_model(
     return LandmarkModel(d(head.template)[ids], basis[:,ids].permute(1,2,3,0).contiguous(), regress@d(head.template), torch.einsum('jv,kva->jak', regress, basis),
         bary[...,None]*d(head.weights)[ids][...,2:], turns.T.reshape(3,3,-1), bary)
 
-# %% ../nbs/13_track.ipynb #dc64cfdf
+# %% ../nbs/13_track.ipynb #aed152cd
 @dataclass
 class State:
     "What a fit is looking for."
@@ -240,6 +248,7 @@ class State:
         c = self.c+step[6:]
         return State(axis_angle_to_mat(step[:3])@self.R, self.t+step[3:6], torch.cat([c[:-52], c[-52:].clamp(0,1)]))
 
+# %% ../nbs/13_track.ipynb #dc64cfdf
 def start_pose(
     points:Tensor,  # (L,3) landmarks of the mean head, metres
     lmks:Tensor,    # (L,2) pixels
@@ -268,7 +277,7 @@ def whitening(
     W[on] = torch.stack([torch.stack([tangent[:,1],-tangent[:,0]],1), along*tangent],1)
     return W*(table.valid/(table.sigma.clamp(min=.0015)*scale)).to(lmks)[:,None,None]
 
-# %% ../nbs/13_track.ipynb #23454d2e
+# %% ../nbs/13_track.ipynb #ecc5f3fc
 @contextlib.contextmanager
 def _one_thread():
     "Hundreds of small matrices: handing them to several threads costs more than it saves."
@@ -276,6 +285,7 @@ def _one_thread():
     try: yield
     finally: torch.set_num_threads(n)
 
+# %% ../nbs/13_track.ipynb #23454d2e
 def point_gradients(
     model:LandmarkModel,
     c:Tensor,       # (S+52,)
@@ -319,7 +329,7 @@ class Target:
         data = torch.where(e<self.huber, e*e, self.huber*(2*e-self.huber)).sum()
         return data+(self.precision*(state.c-self.prior)**2).sum()
 
-# %% ../nbs/13_track.ipynb #9f9ea931
+# %% ../nbs/13_track.ipynb #a8ae86c7
 def normal_equations(
     model:LandmarkModel, state:State, target:Target,
 )->tuple: # (6+S+52,), (6+S+52,6+S+52)
@@ -331,6 +341,7 @@ def normal_equations(
     g[6:] += target.precision*(state.c-target.prior); H.diagonal()[6:] += target.precision
     return g,H
 
+# %% ../nbs/13_track.ipynb #9f9ea931
 def moving(
     state:State,
     g:Tensor,    # (6+S+52,) gradient
@@ -404,11 +415,12 @@ def solve(
         state = minimise(model, state, inner, free=('pose',), steps=10)
         return minimise(model, state, target, free)
 
-# %% ../nbs/13_track.ipynb #3318670c
+# %% ../nbs/13_track.ipynb #5429da9b
 def _viewmat(state):
     V = torch.eye(4); V[:3,:3],V[:3,3] = state.R,state.t
     return V
 
+# %% ../nbs/13_track.ipynb #9c0347e8
 def to_frame(
     state:State, image:Tensor, K:Tensor, head,
 )->Frame:              # mask all ones, until `matte` makes a better one
@@ -417,6 +429,7 @@ def to_frame(
     params = dict(shape=shape) | {k:v[None] for k,v in head.arkit(state.c[-52:].float()).items()}
     return Frame(image, torch.ones(image.shape[:2]), _viewmat(state), K.float(), params)
 
+# %% ../nbs/13_track.ipynb #3318670c
 def frame_landmarks(
     frame:Frame, head,
     table:LandmarkTable=None, # default: the head's own
@@ -438,7 +451,7 @@ def fit_report(
     r = 100*e[use&table.valid]/(detection.lmks[33]-detection.lmks[263]).norm()
     return dict(mean=r.mean().item(), p95=r.quantile(.95).item(), px=e[use&table.valid].mean().item())
 
-# %% ../nbs/13_track.ipynb #212e9ef5
+# %% ../nbs/13_track.ipynb #837b7ae6
 def _silhouettes(frame, head, table):
     "Of the whole mesh and without neck and ears, (H,W) bytes; and the height above the chin, (H,W)."
     ids,_,_ = rasterize_mesh(head(**frame.params)[0], head.faces, frame.viewmat, frame.K, frame.width, frame.height)
@@ -447,6 +460,7 @@ def _silhouettes(frame, head, table):
     y,x = np.mgrid[:frame.height,:frame.width]+.5; up = (top-chin)/((top-chin)**2).sum()
     return (ids>=0).byte().numpy(), ((ids>=0)&~other[ids]).byte().numpy(), (x-chin[0])*up[0]+(y-chin[1])*up[1]
 
+# %% ../nbs/13_track.ipynb #212e9ef5
 def _seeds(mesh, face, height):
     "GrabCut's four labels from the silhouettes."
     import cv2
@@ -460,7 +474,7 @@ def _seeds(mesh, face, height):
     seeds[cv2.erode(face, disc(3))>0] = cv2.GC_FGD
     return seeds
 
-# %% ../nbs/13_track.ipynb #ba497b77
+# %% ../nbs/13_track.ipynb #d5158984
 def _around(frame, head, image, longest=400):
     "The picture around the head, at most `longest` pixels; and where it was cut out."
     p,_ = project(head(**frame.params)[0], frame.viewmat, frame.K); lo,hi = p.amin(0),p.amax(0); grow = .6*(hi-lo)[0]
@@ -471,6 +485,7 @@ def _around(frame, head, image, longest=400):
     cut = resize(image[y0:y1,x0:x1], h, w)
     return replace(frame, image=cut, mask=torch.ones(h,w), K=K), (x0,y0,x1,y1)
 
+# %% ../nbs/13_track.ipynb #ba497b77
 def _cut(image, seeds, colours=None):
     "GrabCut -> one piece without holes, (H,W) bool."
     import cv2, scipy.ndimage as ndi

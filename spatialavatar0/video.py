@@ -25,7 +25,7 @@ from .avatar import look_up, part_is, see, texel_mask, without_clothes
 from .track import (MAX_SIDE, MIN_SIDE, Detection, LandmarkModel, _around, _one_thread, _search, _seeds, _silhouettes, camera_guess, landmark_model, landmark_table,
     landmarker, load_photo, matte, minimise, pixels, set_up, solve, to_frame)
 
-# %% ../nbs/13c_video.ipynb #340b99fd
+# %% ../nbs/13c_video.ipynb #1903fbc3
 @dataclass(frozen=True)
 class Film:
     "What is in a film file, or a folder of pictures."
@@ -34,6 +34,7 @@ class Film:
     about:int             # roughly so many pictures
     options:tuple = ()    # for ffmpeg
 
+# %% ../nbs/13c_video.ipynb #340b99fd
 def _ask(path):
     "What ffmpeg says about a file."
     import imageio_ffmpeg
@@ -61,9 +62,10 @@ def open_film(
     fit = f"scale='trunc(iw*sar*min(1,{MAX_SIDE}/max(iw*sar,ih))/2)*2':'trunc(ih*min(1,{MAX_SIDE}/max(iw*sar,ih))/2)*2',setsar=1"
     return Film(path, fps, max(1,round(seconds*fps)), ('-vf',f'fps={fps:.4f},{fit}' if uneven else fit, *(() if uneven else ('-fps_mode','passthrough'))))
 
-# %% ../nbs/13c_video.ipynb #f1a80088
+# %% ../nbs/13c_video.ipynb #dbc42daa
 def _pictures(path): return sorted(p for p in path.iterdir() if p.suffix.lower() in ('.png','.jpg','.jpeg','.webp'))
 
+# %% ../nbs/13c_video.ipynb #f1a80088
 def film_pictures(
     film:Film,
     start:int=0,  # the first one wanted
@@ -80,7 +82,7 @@ def film_pictures(
     except (OSError,RuntimeError,StopIteration) as e: raise InputError(f'{film.path} cannot be decoded; it is damaged or cut short') from e
     finally: stream.close()
 
-# %% ../nbs/13c_video.ipynb #77ceab91
+# %% ../nbs/13c_video.ipynb #bf8df975
 ROW = np.dtype([('faces','<f4'), ('change','<f4'), ('size','<f4',2), ('lmks','<f4',(478,2)), ('scores','<f4',52)])
 
 def _row(run, image, before, names):
@@ -91,6 +93,7 @@ def _row(run, image, before, names):
     if d is not None: row['lmks'],row['scores'] = d.lmks.numpy(),[d.scores[n] for n in names]
     return row
 
+# %% ../nbs/13c_video.ipynb #77ceab91
 def _near(run, image, lmks):
     "A face that the whole picture did not show: look where it was."
     (x,y),s = lmks.mean(0),1.2*np.ptp(lmks,0).max(); x0,y0 = max(0,int(x-s)),max(0,int(y-s))
@@ -117,7 +120,7 @@ def film_faces(
     if not rows: raise InputError(f'{film.path} holds no picture')
     return np.stack(rows)
 
-# %% ../nbs/13c_video.ipynb #c2f7fef3
+# %% ../nbs/13c_video.ipynb #93aeadd4
 def cuts_of(
     rows,          # from film_faces
     fps:float,
@@ -129,6 +132,7 @@ def cuts_of(
     cut[1:] |= two&(jump*fps/25>.35)
     return cut
 
+# %% ../nbs/13c_video.ipynb #c2f7fef3
 def stretches(
     good,  # (T,) bool
     cuts,  # (T,) bool
@@ -137,7 +141,7 @@ def stretches(
     at = np.flatnonzero(good); ends = np.flatnonzero((np.diff(at)>1)|np.array([cuts[a+1:b+1].any() for a,b in zip(at,at[1:])], bool))+1 if len(at) else []
     return [s for s in np.split(at, ends) if len(s)]
 
-# %% ../nbs/13c_video.ipynb #d435303f
+# %% ../nbs/13c_video.ipynb #68547418
 def unlike(
     points:Tensor,  # (T,D)
     n:int,
@@ -148,10 +152,12 @@ def unlike(
     while len(picked)<min(n,len(points)) and far.max()>0: picked.append(int(far.argmax())); far = torch.minimum(far, (points-points[picked[-1]]).norm(dim=1))
     return picked
 
+# %% ../nbs/13c_video.ipynb #d435303f
 def _detection(row, names): return Detection(torch.from_numpy(row['lmks'].copy()), dict(zip(names, row['scores'].tolist())))
+
 def _facing(R): return torch.stack([torch.atan2(R[0,2],-R[2,2]), torch.atan2(R[1,2],-R[2,2])])  # yaw and pitch of the nose, radians
 
-# %% ../nbs/13c_video.ipynb #e5afa307
+# %% ../nbs/13c_video.ipynb #06bab18b
 class FilmFit:
     "The fit of a film: who it is, and each picture's pose and expression."
     def __init__(self, film, rows, head, focal=2., num_shape=50):
@@ -161,6 +167,7 @@ class FilmFit:
         if not self.spans: raise InputError(f'{film.path}: {_nobody(rows)}')
     def problem(self, row, held_out=(), model=None): return set_up(model or self.model, self.table, _detection(row, self.head.arkit_names), self.K, self.head.arkit_names, held_out)
 
+# %% ../nbs/13c_video.ipynb #e5afa307
 def _nobody(rows):
     "Why no picture can be used."
     several = (rows['faces']>1).mean()
@@ -213,7 +220,7 @@ def _follow(fit, sigma=.8):
                 last = minimise(known, start if last is None else replace(last, c=start.c), target, free=('pose','arkit'), steps=20, tol=1e-4)
                 fit.states[int(i)] = replace(last, c=torch.cat([fit.shape,last.c]))
 
-# %% ../nbs/13c_video.ipynb #b1d9836f
+# %% ../nbs/13c_video.ipynb #bab965f5
 def _errors(fit):
     "Index -> landmark error, % of the outer-eye distance."
     out = {}
@@ -222,6 +229,7 @@ def _errors(fit):
         out[i] = float(100*e.mean()/(lmks[33]-lmks[263]).norm())
     return out
 
+# %% ../nbs/13c_video.ipynb #b1d9836f
 def held_out_error(
     fit:FilmFit,
     n:int=20,    # pictures, at most
@@ -266,17 +274,19 @@ def verdicts(
         out.append(dict(time=i, use=ok, confidence=round(1-c[worst]/LIMITS[worst],3) if ok else 0., reason=why, **({k: round(v,4) for k,v in c.items()} if c else {})))
     return out
 
-# %% ../nbs/13c_video.ipynb #97728aad
+# %% ../nbs/13c_video.ipynb #4d99f0b0
 def _where(fit, i):
     "How much of the head lies beyond the border, and how far it is turned."
     v = fit.head(**to_frame(fit.states[i], torch.zeros(1,1,3), fit.K, fit.head).params)[0][fit.head.masks['neck']<.5]; uv = project(v, _viewmat(fit.states[i]), fit.K.float())[0]
     size = torch.from_numpy(fit.rows[i]['size'].copy()); out = ((uv<0)|(uv>size)).any(1).float().mean()
     return dict(outside=float(out), turned=float(_facing(fit.states[i].R).abs()[0]*180/math.pi))
 
+# %% ../nbs/13c_video.ipynb #c718b798
 def _viewmat(s):
     V = torch.eye(4); V[:3,:3],V[:3,3] = s.R,s.t
     return V
 
+# %% ../nbs/13c_video.ipynb #97728aad
 def film_checks(
     fit:FilmFit,
     film:Film,
@@ -436,13 +446,14 @@ def track_video(
     shutil.rmtree(work)
     return read_vhap(out, head=head)
 
-# %% ../nbs/13c_video.ipynb #5c12260e
+# %% ../nbs/13c_video.ipynb #c12d804b
 def _fresh(work, key):
     "A folder for what the passes find, of this film and no other."
     about = work/'about.json'
     if about.is_file() and about.read_text()!=key or work.exists() and not about.is_file() and any(work.iterdir()): raise InputError(f'{work} holds the tracking of another film or of other settings; delete it, or choose another --out')
     work.mkdir(parents=True, exist_ok=True); about.write_text(key)
 
+# %% ../nbs/13c_video.ipynb #5c12260e
 def _reasons(table):
     "How many pictures went for which reason, in words."
     names = [r['reason'].split()[0] if r['reason'][:1].isalpha() and r['reason']!='no face' else 'several faces' if r['reason']!='no face' else 'no face' for r in table if not r['use']]

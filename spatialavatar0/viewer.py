@@ -74,7 +74,7 @@ def splat_arrays(
         opacities=s['logit_opacities'].sigmoid()[:,None], rgb=sh0_to_rgb(s['sh0']).clamp_min(0))
     return {k: steps(x) for k,x in columns.items()}
 
-# %% ../nbs/17_viewer.ipynb #4033c875
+# %% ../nbs/17_viewer.ipynb #b0b5cbe6
 def lay_out(
     arrays:dict, # name -> array, or (array, low, step)
 )->tuple:        # where each lies, for JSON; the bytes
@@ -89,6 +89,7 @@ def lay_out(
         raw = np.ascontiguousarray(x).astype(x.dtype.newbyteorder('<')).tobytes(); parts.append(raw+b'\0'*(-len(raw)%4)); at += len(parts[-1])
     return table, b''.join(parts)
 
+# %% ../nbs/17_viewer.ipynb #4033c875
 def pack(
     avatar:Avatar,
 )->tuple: # where each array lies, the bytes
@@ -110,7 +111,7 @@ def control_groups(
     groups['Expression'] = [(n,-3,3) for n in names[:30] if n.startswith('expr')]     # FLAME's directions have no names
     return {k: v for k,v in groups.items() if v}
 
-# %% ../nbs/17_viewer.ipynb #eb423048
+# %% ../nbs/17_viewer.ipynb #1ca81936
 def home_view(
     avatar:Avatar,
     distance:float=.8, # metres
@@ -119,6 +120,7 @@ def home_view(
     means = avatar.world()[0]; lo,hi = means.amin(0),means.amax(0)
     return dict(target=((lo+hi)/2).tolist(), distance=distance, focal=distance/float(1.15*(hi-lo)[:2].max()))
 
+# %% ../nbs/17_viewer.ipynb #eb423048
 def view_of(
     home:dict,   # from home_view
     values:dict, # yaw and pitch in degrees, zoom
@@ -140,9 +142,10 @@ def bake_motion(
     used = [n for n in [*names,*TURNS,*VIEW] if any(f.get(n,0) for f in frames)]
     return dict(fps=fps, names=used, frames=[[round(float(f.get(n,0)),3) for n in used] for f in frames])
 
-# %% ../nbs/17_viewer.ipynb #09938299
+# %% ../nbs/17_viewer.ipynb #423659cb
 def _asset(name): return importlib.resources.files('spatialavatar0').joinpath('assets/viewer',name).read_text(encoding='utf-8')
 
+# %% ../nbs/17_viewer.ipynb #09938299
 @torch.no_grad()
 def page(
     avatar:Avatar,
@@ -226,7 +229,7 @@ def page_picture(
     text = tab.evaluate(_PIXELS, [viewmat.tolist(), K.tolist(), width, height, values])
     return torch.from_numpy(np.frombuffer(base64.b64decode(text), np.uint8).reshape(height,width,4).copy())[...,:3]/255
 
-# %% ../nbs/17_viewer.ipynb #18da4da1
+# %% ../nbs/17_viewer.ipynb #bcba02ba
 SHOW = 'Gaussians','mesh','needles','texels'
 
 def texel_colors(
@@ -237,6 +240,7 @@ def texel_colors(
     light = .65+.35*((row//4+col//4)%2)
     return torch.stack([col/R, row/R, 1-col/R],-1)*light[:,None]
 
+# %% ../nbs/17_viewer.ipynb #18da4da1
 def needle_colors(
     colors:Tensor, # (N,3)
     aspects:Tensor,# (N,) log of length over width on the screen
@@ -286,11 +290,12 @@ class Explorer:
         self.status.value = f'{size} x {size} in {1e3*self.last[1]:.0f} ms'
         return rgb
 
-# %% ../nbs/17_viewer.ipynb #1b110a75
+# %% ../nbs/17_viewer.ipynb #f3b09306
 def _slider(name, low, high, value=0., step=None):
     import ipywidgets as w
     return w.FloatSlider(value=value, min=low, max=high, step=step or (high-low)/100, description=name, style=dict(description_width='120px'), layout=w.Layout(width='310px'))
 
+# %% ../nbs/17_viewer.ipynb #1b110a75
 def _build(self):
     import ipywidgets as w
     groups = control_groups(control_names(self.avatar.head)); groups['View'] = [('yaw',-180,180),('pitch',-80,80),('zoom',.3,4)]
@@ -311,12 +316,13 @@ def twin(name, names): # text or None
     other = name[:-4]+'Right' if name.endswith('Left') else name[:-5]+'Left' if name.endswith('Right') else None
     return other if other in names and name not in ('jawLeft','jawRight','mouthLeft','mouthRight') else None
 
-# %% ../nbs/17_viewer.ipynb #36ade252
+# %% ../nbs/17_viewer.ipynb #17c9b9f8
 def quick(self): # pixels
     "How large a picture fits the budget, going by the last one drawn."
     size,took = self.last
     return int(min(self.size, max(self.size/4, size*(self.budget/took)**.5))+15)//16*16
 
+# %% ../nbs/17_viewer.ipynb #497185e3
 def change(self, name, value):
     "A slider moved: its twin follows, a quick picture now and a full one when all is still."
     self.values[name] = value
@@ -325,6 +331,7 @@ def change(self, name, value):
         self.busy = True; self.sliders[other].value = value; self.busy = False
     self.draw(self.quick()); self.settle()
 
+# %% ../nbs/17_viewer.ipynb #36ade252
 def settle(self, wait=.2): # seconds
     "Draw the full picture once nothing has moved for a while; at once where there is no event loop to wait in."
     import asyncio
