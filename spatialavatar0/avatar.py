@@ -58,7 +58,7 @@ def texel_mask(
     "A region mask of the head, per Gaussian."
     return bind_points(head.masks[name][:,None], binding)[:,0]
 
-# %% ../nbs/09_avatar.ipynb #cf94ea66
+# %% ../nbs/09_avatar.ipynb #683a0851
 def open_splats(
     splats:dict,  # raw local attributes
     frames,       # binding.Frames
@@ -84,7 +84,7 @@ def new_avatar(
         for k in ('quats','log_scales'): splats[k] = torch.where(lid[:,None], shut[k], splats[k])
     return Avatar(splats, b, head, shape, offset, torch.zeros(len(b)))
 
-# %% ../nbs/09_avatar.ipynb #008fe0fa
+# %% ../nbs/09_avatar.ipynb #b8dc6afb
 SCHEMA = 1
 _SHAPES = dict(offsets=('N',3), quats=('N',4), log_scales=('N',3), logit_opacities=('N',), sh0=('N',3),
                face_ids=('N',), bary=('N',3), texels=('N',2), shape=(1,'S'), static_offset=('V',3), seen=('N',))
@@ -97,7 +97,7 @@ def head_id(
     for t in (head.faces, head.uv_faces): h.update(t.cpu().numpy().astype('<i4').tobytes())
     return h.hexdigest()[:16]
 
-# %% ../nbs/09_avatar.ipynb #01c1d5e3
+# %% ../nbs/09_avatar.ipynb #6f07263f
 def _tensors(a): return dict(a.splats, face_ids=a.binding.face_ids, bary=a.binding.bary, texels=a.binding.texels,
                              shape=a.shape, static_offset=a.static_offset, seen=a.seen)
 
@@ -151,7 +151,7 @@ class Seen:
     cosine:Tensor  # (N,) of the angle between the normal and the way to the camera
     visible:Tensor # (N,) bool, inside the picture and nothing in front
 
-# %% ../nbs/09_avatar.ipynb #ab1909c6
+# %% ../nbs/09_avatar.ipynb #23ced959
 def see(
     binding:Binding,
     verts:Tensor,   # (V,3) posed mesh, metres
@@ -174,7 +174,7 @@ def look_up(
     "The picture's colours at some points."
     return sample_texture(frame.image, uv/torch.tensor([frame.width,frame.height]))
 
-# %% ../nbs/09_avatar.ipynb #5bc147f1
+# %% ../nbs/09_avatar.ipynb #4095bfb2
 def erode(
     mask:Tensor,  # (H,W) 0..1
     px:int,       # how far, pixels
@@ -229,7 +229,7 @@ def fill(
     b = t[:,None]*values.double().numpy()+pull*prior.double().numpy()
     return torch.from_numpy(spsolve(A.tocsc(), b).reshape(n,-1)).float()
 
-# %% ../nbs/09_avatar.ipynb #a26d5613
+# %% ../nbs/09_avatar.ipynb #b95d4104
 def silhouette(
     mask:Tensor,    # (H,W) 0..1
     center:Tensor,  # (2,) pixels
@@ -263,12 +263,12 @@ def unturned(
         if name in p: R = axis_angle_to_mat(p.pop(name)[0]); V = V@_rigid(R, j-R@j)
     return replace(frame, viewmat=V, params=p)
 
-# %% ../nbs/09_avatar.ipynb #172a62c5
+# %% ../nbs/09_avatar.ipynb #6d7aa2af
 def _rigid(R, t):
     M = torch.eye(4); M[:3,:3],M[:3,3] = R,t
     return M
 
-# %% ../nbs/09_avatar.ipynb #0250223b
+# %% ../nbs/09_avatar.ipynb #af529d85
 def _reach(head, frame, limit, bins=90):
     "How far one picture's matte stands off the skull: per vertex the fraction, how much the picture says about it, and the fraction at the crown."
     f = unturned(frame, head); verts = head(**f.params)[0]; c = _middle(head, verts)
@@ -317,7 +317,7 @@ def shaded_lid(
     near = (texel_mask(h, 'lids', b)>.1)|(texel_mask(h, 'lid_rims', b)>.02)
     return near&(light<.75*usual)
 
-# %% ../nbs/09_avatar.ipynb #18c04567
+# %% ../nbs/09_avatar.ipynb #bdecbae2
 def trust(
     avatar:Avatar,
     frame:Frame,

@@ -102,7 +102,7 @@ def triangle_frames(
     scale = ((v1-v0).norm(dim=-1)+(a2*(v2-v0)).sum(-1).abs())/2
     return torch.stack([a0,a1,a2],-1), scale
 
-# %% ../nbs/04_binding.ipynb #866a846d
+# %% ../nbs/04_binding.ipynb #d4794175
 @dataclass
 class Frames:
     "The mesh's half of the binding, per Gaussian: computed once for a frozen mesh."
@@ -110,7 +110,7 @@ class Frames:
     quats:Tensor  # (...,N,4) wxyz, unit
     scales:Tensor # (...,N) triangle sizes, metres
 
-# %% ../nbs/04_binding.ipynb #e92c200c
+# %% ../nbs/04_binding.ipynb #516f0cd8
 def bind_frames_torch(
     binding:Binding,
     verts:Tensor,  # (...,V,3) posed mesh, metres
@@ -129,7 +129,7 @@ def place_torch(
     quats = quat_mul(frames.quats, F.normalize(splats['quats'], dim=-1))
     return means, quats, frames.scales[...,None]*splats['log_scales'].exp()
 
-# %% ../nbs/04_binding.ipynb #6eb297c5
+# %% ../nbs/04_binding.ipynb #755f6875
 def texel_steps(
     binding:Binding,
     head,          # the head it was made for
@@ -183,7 +183,7 @@ def to_local(
     inv = frames.quats*frames.quats.new_tensor([1,-1,-1,-1]); s = frames.scales[...,None]
     return dict(offsets=quat_rotate(inv, means-frames.points)/s, quats=quat_mul(inv, quats), log_scales=(scales/s).log())
 
-# %% ../nbs/04_binding.ipynb #d87f49fd
+# %% ../nbs/04_binding.ipynb #065d5304
 _ZERO,_HALF,_ONE,_TWO = [np.float32(v) for v in (0,.5,1,2)]
 _TINY,_FLAT = np.float32(1e-10), np.float32(1e-6)
 _OPTS = dict(cache=True, error_model='numpy', fastmath={'reassoc','contract','arcp','nsz','afn'})
@@ -191,31 +191,26 @@ _inline = nb.njit(forceinline=True, **_OPTS)
 
 @_inline
 def _dot(a, b): return a[0]*b[0]+a[1]*b[1]+a[2]*b[2]
-
-# %% ../nbs/04_binding.ipynb #a8c05d51
 @_inline
 def _cross(a, b): return (a[1]*b[2]-a[2]*b[1], a[2]*b[0]-a[0]*b[2], a[0]*b[1]-a[1]*b[0])
-
 @_inline
 def _mix(r, a, s, b, t, c): return (r*a[0]+s*b[0]+t*c[0], r*a[1]+s*b[1]+t*c[1], r*a[2]+s*b[2]+t*c[2])
-
-# %% ../nbs/04_binding.ipynb #065d5304
 @_inline
 def _add(a, s, b): return (a[0]+s*b[0], a[1]+s*b[1], a[2]+s*b[2])
 
-# %% ../nbs/04_binding.ipynb #4dbf768a
+# %% ../nbs/04_binding.ipynb #78e13427
 @_inline
 def _vec(x, i): return (x[i,0],x[i,1],x[i,2])
 
 @_inline
 def _quat(x, i): return (x[i,0],x[i,1],x[i,2],x[i,3])
 
-# %% ../nbs/04_binding.ipynb #ef692739
+# %% ../nbs/04_binding.ipynb #909142ec
 @_inline
 def _put(x, i, v):
     for d in range(len(v)): x[i,d] = v[d]
 
-# %% ../nbs/04_binding.ipynb #dcb2e68b
+# %% ../nbs/04_binding.ipynb #6dbfb9a5
 @_inline
 def _quat_mul(a, b):
     (w,x,y,z),(W,X,Y,Z) = a,b
@@ -228,7 +223,7 @@ def _conj(q): return (q[0],-q[1],-q[2],-q[3])
 @_inline
 def _add4(a, s, b): return (a[0]+s*b[0], a[1]+s*b[1], a[2]+s*b[2], a[3]+s*b[3])
 
-# %% ../nbs/04_binding.ipynb #c687da65
+# %% ../nbs/04_binding.ipynb #ea65991e
 @_inline
 def _frame(p0, p1, p2):
     "Axes a0 a1 a2 and the numbers l, x, k of a triangle; a triangle without area gets axes that are zero."
@@ -252,7 +247,7 @@ def _quat_of(a0, a1, a2):
     s = -s if q[0]<_ZERO else s
     return (s*q[0],s*q[1],s*q[2],s*q[3])
 
-# %% ../nbs/04_binding.ipynb #83888040
+# %% ../nbs/04_binding.ipynb #66da501f
 @_inline
 def _frame_backward(frame, t, g_s):
     "Gradients of the edges e and f from the torque on the frame and the gradient of its size."
@@ -261,14 +256,13 @@ def _frame_backward(frame, t, g_s):
     i,h = _ONE/max(l,_TINY), _HALF*g_s
     return _mix(h,a0,(t[2]-roll*x)*i,a1,(h*x-t[1])*i,a2), _mix(roll,a1,-h,a2,_ZERO,a0)
 
-# %% ../nbs/04_binding.ipynb #66da501f
 @_inline
 def _torque(q, g):
     "What turns a frame, from the gradient of its quaternion."
     _,x,y,z = _quat_mul(_conj(q),g)
     return (_HALF*x,_HALF*y,_HALF*z)
 
-# %% ../nbs/04_binding.ipynb #524660d5
+# %% ../nbs/04_binding.ipynb #7d7c887e
 def _group(ids, n):
     "Where each of 0..n-1 stands in ids: at members[first[i]:first[i+1]]."
     first = np.zeros(n+1,np.int32); first[1:] = np.bincount(ids, minlength=n).cumsum()
@@ -298,7 +292,7 @@ def bind_forward(threads, corners, first, members, bary, verts, points, quats, s
                 n = members[j]; scales[n] = s
                 _put(quats,n,q); _put(points,n,_mix(bary[n,0],p0,bary[n,1],p1,bary[n,2],p2))
 
-# %% ../nbs/04_binding.ipynb #f7ace914
+# %% ../nbs/04_binding.ipynb #51995cab
 @nb.njit(parallel=True, **_OPTS)
 def bind_backward(threads, corners, first, members, bary, verts, g_points, g_quats, g_scales, g_corners):
     "Fill g_corners (3 O,3): what each triangle wants from its three corners."
@@ -325,14 +319,14 @@ def gather_corners(threads, first, members, g_corners, g_verts):
             for j in range(first[v],first[v+1]): g = _add(g,_ONE,_vec(g_corners,members[j]))
             _put(g_verts,v,g)
 
-# %% ../nbs/04_binding.ipynb #b849cb90
+# %% ../nbs/04_binding.ipynb #3d64322c
 @_inline
 def _rotate(q, v):
     "v turned by the unit quaternion q = (w,u)."
     u = (q[1],q[2],q[3]); c = _cross(u,v); d = _cross(u,c)
     return _mix(_ONE,v,_TWO*q[0],c,_TWO,d)
 
-# %% ../nbs/04_binding.ipynb #a6bd9828
+# %% ../nbs/04_binding.ipynb #39fb0e2e
 @_inline
 def _rotate_backward(q, v, g):
     "Gradient of g . rotate(q,v) with respect to q."
@@ -347,7 +341,7 @@ def _unit_quat(x, i):
     w,x,y,z = _quat(x,i); s = _ONE/max(math.sqrt(w*w+x*x+y*y+z*z),np.float32(1e-12))
     return (s*w,s*x,s*y,s*z), s
 
-# %% ../nbs/04_binding.ipynb #112a05a0
+# %% ../nbs/04_binding.ipynb #e89feec0
 @nb.njit(parallel=True, **_OPTS)
 def place_forward(threads, points, quats, scales, offsets, local, sizes, out_means, out_quats, out_scales):
     "Fill out_means (N,3), out_quats (N,4) and out_scales (N,3)."
@@ -386,7 +380,7 @@ def place_backward_frames(threads, quats, scales, offsets, local, sizes, g_means
             for d in range(3): g_s += g_scales[n,d]*sizes[n,d]
             g_frame_scales[n] = g_s
 
-# %% ../nbs/04_binding.ipynb #5a975a14
+# %% ../nbs/04_binding.ipynb #920d1aa4
 def _np(t): return np.ascontiguousarray(t.detach().numpy(), np.float32)
 
 def _new(*shapes): return [np.empty(s,np.float32) for s in shapes]
@@ -426,7 +420,7 @@ class _Place(torch.autograd.Function):
         if any(ctx.needs_input_grad[1:3]): place_backward_frames(threads, quats, scales, offsets, local, sizes, *g, *(frame := _new((N,4),N)))
         return grads[0], *[x if x is None else torch.from_numpy(x) for x in (*frame,*own)]
 
-# %% ../nbs/04_binding.ipynb #f3a62f88
+# %% ../nbs/04_binding.ipynb #47d70fdc
 def _fast(backend, tensors, shapes):
     "Whether these tensors go through the compiled loops."
     if backend not in ('auto','torch','numba'): raise InputError(f"backend should be 'auto', 'torch' or 'numba'; got {backend!r}")
@@ -448,7 +442,7 @@ def bind_frames(
     if len(verts)<needed: raise InputError(f'verts should have at least {needed} rows, one per vertex of binding.faces; got {len(verts)}: is this the mesh of another head?')
     return Frames(*_Bind.apply(verts, binding))
 
-# %% ../nbs/04_binding.ipynb #cb1d6d8c
+# %% ../nbs/04_binding.ipynb #cae60ade
 def place(
     splats:dict,          # offsets (N,3) and quats (N,4) in the triangle's frame, log_scales (N,3)
     frames:Frames,        # from bind_frames

@@ -112,7 +112,7 @@ class MediaPipeJudge:
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
 
-# %% ../nbs/14_evaluate.ipynb #eda0a4de
+# %% ../nbs/14_evaluate.ipynb #5c211643
 ARCFACE_POINTS = ((38.2946,51.6963),(73.5318,51.5014),(56.0252,71.7366),(41.5493,92.3655),(70.7299,92.2041)) # eyes, nose, corners of the mouth in 112 x 112
 _FIVE = ((33,133),(362,263),(1,),(61,),(291,)) # the same among MediaPipe's landmarks: means of corners
 
@@ -182,7 +182,7 @@ class DlibJudge:
         return dict(identity=torch.tensor(list(self.net.compute_face_descriptor(x, self.points(x, max(found, key=lambda r: r.area()))))))
     def close(self): pass
 
-# %% ../nbs/14_evaluate.ipynb #ad0652c2
+# %% ../nbs/14_evaluate.ipynb #96cf1bdb
 def posed_square(
     points:Tensor, # (5,2) pixels: eyes, nose, corners of the mouth
     face:Tensor,   # (5,3) the same on a 3D face, y up
@@ -239,7 +239,7 @@ def judges_here(say=print)->list: # those that can work; `say` hears about the o
     if any(isinstance(j,Deep3DJudge) for j in found): found[0].gives = dict(AKD=found[0].gives['AKD'])     # one judge per question, the paper's first
     return found
 
-# %% ../nbs/14_evaluate.ipynb #5aca660b
+# %% ../nbs/14_evaluate.ipynb #00f2e0be
 def code_state()->str: # like 'd3f9a84', 'd3f9a84+changes' or 'version 0.1.0'
     "Which code computed this."
     import spatialavatar0

@@ -208,12 +208,11 @@ class DptEncoder(nn.Module):
         if self.frozen: self.backbone.eval()
         return self
 
-# %% ../nbs/10_generator.ipynb #9e03a743
+# %% ../nbs/10_generator.ipynb #45c6a421
 def pool_visible(x, w): # (K,N,C), (K,N) -> (N,C), (N,)
     "Mean over sources weighted by visibility; and how well the best of them saw a texel."
     return (w[...,None]*x).sum(0)/w.sum(0).clamp_min(1e-6)[:,None], w.amax(0)
 
-# %% ../nbs/10_generator.ipynb #45c6a421
 def pool_plain(x, w):
     "The paper's mean: every source counts the same, seen or not."
     return x.mean(0), w.mean(0)
@@ -333,14 +332,13 @@ class Decoded:
     maps:dict     # name -> (B,N,c), with the residual
     residual:dict # name -> (B,N,c); empty without the residual head
 
-# %% ../nbs/10_generator.ipynb #96bb3961
+# %% ../nbs/10_generator.ipynb #bd22c9f3
 def _rest_offsets(avatar):
     "(N,3) Gaussians sunk under the skin, also for a head without the open head's regions."
     if all(k in avatar.head.masks for k in ('lips','lids','lid_rims','inner_mouth','sockets')): return sink(avatar)
     d = 2.5*avatar.splats['log_scales'][:,1].exp()
     return torch.stack([0*d,-d,0*d],-1)
 
-# %% ../nbs/10_generator.ipynb #bd22c9f3
 def _texel_axes(avatar, verts, unit=.02):
     "(N,3,3) from the directions of the UV grid (right, out of the skin, down), in units of `unit` metres, to the triangle's frame."
     b = avatar.binding; t = F.normalize(texel_steps(b, avatar.head, verts)[:,:,0], dim=-1)
@@ -348,14 +346,13 @@ def _texel_axes(avatar, verts, unit=.02):
     axes = torch.stack([torch.stack([t[:,0],o,t[:,1]],-1), torch.stack([o,l,o],-1), torch.stack([-t[:,1],o,t[:,0]],-1)],-1)
     return unit*axes/bind_frames(b, verts).scales[:,None,None]
 
-# %% ../nbs/10_generator.ipynb #00adec2a
+# %% ../nbs/10_generator.ipynb #359e5776
 def _shell_heights(head, binding, shells):
     "(S,N) metres: shells rise over the hair and, less, over the rest of the skin."
     rise = part_is(head, binding, 'skin').float() if 'skin' in head.part_names else torch.ones(len(binding))
     if 'scalp' in head.masks: rise = rise*texel_mask(head, 'scalp', binding).clamp(0,1)
     return torch.tensor(shells)[:,None]*rise
 
-# %% ../nbs/10_generator.ipynb #359e5776
 def _neighbours(binding):
     "(2,P) pairs of Gaussians that are next to each other on the UV grid."
     ids = F.pad(binding.to_map(torch.arange(len(binding)), fill=-1), (0,1,0,1), value=-1)
@@ -581,13 +578,12 @@ def draw(self:Generator,
     rgb,alpha,_ = rasterize(*world, look.viewmat[None].to(dev), look.K[None].to(dev), look.size, look.size, backgrounds=bg)
     return rgb[0],alpha[0,...,0]
 
-# %% ../nbs/10_generator.ipynb #8febee0a
+# %% ../nbs/10_generator.ipynb #55cc2331
 @patch
 def _head_on(self:Generator, dev):
     if getattr(self,'moved_',None) is None or self.moved_[0].template.device!=dev: self.moved_ = [self.head.to(dev)]
     return self.moved_[0]
 
-# %% ../nbs/10_generator.ipynb #55cc2331
 @patch
 def _binding_on(self:Generator, dev):
     b = self.binding

@@ -42,14 +42,13 @@ def skin(
     turn = (weights@turn.flatten(2)).unflatten(-1,(3,3))
     return (turn@verts[...,None])[...,0] + weights@shift
 
-# %% ../nbs/03_head.ipynb #35c825d3
+# %% ../nbs/03_head.ipynb #eb1fb6d3
 _ATLAS,_ARKIT,_MARKS = ('no atlas; give load_flame one with uv= (head_template_mesh.obj)', "no map from ARKit's 52 scores: its expression directions are others",
     'no landmarks; give load_flame some with embedding= (flame_static_embedding.pkl)')
 _MISSING = dict(uv=_ATLAS, uv_faces=_ATLAS, arkit_names=_ARKIT, arkit_jaw=_ARKIT, arkit_eyes=_ARKIT, lmk_faces=_MARKS, lmk_bary=_MARKS, mirror='no table of mirrored vertices')
 
 class Lacks(InputError, AttributeError): "A head was asked for something it does not have."
 
-# %% ../nbs/03_head.ipynb #eb1fb6d3
 class Regions(dict):
     "Masks by name; knows whose they are."
     def __init__(self, owner, *args): super().__init__(*args); self.owner = owner

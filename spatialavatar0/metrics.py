@@ -14,7 +14,7 @@ import hashlib, math, re, warnings
 import numba as nb, numpy as np, torch, torch.nn.functional as F
 from torch import Tensor
 
-# %% ../nbs/06_metrics.ipynb #05b1f6de
+# %% ../nbs/06_metrics.ipynb #99e2bd9a
 def _pair(a, b):
     "Two float pictures of the same shape, or one clear error."
     a,b = [x if isinstance(x,Tensor) else torch.as_tensor(np.asarray(x)) for x in (a,b)]
@@ -66,14 +66,14 @@ def psnr(
     "Peak signal-to-noise ratio: mean squared error on a logarithmic scale."
     return 10*torch.log10(data_range**2/mse(a,b,mask))
 
-# %% ../nbs/06_metrics.ipynb #36b1df03
+# %% ../nbs/06_metrics.ipynb #59ad5870
 def pooled_psnr(
     mses, # (T,) mean squared error of each frame, range 0..1
 )->float: # decibels
     "PSNR of the mean squared error of all frames: what the paper prints."
     return float(-10*torch.log10(_frames(mses).mean()))
 
-# %% ../nbs/06_metrics.ipynb #ecbb3c9c
+# %% ../nbs/06_metrics.ipynb #c31b86ed
 def mean_psnr(
     mses,           # (T,) mean squared error of each frame, range 0..1
     floor:float=0., # added to the root of each; SplattingAvatar: 1e-8
@@ -94,7 +94,7 @@ SSIM_WINDOW /= SSIM_WINDOW.sum()
 _WINDOW = SSIM_WINDOW.astype(np.float32)
 _C1,_C2,_ZERO,_ONE,_TWO = [np.float32(v) for v in (.01**2,.03**2,0,1,2)]
 
-# %% ../nbs/06_metrics.ipynb #744bfd8f
+# %% ../nbs/06_metrics.ipynb #4387c8fa
 def _blur(x, padding):
     "Gaussian window average of (B,H,W) pictures: down the columns, then along the rows."
     n,p,w = len(x), 5 if padding=='same' else 0, torch.as_tensor(SSIM_WINDOW).to(x)
@@ -175,7 +175,7 @@ def ssim_backward(threads, X, Y, step, shift, slopes, grad):
                 n = nb.uintp(j+shift*step)
                 grad[i,y,j] = a+_TWO*X[i,y+shift,n]*b+Y[i,y+shift,n]*c
 
-# %% ../nbs/06_metrics.ipynb #f1425c86
+# %% ../nbs/06_metrics.ipynb #a78c2960
 def _rows(x, pad):
     "(B,H,W,D) as float32 rows (B,H,W*D), with zeros around it."
     x = x.detach().numpy().astype(np.float32,copy=False)
@@ -216,7 +216,7 @@ def ssim(
     planes = lambda x: x.permute(0,3,1,2).flatten(0,1)
     return ssim_map(planes(a),planes(b),padding).mean()
 
-# %% ../nbs/06_metrics.ipynb #8063beb3
+# %% ../nbs/06_metrics.ipynb #bca07e2c
 SIGMAS = (.5,1.,2.,4.,8.)
 
 @lru_cache(64)
@@ -277,7 +277,7 @@ def open_lpips(
     with warnings.catch_warnings(): warnings.simplefilter('ignore'); net = lpips.LPIPS(net='alex', pnet_rand=True, verbose=False)
     return _Lpips(_fill(net, *found[:2]).eval().requires_grad_(False), found[2])
 
-# %% ../nbs/06_metrics.ipynb #24b69965
+# %% ../nbs/06_metrics.ipynb #fe7a3d4f
 @torch.no_grad()
 def _fill(net, convs, heads):
     "Put AlexNet's own convolutions where `lpips` has random ones; its heads must be those of the file."

@@ -66,7 +66,7 @@ def paper_config(**changes)->RefineConfig:
     "Stage 2 as the paper has it, without our remedy."
     return RefineConfig(**{**dict(keep=0.), **changes})
 
-# %% ../nbs/12_refine.ipynb #a7ff6b43
+# %% ../nbs/12_refine.ipynb #b135e6c7
 def render_frame(
     splats:dict,        # raw attributes
     frames:Frames,      # of the posed mesh
@@ -89,7 +89,7 @@ def photo_loss(
     if care is not None: rgb = torch.where(care[...,None]>.5, rgb, target)
     return cfg.l1/rgb.numel()*(rgb-target).abs().sum() + cfg.dssim*(1-ssim(rgb, target))
 
-# %% ../nbs/12_refine.ipynb #17745673
+# %% ../nbs/12_refine.ipynb #166a81b4
 def clamp_scales(
     log_scales:Tensor, # (N,3)
     start:Tensor,      # (N,3) where they began
@@ -127,7 +127,7 @@ def light_share(
         taken += one.grad[:,0]
     return taken/taken.mean().clamp_min(1e-12)
 
-# %% ../nbs/12_refine.ipynb #ba5ef357
+# %% ../nbs/12_refine.ipynb #f7a11806
 def texel_neighbours(
     binding,       # of a UV grid
 )->Tensor:         # (N,4) int32 right, left, below, above; -1 where there is none
@@ -153,7 +153,7 @@ def _smooth_kernel(threads, near, s, x, grad, parts):
                 grad[i,d] = g; total += x[i,d]*g
         parts[t] = total/2                                # every pair was met from both sides
 
-# %% ../nbs/12_refine.ipynb #c65c3759
+# %% ../nbs/12_refine.ipynb #36b0665c
 class _Smooth(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, near, s):
@@ -199,14 +199,13 @@ class View:
         _paste(nb.get_num_threads(), self.image.numpy(), self.mask.numpy(), *self.corner, background.numpy(), out.numpy())
         return out
 
-# %% ../nbs/12_refine.ipynb #da1d5df1
+# %% ../nbs/12_refine.ipynb #c54ba056
 @patch
 def _on(self:View, background):
     (y,x),(h,w) = self.corner,self.mask.shape; out = background.expand(self.height, self.width, 3).clone(); box = out[y:y+h,x:x+w]
     out[y:y+h,x:x+w] = box+self.mask[...,None].to(box)/255*(self.image.to(box)/255-box)
     return out
 
-# %% ../nbs/12_refine.ipynb #c54ba056
 @patch
 def to(self:View, device, binding): # binding: on that device already, one for all views
     if device.type=='cpu': return self
@@ -225,7 +224,7 @@ def _paste(threads, image, mask, y0, x0, background, out):
                 m = mask[y-y0,x]*byte
                 for d in range(3): out[y,x0+x,d] += m*(image[y-y0,x,d]*byte-background[d])
 
-# %% ../nbs/12_refine.ipynb #11bc52cb
+# %% ../nbs/12_refine.ipynb #9a7d132b
 def look(
     avatar:Avatar,
     frame:Frame,
@@ -245,7 +244,7 @@ def _span(on):
     i = on.nonzero()[:,0].tolist()
     return (i[0],i[-1]+1) if i else (0,0)
 
-# %% ../nbs/12_refine.ipynb #fa4af571
+# %% ../nbs/12_refine.ipynb #3ae036bc
 class Refinement:
     "Stage 2 between two steps."
     def __init__(self, avatar, clip, cfg, iters, seed=0, gate=None, extra=(), device='cpu'): # extra: Views, one every fourth step
@@ -270,7 +269,7 @@ class Refinement:
 def like(g, x): # (N,) next to (N,...)
     return g.reshape(-1,*[1]*(x.ndim-1))
 
-# %% ../nbs/12_refine.ipynb #de741aac
+# %% ../nbs/12_refine.ipynb #28047c33
 @patch
 def set_lrs(self:Refinement):
     "One cosine over all iterations; scales stand still at first."
@@ -288,7 +287,7 @@ def keep_bounds(self:Refinement):
     s,g,d = [x['log_scales'].detach().numpy() for x in (self.start,self.gate,self.delta)]
     _clamp_kernel(nb.get_num_threads(), s, g, d, np.float32(self.cfg.spread), np.float32(self.cfg.grow))
 
-# %% ../nbs/12_refine.ipynb #4e456f0e
+# %% ../nbs/12_refine.ipynb #5d4ccd54
 def _bounded(start, gate, delta, cfg):
     "What `_clamp_kernel` does, readable: for GPUs."
     x = clamp_scales(start+gate*delta, start, cfg.spread, cfg.grow)
@@ -306,7 +305,7 @@ def _clamp_kernel(threads, start, gate, delta, spread, grow):
             for d in range(3): delta[i,d] = min(max(g*delta[i,d],-grow),grow); m += (start[i,d]+delta[i,d])/np.float32(3)
             for d in range(3): delta[i,d] = (m+min(max(start[i,d]+delta[i,d]-m,-spread),spread)-start[i,d])/g
 
-# %% ../nbs/12_refine.ipynb #af6a97df
+# %% ../nbs/12_refine.ipynb #19966ea6
 KEEP = dict(offsets=.05, log_scales=.05, sh0=1.) # how much of each neighbours share: colour mostly, shape costs sharpness in front
 ANCHOR = dict(offsets=3., quats=1., log_scales=1., logit_opacities=.05, sh0=.1) # how much of each the spring to the start weighs
 
@@ -346,7 +345,7 @@ def check_finite(self:Refinement, loss, view):
     bad = [n for n,s in zip(('loss',*RAW),sums) if not torch.isfinite(s)]
     raise NotFinite(f'{", ".join(bad)} became nan or inf {where}; look at that frame, or lower the learning rates')
 
-# %% ../nbs/12_refine.ipynb #7124f87a
+# %% ../nbs/12_refine.ipynb #243ec275
 @patch
 def save(self:Refinement, path):
     "Write all that lives between steps to one .safetensors file, whole or not at all."
@@ -363,7 +362,7 @@ def identity(self:Refinement):
     return dict(iters=self.iters, seed=self.seed, gaussians=len(self.avatar), frames=len(self.clip), config=asdict(self.cfg),
                 start=round(float(sum(v.double().abs().sum() for v in self.start.values())),6))
 
-# %% ../nbs/12_refine.ipynb #f68ccb8b
+# %% ../nbs/12_refine.ipynb #c7c18e04
 @patch
 def load(self:Refinement, path):
     "Go on from a file written by `save`."
@@ -437,7 +436,7 @@ def go(self:Refinement, callback=None, state=None, every=50):
         if state: self.save(state)
     return self.result(), self.log
 
-# %% ../nbs/12_refine.ipynb #cd6fe086
+# %% ../nbs/12_refine.ipynb #83b239b2
 def screen_aspect(
     avatar:Avatar,
     viewmat:Tensor, K:Tensor, width:int, height:int,

@@ -14,7 +14,7 @@ import functools, math
 import numba as nb, numpy as np, torch, torch.nn.functional as F
 from torch import Tensor
 
-# %% ../nbs/05_render.ipynb #1a1d0d67
+# %% ../nbs/05_render.ipynb #b0adf093
 def pixel_centres(
     width:int, height:int, # pixels
 )->Tensor:                 # (H*W,2) x and y, row by row
@@ -58,13 +58,12 @@ def _project_readable(means, quats, scales, opacities, viewmats, Ks, width, heig
         views.append((m, z, covs_to_conics(cov), reach, torch.where(reach[:,None]>=0,half,0.)))
     return [torch.stack(x) for x in zip(*views)]
 
-# %% ../nbs/05_render.ipynb #0406055f
+# %% ../nbs/05_render.ipynb #b78b35ff
 def _near_to_far(depths, reach):
     "Indices of the drawn Gaussians, the nearest first."
     drawn = (reach>=0).nonzero()[:,0]
     return drawn[depths.detach()[drawn].argsort(stable=True)]
 
-# %% ../nbs/05_render.ipynb #b78b35ff
 def _blend_dense(means2d, depths, conics, reach, half, opacities, values, width, height, max_alpha, absgrad):
     "Every splat on every pixel: image (H,W,D), T (H,W)."
     order = _near_to_far(depths, reach)
@@ -98,7 +97,7 @@ def tile_lists(
     by = tile.argsort(stable=True)
     return F.pad(torch.bincount(tile, minlength=int(count.prod())).cumsum(0), (1,0)), k[by]
 
-# %% ../nbs/05_render.ipynb #cae58b76
+# %% ../nbs/05_render.ipynb #2391445f
 def _batches(lengths, pairs=2**15):
     "Tiles of similar list length together, at most about `pairs` list entries at once."
     by = lengths.argsort(descending=True)
@@ -107,7 +106,6 @@ def _batches(lengths, pairs=2**15):
         yield by[:n]
         by = by[n:]
 
-# %% ../nbs/05_render.ipynb #2391445f
 def _tiles_to_image(x, width, height):
     "(tiles,64,...) back to (H,W,...)."
     nx,ny = -(-width//_TILE), -(-height//_TILE)
@@ -148,7 +146,7 @@ def order_by_depth(depths, reach):
         idx,keys = new_idx,new_keys
     return idx
 
-# %% ../nbs/05_render.ipynb #1c1aab4e
+# %% ../nbs/05_render.ipynb #ed12312e
 @nb.njit(**kernel)
 def pack_splats(order, means2d, white, opacities, reach, extents, values, chunk):
     "One row per drawn splat, near to far: centre (2), a b c, opacity, reach, four values, half width."
@@ -168,7 +166,7 @@ def _padded(values):
     v[:,:D] = values
     return v
 
-# %% ../nbs/05_render.ipynb #18569009
+# %% ../nbs/05_render.ipynb #81591191
 _EDGE = np.float32(1e-3)
 
 @inline
@@ -178,7 +176,6 @@ def _tiles_between(lo, hi, size):
     p0,p1 = math.ceil(min(max(ZERO,lo-HALF-_EDGE),np.float32(size))), math.floor(max(-ONE,min(np.float32(size-1),hi-HALF+_EDGE)))
     return (int(p0)//_TILE, int(p1)//_TILE) if p0<=p1 else (0,-1)
 
-# %% ../nbs/05_render.ipynb #81591191
 @inline
 def _rows(s, k, height):
     "First and last tile row of splat k."
@@ -309,7 +306,7 @@ def _blend_splat(buf, s, k, place, max_alpha):
         rest = after if live else -abs(T)
         buf[_T+p] = rest if inside else T
 
-# %% ../nbs/05_render.ipynb #6682abcb
+# %% ../nbs/05_render.ipynb #f18389e8
 @inline
 def _all_finished(buf):
     "Does no pixel of the tile want more splats?"
@@ -359,7 +356,7 @@ def _open_tile_backward(buf, tile, width, height, g_image, chunk, g_T, T, last):
             buf[_V0+p]=g_image[y,x,4*chunk]; buf[_V1+p]=g_image[y,x,4*chunk+1]; buf[_V2+p]=g_image[y,x,4*chunk+2]; buf[_V3+p]=g_image[y,x,4*chunk+3]
     return deepest
 
-# %% ../nbs/05_render.ipynb #f9269c51
+# %% ../nbs/05_render.ipynb #9d2d0ab3
 @inline
 def _add(sums, k, at, terms):
     for i in range(len(terms)): sums[k,at+i] += terms[i]
@@ -477,7 +474,7 @@ def _blend_numba(kernels, means2d, depths, white, reach, half, opacities, values
     "The numba rungs: image (H,W,D), T (H,W)."
     return _Blend.apply(means2d, white, opacities.cpu().float(), values.cpu().float(), depths, reach, half, width, height, max_alpha, absgrad, kernels)
 
-# %% ../nbs/05_render.ipynb #303157fb
+# %% ../nbs/05_render.ipynb #8d358ae6
 @functools.cache
 def gsplat_max_alpha()->float:
     "The largest alpha of the installed gsplat: .999 in 1.5, .99 in later versions."
@@ -486,7 +483,7 @@ def gsplat_max_alpha()->float:
     _,alpha,_ = gsplat.rasterization(x([0.,0,1]), x([1.,0,0,0]), x([1.,1,1]), x(1.), x([1.,1,1]), torch.eye(4,device='cuda')[None], x([[9.,0,.5],[0,9.,.5],[0,0,1]]), 1, 1, packed=False)
     return round(alpha.item(),4)
 
-# %% ../nbs/05_render.ipynb #33800e50
+# %% ../nbs/05_render.ipynb #abbbee5f
 def _need_cuda(means):
     "One clear error instead of gsplat's many."
     if not torch.cuda.is_available(): raise InputError('gsplat needs a CUDA GPU and there is none here; use backend="cpu"')
@@ -500,13 +497,12 @@ def _rasterize_gsplat(means, quats, scales, opacities, colors, viewmats, Ks, wid
     import gsplat
     return gsplat.rasterization(means, quats, scales, opacities, colors, viewmats, Ks, width, height, packed=False, **kw)
 
-# %% ../nbs/05_render.ipynb #4fdd05ed
+# %% ../nbs/05_render.ipynb #4edb2f69
 def _check_range(name, x, lo, hi, hint):
     "One clear error for values outside lo..hi."
     if x.numel() and not lo<=float(x.detach().min())<=float(x.detach().max())<=hi:
         raise InputError(f'{name} should be between {lo} and {hi}; got {float(x.min()):.3g} to {float(x.max()):.3g}: {hint}')
 
-# %% ../nbs/05_render.ipynb #4edb2f69
 _MODES = ('RGB','D','ED','RGB+D','RGB+ED')
 
 def _check_options(width, height, render_mode, near_plane, absgrad, channels):

@@ -40,7 +40,7 @@ class Weights:
     l2sp:float = 0.      # squared distance to the weights at the start of the phase (the paper: 1e-3 in Phase 2)
     offset:float = 0.    # mean squared offset (ours, in small runs)
 
-# %% ../nbs/11_schedule.ipynb #5462285a
+# %% ../nbs/11_schedule.ipynb #c59781f9
 def face_box(
     points:Tensor,   # (n,3) of the face, metres
     viewmat:Tensor, K:Tensor,
@@ -63,7 +63,7 @@ def box_l1(
     x0,y0,x1,y1 = box
     return (rgb[y0:y1,x0:x1]-target[y0:y1,x0:x1]).abs().mean()
 
-# %% ../nbs/11_schedule.ipynb #4f4233c4
+# %% ../nbs/11_schedule.ipynb #891e0f94
 def texel_pairs(
     binding, # of a UV grid
 )->tuple:    # (P,2) Gaussians next to each other across, (Q,2) down
@@ -80,7 +80,7 @@ def uv_tv(
     "Mean absolute step between neighbours, across plus down."
     return sum((values[:,p[:,0]]-values[:,p[:,1]]).abs().mean() for p in pairs if len(p))
 
-# %% ../nbs/11_schedule.ipynb #2bf7c4a9
+# %% ../nbs/11_schedule.ipynb #7a055750
 def signs(
     shape:tuple,
     rng:torch.Generator,
@@ -101,7 +101,7 @@ def view_jacobian(
         squares = squares+g.square().sum(-1)
     return torch.log1p(squares)
 
-# %% ../nbs/11_schedule.ipynb #7562264d
+# %% ../nbs/11_schedule.ipynb #38e565c9
 def l2_sp(
     params:list, # of tensors
     home:list,   # the same tensors at the start of the phase
@@ -120,7 +120,7 @@ def pull_home(
     for p,h in zip(params,home):
         if p.grad is not None: p.grad.add_(p-h, alpha=2*weight)
 
-# %% ../nbs/11_schedule.ipynb #08d21fbe
+# %% ../nbs/11_schedule.ipynb #77000bb1
 def dissimilarity(
     directions:Tensor, # (n,3) unit, from the head to the camera, in the head's frame
     exprs:Tensor,      # (n,E) expression codes
@@ -131,7 +131,7 @@ def dissimilarity(
     others = torch.arange(len(angle))!=target
     return sum(x/x[others].mean().clamp_min(1e-6) for x in (angle,face) if x[others].mean()>1e-6) + 0*angle
 
-# %% ../nbs/11_schedule.ipynb #0a873ca6
+# %% ../nbs/11_schedule.ipynb #ca5d4293
 def temperature(
     t:int, steps:int,            # now, and of the phase
     hot:float=2., cold:float=.5, # the paper's
@@ -148,7 +148,7 @@ def source_chances(
     "Softmax of dissimilarity over temperature."
     return torch.softmax(d/T, 0)
 
-# %% ../nbs/11_schedule.ipynb #89e3a585
+# %% ../nbs/11_schedule.ipynb #68a29bbc
 @dataclass
 class Roll:
     "The pictures of one person, without the pictures."
@@ -185,7 +185,7 @@ def choose(
     rest = [j for j in rest.tolist() if j not in (i,first)][:K-1]
     return places[[first,*rest]].tolist(), int(places[i])
 
-# %% ../nbs/11_schedule.ipynb #c3eeab0f
+# %% ../nbs/11_schedule.ipynb #2c20222f
 def draw_mono(roll:Roll, K:int, T:float, rng:torch.Generator)->tuple: # sources, target
     "Phase 1: frames of one clip."
     return choose(roll, torch.arange(len(roll)), K, T, rng)
@@ -222,7 +222,7 @@ class Phase:
     def K(self, rng): return 1+_pick(self.sources, rng)
     def heat(self, t): return temperature(t, self.steps, self.hot, self.cold, self.cool)
 
-# %% ../nbs/11_schedule.ipynb #b9ab9885
+# %% ../nbs/11_schedule.ipynb #ba3a9ee2
 @dataclass(frozen=True)
 class MonoPhase(Phase):
     "Phase 1, monocular-temporal: Adam, a rate that falls in a straight line and then rests."
@@ -244,7 +244,7 @@ class MultiPhase(Phase):
     def optimiser(self, groups): return torch.optim.AdamW(groups, weight_decay=self.weight_decay, fused=True)
     def draw(self, roll, K, t, rng): return draw_multi(roll, K, self.heat(t), rng, self.cross_time)
 
-# %% ../nbs/11_schedule.ipynb #d685b3e0
+# %% ../nbs/11_schedule.ipynb #ff0065d4
 def paper_schedule(
     multi_steps:int=50_000, # of Phase 2 (ours: the paper does not say)
 )->list:
@@ -269,7 +269,7 @@ def laptop_schedule(
               MultiPhase(multi_steps, batch, multi_lr, held, warmup=30, cross_time=.25 if anchored else 0.)]
     return [p for p in phases if p.steps]
 
-# %% ../nbs/11_schedule.ipynb #ed638896
+# %% ../nbs/11_schedule.ipynb #2d79a991
 def look_type(
     look:Look,
 )->np.dtype: # one record
@@ -313,7 +313,7 @@ def _open(self:Shelf, kind, generator, folder, limit):
         with atomic_path(title) as tmp: tmp.write_text(json.dumps(mine))
     return np.memmap(path, kind, 'r+', shape=(n,))
 
-# %% ../nbs/11_schedule.ipynb #5216d3c6
+# %% ../nbs/11_schedule.ipynb #93fb497a
 @patch
 def _fill(self:Shelf, p, clip, generator):
     "Look at the frames of one person that nobody has looked at."
@@ -339,14 +339,13 @@ def _write(self:Shelf, r, look, frame, generator, where):
     with torch.no_grad(): r['box'] = face_box(h(**look.params)[0][face], look.viewmat, look.K, look.size, look.size)
     r['time'],r['camera'],r['done'] = frame.time,str(frame.camera).encode(),1
 
-# %% ../nbs/11_schedule.ipynb #8d8757b0
+# %% ../nbs/11_schedule.ipynb #f939198a
 @patch
 def look(self:Shelf, p:int, f:int)->Look: # person, frame
     "A look, as it was made."
     r = self.records[self.first[p]+f]; t = lambda k: torch.from_numpy(r[k])
     return Look(t('image'), t('uv'), t('weight'), t('viewmat'), t('K'), {k:t(f'params.{k}') for k in self.names})
 
-# %% ../nbs/11_schedule.ipynb #f939198a
 @patch
 def _roll(self:Shelf, p, generator):
     "What the sampler must know of one person."
@@ -354,11 +353,10 @@ def _roll(self:Shelf, p, generator):
     return Roll(torch.stack([l.direction for l in looks]), torch.stack([l.code(generator.head) for l in looks]),
                 rows['time'].tolist(), [c.decode() for c in rows['camera']], f'person {p}')
 
-# %% ../nbs/11_schedule.ipynb #820cca43
+# %% ../nbs/11_schedule.ipynb #b90d08fb
 class BadBatch(InputError):
     "A loss or a gradient became nan or inf; the state before that step is intact."
 
-# %% ../nbs/11_schedule.ipynb #b90d08fb
 @dataclass
 class Batch:
     "What one step needs."
@@ -391,7 +389,7 @@ class Trainer:
         self.begin(0)
     total = property(lambda self: sum(p.steps for p in self.schedule), doc='steps of all phases')
 
-# %% ../nbs/11_schedule.ipynb #3e01fc89
+# %% ../nbs/11_schedule.ipynb #21307d67
 @patch
 def now(self:Trainer): # number of the phase, phase, step within it
     "Where in the schedule we are."
@@ -447,7 +445,7 @@ def render(self:Trainer, batch, weights, bf16=False):
     rgb = torch.stack([_drawn(g, *x) for x in zip(d.splats, batch.targets, batch.backgrounds, batch.names)])
     return rgb, torch.stack([l.target(b)[0] for l,b in zip(batch.targets, batch.backgrounds)]).to(dev), d, gamma
 
-# %% ../nbs/11_schedule.ipynb #9841c85a
+# %% ../nbs/11_schedule.ipynb #980e3f2c
 def _drawn(generator, splats, look, background, name):
     "One person's picture; the rasterizer refuses nan, and then we say whose it is."
     try: return generator.draw({k:v.float() for k,v in splats.items()}, look, background)[0]
@@ -469,7 +467,7 @@ def terms(self:Trainer, batch, w, bf16=False):
     if w.offset: t['offset'] = m['position'].square().mean()
     return t, each.detach()
 
-# %% ../nbs/11_schedule.ipynb #9db425df
+# %% ../nbs/11_schedule.ipynb #2fad6859
 @patch
 def share_gradients(self:Trainer):
     "The mean over processes, in one exchange. (A double backward rules out hooks that exchange while the backward runs.)"
@@ -487,7 +485,7 @@ def backward(self:Trainer, batch, w, bf16=False):
     if w.l2sp: t['l2sp'] = l2_sp(self.params, self.home); pull_home(self.params, self.home, w.l2sp)
     return {k:float(x.detach()) for k,x in t.items()}, each
 
-# %% ../nbs/11_schedule.ipynb #b9f2f1a3
+# %% ../nbs/11_schedule.ipynb #0e1e8a89
 @patch
 def step(self:Trainer):
     "One step; returns what it cost, term by term."
@@ -509,7 +507,7 @@ def check(self:Trainer, batch, w, terms, each, norm):
     bad = [n for n,x in zip(batch.names, each) if not torch.isfinite(x)] or batch.names; what = [k for k,x in terms.items() if not math.isfinite(x)] or ['a gradient']
     raise BadBatch(f'{", ".join(what)} became nan or inf: {"; ".join(bad)}')
 
-# %% ../nbs/11_schedule.ipynb #4929af21
+# %% ../nbs/11_schedule.ipynb #a6e5bb1a
 @patch
 def identity(self:Trainer):
     "What must be the same for a run to go on."
