@@ -1,5 +1,5 @@
 "Two threads, no display, and an environment (thread counts, too) that no test leaves changed."
-import os, signal
+import json, os, signal
 from pathlib import Path
 import pytest
 
@@ -21,3 +21,13 @@ def same_environment():
     os.environ.clear(); os.environ.update(before); os.chdir(folder)
     import numba, torch                                # pages that compare speeds use one thread, and run in this process
     numba.set_num_threads(numba.config.NUMBA_NUM_THREADS); torch.set_num_threads(int(threads)); torch.set_grad_enabled(True)
+
+def pytest_addoption(parser): parser.addoption('--page-times', action='store_true', help='write results/pages.json: the seconds every page took; tools/statistics_of_pages.py sets them beside what the page states')
+
+@pytest.fixture(scope='session')
+def page_times(request):
+    "Seconds by page."
+    times = {}; yield times
+    if request.config.getoption('--page-times') and times:
+        path = ROOT/'results'/'pages.json'; old = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(dict(sorted({**{k: v for k, v in old.items() if (ROOT/'nbs'/f'{k}.ipynb').exists()}, **times}.items())), indent=1)+'\n')

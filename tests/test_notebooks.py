@@ -1,7 +1,10 @@
-"One test per notebook, by the rules of nbdev_test; exported code in step with the pages; pages clean."
-import os, shutil, subprocess, sys
+"One test per notebook, by the rules of nbdev_test, within the time it states; exported code in step with the pages; pages clean."
+import json, os, shutil, subprocess, sys, time
 import pytest, torch
 from conftest import ROOT
+
+sys.path.insert(0, str(ROOT/'tools'))
+import statistics_of_pages as stats
 
 PAGES = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not any(part.startswith(('_', '.')) for part in p.relative_to(ROOT).parts))
 
@@ -13,12 +16,15 @@ def run_page(page, *on):
     return test_nb(page, skip_flags=set(get_config(path=ROOT).tst_flags.split())-set(on), force_flags=list(on), basepath=ROOT)[0]
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda p: str(p.relative_to(ROOT/'nbs').with_suffix('')))
-def test_notebook(page):
+def test_notebook(page, page_times):
+    start, budget = time.perf_counter(), stats.budget(json.loads(page.read_text()))
     if '"#| fresh' not in page.read_text(): assert run_page(page), f'{page.name} failed (its traceback is in the captured stderr)'
     else:                                                  # it forks, which only a process without threads can
         code = f'import sys; from pathlib import Path; from test_notebooks import run_page; sys.exit(not run_page(Path({str(page)!r}), "fresh"))'
         done = subprocess.run([sys.executable, '-c', code], cwd=ROOT/'tests', capture_output=True, text=True)
         assert done.returncode == 0, done.stdout+done.stderr
+    seconds = page_times[str(page.relative_to(ROOT/'nbs').with_suffix(''))] = round(time.perf_counter()-start, 1)
+    assert not budget or seconds < 3*budget+30, f'{page.name} says it runs in {budget} s, and took {seconds} (a slower machine may have three times that, and half a minute)'
 
 @pytest.fixture(scope='module')
 def copy(tmp_path_factory):

@@ -1,6 +1,7 @@
 "The site: its link checker, how comments become tables, and all of it built, clicked and searched without a network."
-import importlib.util, re
+import importlib.util, os, re
 import pytest
+from pathlib import Path
 from concurrent.futures import ThreadPoolExecutor
 from conftest import ROOT
 from spatialavatar0.viewer import find_browser
@@ -112,6 +113,33 @@ def visit(built):
         go('04c_figures.html', '.js-plotly-plot canvas'); go('api/clips.html', '#crop'); browser.close()
     return said
 
-@pytest.mark.skipif(find_browser() is None, reason='needs Chromium (apt-get install chromium) and playwright (pip install playwright)')
+def photographs(built, folder):
+    "Every page, wide and as on a phone: pictures that did not load, text beside the screen, an empty screen. Screenshots stay in the folder."
+    from playwright.sync_api import sync_playwright
+    from PIL import Image
+    wrong = []
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=find_browser(), args=['--no-sandbox', '--enable-unsafe-swiftshader', '--disable-background-networking'])
+        tab = browser.new_context(offline=True).new_page()
+        for page in (p for p in sorted(built.rglob('*.html')) if 'md-content' in read(p)):   # the others are films and heads
+            name = str(page.relative_to(built)); tab.set_viewport_size(dict(width=1280, height=900)); tab.goto(page.as_uri())
+            for width,height in ((1280,900),(390,844)):
+                tab.set_viewport_size(dict(width=width, height=height))
+                lost,over = tab.evaluate('[[...document.images].filter(i => i.loading!="lazy" && !(i.complete && i.naturalWidth)).length, document.documentElement.scrollWidth-innerWidth]')
+                shot = folder/f'{width}_{name.replace("/","_")[:-5]}.jpg'; tab.screenshot(path=shot, type='jpeg', quality=60); dark,bright = Image.open(shot).convert('L').getextrema()
+                if lost or over>1 or bright-dark<100: wrong.append(f'{name} at {width}: {lost} pictures lost, {over} pixels too wide, grey from {dark} to {bright}')
+        browser.close()
+    return wrong
+
+browser_needed = pytest.mark.skipif(find_browser() is None, reason='needs Chromium (apt-get install chromium) and playwright (pip install playwright)')
+
+@browser_needed
 def test_in_a_browser(built):
     with ThreadPoolExecutor(1) as pool: assert pool.submit(visit, built).result()==[]
+
+@browser_needed
+def test_screenshots_of_every_page(built, tmp_path):
+    "SHOTS=folder keeps them."
+    folder = Path(os.environ.get('SHOTS') or tmp_path); folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(1) as pool: assert pool.submit(photographs, built, folder).result()==[]
+    assert len(list(folder.glob('1280_*.jpg')))>60

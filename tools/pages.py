@@ -2,12 +2,11 @@
 
     python tools/pages.py                     every page, in the order of its number
     python tools/pages.py 09 14_evaluate      these pages (a beginning of the name is enough)
-    python tools/pages.py --times             also write results/pages.json: the seconds each page took
 
 Cells that `nbdev_test` never runs (`#| eval: false`) and, without a GPU, `#| cuda` cells keep the outputs they have. A page that fails
 keeps its old outputs altogether, and the command says so and ends with 1.
 """
-import argparse, json, os, re, subprocess, sys, time
+import argparse, os, re, subprocess, sys, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,15 +49,13 @@ def run(path, gpu):
 def main():
     import torch
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('names', nargs='*'); p.add_argument('--times', action='store_true'); a = p.parse_args()
-    os.environ.pop('IN_TEST', None); out = ROOT/'results'/'pages.json'; failed = []
-    times = json.loads(out.read_text()) if a.times and out.exists() else {}
+    p.add_argument('names', nargs='*'); a = p.parse_args()
+    os.environ.pop('IN_TEST', None); failed = []
     subprocess.run(['nbdev_export'], cwd=ROOT, check=True)                     # pages import the modules of earlier ones
     for path in pages(a.names):
         name = str(path.relative_to(ROOT/'nbs').with_suffix(''))
-        try: times[name] = round(run(path, torch.cuda.is_available()), 1); print(f'{times[name]:7.1f} s  {name}', flush=True)
+        try: print(f'{run(path, torch.cuda.is_available()):7.1f} s  {name}', flush=True)
         except Exception as e: failed.append(name); print(f' failed    {name}: {type(e).__name__}\n{str(e)[-1500:]}', flush=True)
-    if a.times: out.write_text(json.dumps(dict(sorted(times.items())), indent=1)+'\n')
     subprocess.run([sys.executable, ROOT/'tools'/'readme.py'], cwd=ROOT, check=True)
     raise SystemExit(f'{len(failed)} failed: {", ".join(failed)}' if failed else 0)
 

@@ -19,7 +19,7 @@ GROUPS = {'Representation': '0-5', 'Evaluation': '6 14 15c 22 23', 'Data': '7-8'
 CSS = """.md-grid{max-width:76rem} .md-typeset table:not([class]){font-size:.68rem} math[display=block]{overflow:auto hidden;padding:.3em 0}
 @font-face{font-family:Formulas;src:url(STIXTwoMath-Regular.ttf)} math{font-family:Formulas,math;font-size:1.06em}
 .md-typeset .highlight span.filename{font-size:.6rem;font-weight:400;padding:.15rem .8rem;opacity:.7} .output img{background:#fff}
-.output pre>code{background:none;border-left:.2rem solid var(--md-default-fg-color--lightest)}"""
+.output{overflow-x:auto} .output pre>code{background:none;border-left:.2rem solid var(--md-default-fg-color--lightest)}"""
 WORKER = """// a file may not start workers: a hidden frame does the search
 if (location.protocol=="file:") window.Worker = class extends EventTarget {
   constructor(url) {
