@@ -1,5 +1,5 @@
 "Two threads, no display, and an environment (thread counts, too) that no test leaves changed."
-import json, os, signal
+import json, os, signal, time
 from pathlib import Path
 import pytest
 
@@ -22,7 +22,7 @@ def same_environment():
     import numba, torch                                # pages that compare speeds use one thread, and run in this process
     numba.set_num_threads(numba.config.NUMBA_NUM_THREADS); torch.set_num_threads(int(threads)); torch.set_grad_enabled(True)
 
-def pytest_addoption(parser): parser.addoption('--page-times', action='store_true', help='write results/pages.json: the seconds every page took; tools/statistics_of_pages.py sets them beside what the page states')
+def pytest_addoption(parser): parser.addoption('--page-times', action='store_true', help='write results/pages.json, the seconds every page took (tools/statistics_of_pages.py sets them beside what the page states), and, if the whole suite ran, results/suite.json')
 
 @pytest.fixture(scope='session')
 def page_times(request):
@@ -31,3 +31,11 @@ def page_times(request):
     if request.config.getoption('--page-times') and times:
         path = ROOT/'results'/'pages.json'; old = json.loads(path.read_text()) if path.exists() else {}
         path.write_text(json.dumps(dict(sorted({**{k: v for k, v in old.items() if (ROOT/'nbs'/f'{k}.ipynb').exists()}, **times}.items())), indent=1)+'\n')
+
+def pytest_sessionstart(session): session.started = time.time()
+def pytest_sessionfinish(session, exitstatus):
+    "Facts of a whole run that passed, for tools/covers.py."
+    config = session.config; done = config.pluginmanager.get_plugin('terminalreporter')
+    if exitstatus or not config.getoption('--page-times') or config.args_source.name == 'ARGS' or config.getoption('-k') or not done: return
+    facts = dict(passed=len(done.stats.get('passed', [])), skipped=len(done.stats.get('skipped', [])), seconds=round(time.time()-session.started))
+    (ROOT/'results'/'suite.json').write_text(json.dumps(facts)+'\n')
