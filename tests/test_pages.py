@@ -91,6 +91,13 @@ def test_readme_in_step():
     done = subprocess.run([sys.executable, ROOT/'tools'/'readme.py', '--check'], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
+def test_covers_in_step():
+    "Each page's first picture is the one it makes; the README's facts are those of the last whole run."
+    done = subprocess.run([sys.executable, ROOT/'tools'/'covers.py', '--check'], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for p in PAGES:
+        if any(re.search(r'^#\|\s*cover', source(c), re.M) for c in cells(p)): assert f'](images/pages/{p.stem}.' in ''.join(map(source, cells(p, 'markdown')[:3])), f'{p.name} does not show its cover'
+
 def test_readme_commands():
     "The two commands a reader types are the ones CI runs."
     done = subprocess.run([sys.executable, ROOT/'tools'/'readme.py', '--commands'], capture_output=True, text=True, check=True)

@@ -56,7 +56,7 @@ def main():
         name = str(path.relative_to(ROOT/'nbs').with_suffix(''))
         try: print(f'{run(path, torch.cuda.is_available()):7.1f} s  {name}', flush=True)
         except Exception as e: failed.append(name); print(f' failed    {name}: {type(e).__name__}\n{str(e)[-1500:]}', flush=True)
-    subprocess.run([sys.executable, ROOT/'tools'/'readme.py'], cwd=ROOT, check=True)
+    for tool in ('covers.py','readme.py'): subprocess.run([sys.executable, ROOT/'tools'/tool], cwd=ROOT, check=True)
     raise SystemExit(f'{len(failed)} failed: {", ".join(failed)}' if failed else 0)
 
 if __name__ == '__main__': main()
