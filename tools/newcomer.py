@@ -36,7 +36,7 @@ def demo(n, *more):
 
 def page_of_the_picture(n):
     "From the README's first picture to the page that makes one."
-    text = (n.at/'README.md').read_text(); picture = re.search(r'!\[[^\]]+\]\((nbs/images/\S+)\)', text)[1]; page = re.search(r'\[20 your own photo\]\((\S+)\)', text)[1]
+    text = (n.at/'README.md').read_text(); picture = re.search(r'!\[[^\]]+\]\((nbs/images/head\S+)\)', text)[1]; page = re.search(r'\[20 your own photo\]\((\S+)\)', text)[1]
     cells = json.loads((n.at/page).read_text())['cells']
     if not (n.at/picture).exists() or not any(o.get('data',{}).get('image/jpeg') for c in cells for o in c.get('outputs',[])): raise SystemExit(f'{picture} or the figures of {page} are missing')
     return f'{picture} -> {page}'
