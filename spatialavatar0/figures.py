@@ -81,7 +81,10 @@ def _still(parts, eye):
     fig = plt.figure(figsize=(5,4), dpi=100); ax = fig.add_subplot(projection='3d', computed_zorder=False); spans = []
     for p in parts:
         x,y,z = (np.asarray(p[k],float) for k in 'xyz'); spans.append(np.nanpercentile([x,-z,y],[0,100],axis=1))
-        if p.type=='mesh3d': ax.plot_trisurf(x, -z, y, triangles=np.stack([p.i,p.j,p.k],1).astype(int), color=to_rgb(p.color or '#8aa'), alpha=p.opacity, linewidth=0, antialiased=False)
+        if p.type=='mesh3d':
+            tri = np.stack([p.i,p.j,p.k],1).astype(int); look = dict(color=to_rgb(p.color)) if p.intensity is None else dict(cmap='viridis')
+            surface = ax.plot_trisurf(x, -z, y, triangles=tri, alpha=p.opacity, linewidth=0, antialiased=False, **look)
+            if p.intensity is not None: v = np.asarray(p.intensity); surface.set_array(v[tri].mean(1)); surface.set_clim(v.min(), v.max())
         elif p.mode=='lines': ax.plot(x, -z, y, color=p.line.color, lw=p.line.width/3)
         else: ax.scatter(x, -z, y, c=[tuple(int(v)/255 for v in c[4:-1].split(',')) for c in p.marker.color] if isinstance(p.marker.color,(list,tuple)) else p.marker.color, s=p.marker.size**2/4, depthshade=False)
     lo,hi = np.min([s[0] for s in spans],0),np.max([s[1] for s in spans],0); mid,half = (lo+hi)/2,(hi-lo).max()/2*.72
