@@ -121,7 +121,7 @@ def photographs(built, folder):
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=find_browser(), args=['--no-sandbox', '--enable-unsafe-swiftshader', '--disable-background-networking'])
         tab = browser.new_context(offline=True).new_page()
-        for page in (p for p in sorted(built.rglob('*.html')) if 'md-content' in read(p)):   # the others are films and heads
+        for page in (p for p in sorted(built.rglob('*.html')) if 'md-content' in read(p) and p.parent.name!='solutions'):   # without md-content: films and heads
             name = str(page.relative_to(built)); tab.set_viewport_size(dict(width=1280, height=900)); tab.goto(page.as_uri())
             for width,height in ((1280,900),(390,844)):
                 tab.set_viewport_size(dict(width=width, height=height))

@@ -57,10 +57,10 @@ NUMBERS = dict(zip('one two three four five six seven eight nine ten fifteen twe
 def budget(nb):
     "Seconds a page says it takes to run, if one of its first five cells says so."
     opening = ' '.join(text(c) for c in nb['cells'][:5] if c['cell_type']=='markdown').lower()
-    n = r'half a|an?|\d+|'+'|'.join(NUMBERS); said = [(m[2] or m[1], m[3]) for m in re.finditer(rf'\b({n})(?: to ({n}))? (second|minute)s?\b(?! to read|s? of )', opening) if (m[1],m[3])!=('a','second')]
+    n = r'half a|an?|\d+|'+'|'.join(NUMBERS); said = [(m[2] or m[1], m[3], m[4]) for m in re.finditer(rf'\b({n})(?: to ({n}))? (second|minute)s?\b( and a half)?(?! to read|s? of )', opening) if (m[1],m[3])!=('a','second')]
     if not said: return None
-    k,unit = said[-1]
-    return (.5 if k=='half a' else 1 if k in ('a','an') else NUMBERS.get(k) or int(k))*(60 if unit=='minute' else 1)
+    k,unit,half = said[-1]
+    return ((.5 if k=='half a' else 1 if k in ('a','an') else NUMBERS.get(k) or int(k))+.5*bool(half))*(60 if unit=='minute' else 1)
 
 def quantile(values, q): v = sorted(values); return v[min(int(q*len(v)),len(v)-1)]
 
