@@ -460,5 +460,6 @@ def measure(
         target = on_background(f, 1.)
         rows.append((psnr(rgb,target), ssim(rgb,target), psnr(rgb,target,mask=f.mask>.5)))
         ratios.append(screen_aspect(avatar, f.viewmat, f.K, f.width, f.height, **f.pose))
+        if not len(ratios[-1]): raise InputError(f'frame {f.time} shows none of the {len(avatar):,} Gaussians; look at its camera and translation')
     mean = torch.tensor(rows).mean(0).tolist(); worst = torch.stack([torch.stack([r.max(), r.sort().values[int(.999*(len(r)-1))]]) for r in ratios]).amax(0)
     return dict(psnr=mean[0], ssim=mean[1], head_psnr=mean[2], aspect_max=float(worst[0]), aspect_999=float(worst[1]))

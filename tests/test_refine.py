@@ -29,6 +29,10 @@ def test_layout_stays_and_seeds_decide(start, clip):
     for k in ('face_ids','bary','texels'): assert torch.equal(getattr(a.binding,k), getattr(start.binding,k))
     assert not same(a,start) and [r['step'] for r in log]==[0,11] and measure(a,clip)['psnr']>measure(start,clip)['psnr']
 
+def test_an_avatar_behind_the_camera_is_named(start, clip):
+    away = replace(clip[3], viewmat=torch.diag(torch.tensor([-1.,1,-1,1]))@clip[3].viewmat)
+    with pytest.raises(InputError, match='frame 3 shows none of the'): measure(start, Clip([clip[2], away]))
+
 def test_scales_stand_still_then_move_within_bounds(start, clip):
     run = Refinement(start, clip, replace(CONFIG, spread=.7, grow=.2, lr=dict(CONFIG.lr, log_scales=.5)), 12)
     for i in range(4): run.step(); assert torch.equal(run.splats()['log_scales'], start.splats['log_scales'])
