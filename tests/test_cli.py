@@ -1,361 +1,805 @@
 "The commands: what they promise when all is well, and one clear line when it is not."
-import json, os, signal, subprocess, sys, time
-import numpy as np, pytest, skimage.data
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import skimage.data
 from PIL import Image
-from spatialavatar0 import cli, track
-from spatialavatar0.core import InputError
+from spatialavatar0 import cli
+from spatialavatar0.capture import track
+from spatialavatar0.ground.core import InputError
 
 ASTRONAUT = skimage.data.astronaut()
 
+
 def run(capfd, *args):
     "Exit code, standard output and standard error of a command."
-    code = cli.main([str(a) for a in args]); said = capfd.readouterr()
+    code = cli.main([str(a) for a in args])
+    said = capfd.readouterr()
     return code, said.out, said.err
+
 
 def refused(capfd, *args, within=20):
     "A failed command's one line; exit code 1, no traceback, and soon."
-    start = time.perf_counter(); code, out, err = run(capfd, *args)
-    assert code == 1 and err.startswith('error: ') and err.count('\n') == 1 and 'Traceback' not in out+err, (code, out, err)
-    assert time.perf_counter()-start < within
+    start = time.perf_counter()
+    code, out, err = run(capfd, *args)
+    assert (
+        code == 1
+        and err.startswith('error: ')
+        and err.count('\n') == 1
+        and 'Traceback' not in out + err
+    ), (code, out, err)
+    assert time.perf_counter() - start < within
     return err
+
 
 def spatialavatar0(*args, **kwargs):
     "The command as a user starts it."
     code = 'import sys; from spatialavatar0.cli import main; sys.exit(main())'
     env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | kwargs.pop('env', {})
-    return subprocess.Popen([sys.executable, '-c', code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **kwargs)
+    return subprocess.Popen(
+        [sys.executable, '-c', code, *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env,
+        **kwargs,
+    )
+
 
 @pytest.fixture(scope='module')
 def photos(tmp_path_factory):
     "A folder with one good photo and many bad ones."
     d = tmp_path_factory.mktemp('photos')
-    Image.fromarray(ASTRONAUT).save(d/'good.png'); Image.fromarray(ASTRONAUT[300:]).save(d/'suit.png')
-    Image.fromarray(np.concatenate([ASTRONAUT, ASTRONAUT], 1)).save(d/'twins.png'); Image.fromarray(ASTRONAUT[:16, :16]).save(d/'stamp.png')
-    (d/'letter.png').write_text('Dear friend,\n'); (d/'empty.jpg').write_bytes(b'')
-    Image.fromarray(ASTRONAUT).save(d/'whole.jpg'); (d/'cut.jpg').write_bytes((d/'whole.jpg').read_bytes()[:20_000])
+    Image.fromarray(ASTRONAUT).save(d / 'good.png')
+    Image.fromarray(ASTRONAUT[300:]).save(d / 'suit.png')
+    Image.fromarray(np.concatenate([ASTRONAUT, ASTRONAUT], 1)).save(d / 'twins.png')
+    Image.fromarray(ASTRONAUT[:16, :16]).save(d / 'stamp.png')
+    (d / 'letter.png').write_text('Dear friend,\n')
+    (d / 'empty.jpg').write_bytes(b'')
+    Image.fromarray(ASTRONAUT).save(d / 'whole.jpg')
+    (d / 'cut.jpg').write_bytes((d / 'whole.jpg').read_bytes()[:20_000])
     return d
+
 
 @pytest.fixture(scope='module')
 def built(tmp_path_factory):
     "The results of a small build, and its numbers."
-    d = tmp_path_factory.mktemp('built')/'new'/'folder'
+    d = tmp_path_factory.mktemp('built') / 'new' / 'folder'
     return d, cli.build_avatar(ASTRONAUT, d, cli.build_preset('tiny'), say=lambda text: None)
+
 
 # ---- all is well
 
+
 def test_every_file_is_there_and_readable(built):
     import imageio.v2 as imageio
-    from spatialavatar0.avatar import Avatar
-    from spatialavatar0.export import read_ply
+    from spatialavatar0.avatar.avatar import Avatar
+    from spatialavatar0.use.export import read_ply
+
     d, numbers = built
     assert sorted(p.name for p in d.iterdir()) == sorted(cli.FILES.values())
-    avatar = Avatar.load(d/cli.FILES['avatar']); splats = read_ply(d/cli.FILES['splats'])
-    assert len(avatar) == len(splats[0]) == numbers['gaussians'] > 1000 and avatar.info['config']['resolution'] == 64
-    assert (d/cli.FILES['page']).read_text().startswith('<!') and 5e5 < (d/cli.FILES['page']).stat().st_size < 8e6
-    for name in ('tracking', 'sheet'): assert min(Image.open(d/cli.FILES[name]).convert('RGB').size) >= 400
+    avatar = Avatar.load(d / cli.FILES['avatar'])
+    splats = read_ply(d / cli.FILES['splats'])
+    assert len(avatar) == len(splats[0]) == numbers['gaussians'] > 1000
+    assert avatar.info['config']['resolution'] == 64
+    assert (d / cli.FILES['page']).read_text().startswith('<!')
+    assert 5e5 < (d / cli.FILES['page']).stat().st_size < 8e6
+    for name in ('tracking', 'sheet'):
+        assert min(Image.open(d / cli.FILES[name]).convert('RGB').size) >= 400
     for name in ('turntable', 'speaking'):
         for kind, size in (('', 96), ('_gif', 64)):
-            frames = imageio.mimread(d/cli.FILES[name+kind])
-            assert len(frames) == (6 if kind else 12) and frames[0].shape[:2] == (size, size)
-            assert np.abs(np.asarray(frames[0], float)-np.asarray(frames[len(frames)//4], float)).mean() > .2   # it moves
+            frames = imageio.mimread(d / cli.FILES[name + kind])
+            assert len(frames) == (6 if kind else 12)
+            assert frames[0].shape[:2] == (size, size)
+            assert (
+                np.abs(
+                    np.asarray(frames[0], float) - np.asarray(frames[len(frames) // 4], float)
+                ).mean()
+                > 0.2
+            )  # it moves
+
 
 def test_view(built, tmp_path, capfd):
     "The same page again from the avatar file; a wrong name or file is one line."
-    d, _ = built; avatar = d/cli.FILES['avatar']
-    code, out, err = run(capfd, 'view', avatar, '--out', tmp_path/'me.html')
-    assert code == 0 and 'me.html' in out and (tmp_path/'me.html').stat().st_size > 5e5, err
-    assert '.html' in refused(capfd, 'view', avatar, '--out', tmp_path/'me.txt')
-    assert 'not a readable avatar' in refused(capfd, 'view', d/cli.FILES['sheet'], '--out', tmp_path/'other.html')
+    d, _ = built
+    avatar = d / cli.FILES['avatar']
+    code, out, err = run(capfd, 'view', avatar, '--out', tmp_path / 'me.html')
+    assert code == 0 and 'me.html' in out and (tmp_path / 'me.html').stat().st_size > 5e5, err
+    assert '.html' in refused(capfd, 'view', avatar, '--out', tmp_path / 'me.txt')
+    assert 'not a readable avatar' in refused(
+        capfd, 'view', d / cli.FILES['sheet'], '--out', tmp_path / 'other.html'
+    )
+
 
 def test_numbers(built):
-    d, numbers = built; saved = json.loads((d/cli.FILES['metrics']).read_text())
-    assert set(saved) == set(numbers) and set(saved['landmarks_by_yaw']) == {'0', '-25', '25', '-45', '45'}
-    assert saved['landmarks']['mean'] <= 1.5 and saved['landmarks']['p95'] <= 3.5
-    assert saved['landmarks_held_out']['mean'] <= 1.5 and saved['landmarks_held_out']['p95'] <= 3.6
-    assert saved['psnr_refined'] > saved['psnr_warped']+1 and saved['aspect_999'] <= 10
-    assert 'contour' in saved['units']['landmarks_by_yaw'] and saved['seconds']['all'] >= saved['seconds']['build']
+    d, numbers = built
+    saved = json.loads((d / cli.FILES['metrics']).read_text())
+    assert set(saved) == set(numbers)
+    assert set(saved['landmarks_by_yaw']) == {
+        '0',
+        '-25',
+        '25',
+        '-45',
+        '45',
+    }
+    assert saved['landmarks']['mean'] <= 1.5
+    assert saved['landmarks']['p95'] <= 3.5
+    assert saved['landmarks_held_out']['mean'] <= 1.5
+    assert saved['landmarks_held_out']['p95'] <= 3.6
+    assert saved['psnr_refined'] > saved['psnr_warped'] + 1
+    assert saved['aspect_999'] <= 10
+    assert 'contour' in saved['units']['landmarks_by_yaw']
+    assert saved['seconds']['all'] >= saved['seconds']['build']
+
 
 def test_quality():
     "What the page promises of the laptop's avatar: front, turned views, no needles."
-    from spatialavatar0.head import open_head
+    from spatialavatar0.head.head import open_head
+
     head, cfg = open_head(), cli.build_preset('laptop')
     frame, fits = cli.track_photo(ASTRONAUT, head)
     avatar, cut, quality = cli.avatar_from_frame(frame, head, cfg, say=lambda text: None)
-    seen = cli.judge(avatar, cut, cfg.film); yaw = seen['landmarks_by_yaw']
-    assert quality['psnr_refined'] >= 29 and seen['aspect_999'] <= 10 and None not in yaw.values(), (quality, seen)
-    assert yaw['0'] <= 2 and max(yaw['-25'], yaw['25']) <= 3.5 and max(yaw['-45'], yaw['45']) <= 5, yaw
+    seen = cli.judge(avatar, cut, cfg.film)
+    yaw = seen['landmarks_by_yaw']
+    assert (
+        quality['psnr_refined'] >= 29 and seen['aspect_999'] <= 10 and None not in yaw.values()
+    ), (quality, seen)
+    assert (
+        yaw['0'] <= 2 and max(yaw['-25'], yaw['25']) <= 3.5 and max(yaw['-45'], yaw['45']) <= 5
+    ), yaw
+
 
 def test_command_builds_and_says_where(photos, tmp_path, capfd, monkeypatch):
     from dataclasses import replace
-    small = replace(cli.build_preset('tiny'), size=96, resolution=32, iters=4, film=64, seconds=.1, gif=32)
-    monkeypatch.setattr(cli, 'build_preset', lambda name, seed, device: replace(small, seed=seed)); monkeypatch.chdir(tmp_path)
-    code, out, err = run(capfd, 'build', photos/'good.png', '--out', 'here', '--preset', 'tiny', '--seed', 3)
-    assert code == 0 and 'Traceback' not in err and 'contact_sheet.png' in out and str(tmp_path/'here') in out
-    assert json.loads((tmp_path/'here/metrics.json').read_text())['config']['seed'] == 3
+
+    small = replace(
+        cli.build_preset('tiny'), size=96, resolution=32, iters=4, film=64, seconds=0.1, gif=32
+    )
+    monkeypatch.setattr(cli, 'build_preset', lambda name, seed, device: replace(small, seed=seed))
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(
+        capfd, 'build', photos / 'good.png', '--out', 'here', '--preset', 'tiny', '--seed', 3
+    )
+    assert code == 0
+    assert 'Traceback' not in err
+    assert 'contact_sheet.png' in out
+    assert str(tmp_path / 'here') in out
+    assert json.loads((tmp_path / 'here/metrics.json').read_text())['config']['seed'] == 3
+
 
 def test_several_photos(photos, tmp_path, capfd, monkeypatch):
-    "The mirrored photo stands for a second one: it is fitted with the first, and says what it adds."
+    """The mirrored photo stands for a second one: it is fitted with the first, and says what it
+    adds."""
     from dataclasses import replace
+
     from PIL import Image, ImageOps
-    small = replace(cli.build_preset('tiny'), size=96, resolution=32, iters=4, film=64, seconds=.1, gif=32)
+
+    small = replace(
+        cli.build_preset('tiny'), size=96, resolution=32, iters=4, film=64, seconds=0.1, gif=32
+    )
     monkeypatch.setattr(cli, 'build_preset', lambda name, seed, device: replace(small, seed=seed))
-    ImageOps.mirror(Image.open(photos/'good.png').convert('RGB')).save(tmp_path/'mirrored.png')
-    code, out, err = run(capfd, 'build', photos/'good.png', tmp_path/'mirrored.png', '--out', tmp_path/'out')
+    ImageOps.mirror(Image.open(photos / 'good.png').convert('RGB')).save(tmp_path / 'mirrored.png')
+    code, out, err = run(
+        capfd, 'build', photos / 'good.png', tmp_path / 'mirrored.png', '--out', tmp_path / 'out'
+    )
     assert code == 0 and 'Traceback' not in err and 'of the head more' in out, err
-    numbers = json.loads((tmp_path/'out/metrics.json').read_text())
-    assert len(numbers['added']) == 2 and numbers['added'][0] > .1 and 0 <= numbers['added'][1] < .2
-    assert 'no such file' in refused(capfd, 'build', photos/'good.png', tmp_path/'nobody.png', '--out', tmp_path/'out')
+    numbers = json.loads((tmp_path / 'out/metrics.json').read_text())
+    assert len(numbers['added']) == 2
+    assert numbers['added'][0] > 0.1
+    assert 0 <= numbers['added'][1] < 0.2
+    assert 'no such file' in refused(
+        capfd, 'build', photos / 'good.png', tmp_path / 'nobody.png', '--out', tmp_path / 'out'
+    )
+
 
 def test_the_ruler_does_not_shrink(built):
-    "A view's landmark error is divided by the unturned eye distance: a perfect detector that is 3 pixels off reads the same at every yaw."
-    from spatialavatar0.avatar import Avatar
-    d, _ = built; avatar = Avatar.load(d/cli.FILES['avatar']); head = avatar.head
-    frame, _ = cli.track_photo(ASTRONAUT, head); table = track.landmark_table(head)
-    import dataclasses, torch
+    """A view's landmark error is divided by the unturned eye distance: a perfect detector that is 3
+    pixels off reads the same at every yaw."""
+    from spatialavatar0.avatar.avatar import Avatar
+
+    d, _ = built
+    avatar = Avatar.load(d / cli.FILES['avatar'])
+    head = avatar.head
+    frame, _ = cli.track_photo(ASTRONAUT, head)
+    table = track.landmark_table(head)
+    import dataclasses
+
+    import torch
+
     def off_by_three(image, yaw):
-        p = track.frame_landmarks(dataclasses.replace(frame, viewmat=cli.swung(avatar, frame, yaw), K=cli.film_camera(frame, 64)), head, table)
-        return track.Detection(p+torch.tensor([3., 0])+1e3*table.contour[:, None], {})          # the contour is far off, and does not count
+        p = track.frame_landmarks(
+            dataclasses.replace(
+                frame, viewmat=cli.swung(avatar, frame, yaw), K=cli.film_camera(frame, 64)
+            ),
+            head,
+            table,
+        )
+        return track.Detection(
+            p + torch.tensor([3.0, 0]) + 1e3 * table.contour[:, None], {}
+        )  # the contour is far off, and does not count
+
     errors = []
     for yaw in (0, 45):
         with pytest.MonkeyPatch.context() as m:
-            m.setattr(track, 'detect', lambda image: off_by_three(image, yaw)); errors.append(cli.turned_error(avatar, frame, yaw, 64))
-    assert errors[0] == pytest.approx(errors[1], rel=1e-4) and errors[0] > 1
+            m.setattr(track, 'detect', lambda image: off_by_three(image, yaw))
+            errors.append(cli.turned_error(avatar, frame, yaw, 64))
+    assert errors[0] == pytest.approx(errors[1], rel=1e-4)
+    assert errors[0] > 1
+
 
 def test_doctor(capfd, monkeypatch):
     code, out, err = run(capfd, 'doctor')
-    assert code == 0 and {'torch', 'mediapipe', 'face_landmarker', 'open_head', 'CUDA GPU'} <= {r[0] for r in cli.doctor()} and 'torch' in out
+    assert code == 0
+    assert {'torch', 'mediapipe', 'face_landmarker', 'open_head', 'CUDA GPU'} <= {
+        r[0] for r in cli.doctor()
+    }
+    assert 'torch' in out
+
 
 def test_doctor_with_nothing(capfd, monkeypatch, tmp_path):
-    import ctypes, importlib.metadata
-    def absent(name): raise importlib.metadata.PackageNotFoundError(name)
-    def no_library(name): raise OSError(name)
-    (tmp_path/'face_landmarker.task').write_bytes(b'damaged'); monkeypatch.setenv('SPATIALAVATAR0_DATA', str(tmp_path))
-    monkeypatch.setattr(importlib.metadata, 'version', absent); monkeypatch.setattr(ctypes, 'CDLL', no_library)
+    import ctypes
+    import importlib.metadata
+
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    def no_library(name):
+        raise OSError(name)
+
+    (tmp_path / 'face_landmarker.task').write_bytes(b'damaged')
+    monkeypatch.setenv('SPATIALAVATAR0_DATA', str(tmp_path))
+    monkeypatch.setattr(importlib.metadata, 'version', absent)
+    monkeypatch.setattr(ctypes, 'CDLL', no_library)
     rows = {w: (here, note) for w, here, note in cli.doctor()}
     code, out, _ = run(capfd, 'doctor')
-    assert code == 0 and not rows['mediapipe'][0] and '[track]' in rows['mediapipe'][1] and not rows['face_landmarker'][0] and 'delete it' in rows['face_landmarker'][1]
-    if sys.platform == 'linux': assert not rows['system libraries'][0] and 'libegl1' in out
+    assert code == 0
+    assert not rows['mediapipe'][0]
+    assert '[track]' in rows['mediapipe'][1]
+    assert not rows['face_landmarker'][0]
+    assert 'delete it' in rows['face_landmarker'][1]
+    if sys.platform == 'linux':
+        assert not rows['system libraries'][0] and 'libegl1' in out
+
 
 def test_assets(capfd):
     code, out, _ = run(capfd, 'assets')
-    assert code == 0 and 'face_landmarker' in out and 'flame2023' in out
+    assert code == 0
+    assert 'face_landmarker' in out
+    assert 'flame2023' in out
+
 
 # ---- called wrongly
 
+
 def test_help_lists_the_commands(capfd):
     code, out, _ = run(capfd, '--help')
-    assert code == 0 and all(c in out for c in ('demo', 'build', 'view', 'animate', 'export', 'refine', 'evaluate', 'train', 'doctor', 'assets'))
-    for command in ('animate', 'export'): assert all(o in run(capfd, command, '--help')[1] for o in ('--head', '--seed', '--device', '--seconds'))
+    assert code == 0
+    assert all(
+        c in out
+        for c in (
+            'demo',
+            'build',
+            'view',
+            'animate',
+            'export',
+            'refine',
+            'evaluate',
+            'train',
+            'doctor',
+            'assets',
+        )
+    )
+    for command in ('animate', 'export'):
+        assert all(
+            o in run(capfd, command, '--help')[1]
+            for o in ('--head', '--seed', '--device', '--seconds')
+        )
     for command in ('demo', 'build'):
         code, out, _ = run(capfd, command, '--help')
-        assert code == 0 and all(o in out for o in ('--out', '--preset', '--seed', '--device'))
+        assert code == 0
+        assert all(o in out for o in ('--out', '--preset', '--seed', '--device'))
 
-@pytest.mark.parametrize('args', [[], ['fly'], ['demo', '--fast'], ['build'], ['demo', '--preset', 'huge'], ['demo', '--device', 'tpu'],
-                                  ['demo', '--seed', 'x'], ['demo', '--seed', '-1'], ['demo', '--out']], ids=' '.join)
+
+@pytest.mark.parametrize(
+    'args',
+    [
+        [],
+        ['fly'],
+        ['demo', '--fast'],
+        ['build'],
+        ['demo', '--preset', 'huge'],
+        ['demo', '--device', 'tpu'],
+        ['demo', '--seed', 'x'],
+        ['demo', '--seed', '-1'],
+        ['demo', '--out'],
+    ],
+    ids=' '.join,
+)
 def test_wrong_usage(capfd, args):
     code, out, err = run(capfd, *args)
-    assert code == 2 and 'Traceback' not in out+err and (not args or (err.startswith('usage: ') and err.count('\n') == 1))
+    assert code == 2
+    assert 'Traceback' not in out + err
+    assert not args or (err.startswith('usage: ') and err.count('\n') == 1)
+
 
 def test_help_is_quick_and_light():
     "No deep-learning library is loaded to print a page of help."
-    code = ('import sys; from spatialavatar0.cli import main; code = main(["--help"])\n'
-            'sys.exit(code or ", ".join({"torch", "matplotlib", "mediapipe", "numba", "scipy", "PIL", "skimage", "gsplat"} & set(sys.modules)) or 0)')
+    code = (
+        'import sys; from spatialavatar0.cli import main; code = main(["--help"])\n'
+        'sys.exit(code or ", ".join({"torch", "matplotlib", "mediapipe", "numba", "scipy", "PIL", "skimage", "gsplat"} & set(sys.modules)) or 0)'
+    )
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
+
 # ---- bad input
 
-@pytest.mark.parametrize('name, said', [('suit.png', 'expected a face in the photo, found none'), ('twins.png', 'expected one face in the photo, found 2'),
-    ('letter.png', 'letter.png is not a picture'), ('stamp.png', '16 x 16 pixels'), ('empty.jpg', 'not a picture'), ('cut.jpg', 'damaged or cut short'),
-    ('nobody.jpg', 'no such file'), ('.', 'the folder')])
+
+@pytest.mark.parametrize(
+    'name, said',
+    [
+        ('suit.png', 'expected a face in the photo, found none'),
+        ('twins.png', 'expected one face in the photo, found 2'),
+        ('letter.png', 'letter.png is not a picture'),
+        ('stamp.png', '16 x 16 pixels'),
+        ('empty.jpg', 'not a picture'),
+        ('cut.jpg', 'damaged or cut short'),
+        ('nobody.jpg', 'no such file'),
+        ('.', 'the folder'),
+    ],
+)
 def test_bad_photo(photos, tmp_path, capfd, name, said):
-    assert said in refused(capfd, 'build', photos/name, '--out', tmp_path/'out')
-    assert not (tmp_path/'out').exists()
+    assert said in refused(capfd, 'build', photos / name, '--out', tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()
+
 
 def test_output_in_the_way(photos, tmp_path, capfd, monkeypatch):
-    (tmp_path/'file').write_text('mine'); (tmp_path/'out'/'head.ply').mkdir(parents=True); before = sorted(tmp_path.rglob('*'))
-    monkeypatch.setattr(track, 'detect', lambda *a: pytest.fail('the output should be refused before any work'))
-    for out, said in (('file', 'a file where a folder is needed'), ('file/deep', 'a file where a folder is needed'), ('out', 'a folder of that name')):
-        assert said in refused(capfd, 'build', photos/'good.png', '--out', tmp_path/out, within=5)
-    assert sorted(tmp_path.rglob('*')) == before and (tmp_path/'file').read_text() == 'mine'
+    (tmp_path / 'file').write_text('mine')
+    (tmp_path / 'out' / 'head.ply').mkdir(parents=True)
+    before = sorted(tmp_path.rglob('*'))
+    monkeypatch.setattr(
+        track, 'detect', lambda *a: pytest.fail('the output should be refused before any work')
+    )
+    for out, said in (
+        ('file', 'a file where a folder is needed'),
+        ('file/deep', 'a file where a folder is needed'),
+        ('out', 'a folder of that name'),
+    ):
+        assert said in refused(
+            capfd, 'build', photos / 'good.png', '--out', tmp_path / out, within=5
+        )
+    assert sorted(tmp_path.rglob('*')) == before
+    assert (tmp_path / 'file').read_text() == 'mine'
+
 
 def test_output_without_permission(photos, tmp_path, capfd, monkeypatch):
-    (tmp_path/'locked').mkdir(mode=0o555)
-    if os.access(tmp_path/'locked', os.W_OK):                                     # root may write anywhere
-        access = os.access; monkeypatch.setattr(os, 'access', lambda p, mode: access(p, mode) and not (str(p).endswith('locked') and mode & os.W_OK))
-    monkeypatch.setattr(track, 'detect', lambda *a: pytest.fail('the output should be refused before any work'))
-    assert 'permission denied' in refused(capfd, 'build', photos/'good.png', '--out', tmp_path/'locked'/'out', within=5)
+    (tmp_path / 'locked').mkdir(mode=0o555)
+    if os.access(tmp_path / 'locked', os.W_OK):  # root may write anywhere
+        access = os.access
+        monkeypatch.setattr(
+            os,
+            'access',
+            lambda p, mode: access(p, mode) and not (str(p).endswith('locked') and mode & os.W_OK),
+        )
+    monkeypatch.setattr(
+        track, 'detect', lambda *a: pytest.fail('the output should be refused before any work')
+    )
+    assert 'permission denied' in refused(
+        capfd, 'build', photos / 'good.png', '--out', tmp_path / 'locked' / 'out', within=5
+    )
+
 
 def test_full_disk(photos, tmp_path, capfd, monkeypatch):
-    def full(*a): raise OSError(28, 'No space left on device', str(tmp_path/'out'/'tracking.jpg'))
+    def full(*a):
+        raise OSError(28, 'No space left on device', str(tmp_path / 'out' / 'tracking.jpg'))
+
     monkeypatch.setattr(cli, '_save_overlay', full)
-    assert 'No space left on device' in refused(capfd, 'build', photos/'good.png', '--out', tmp_path/'out')
+    assert 'No space left on device' in refused(
+        capfd, 'build', photos / 'good.png', '--out', tmp_path / 'out'
+    )
+
 
 def test_photo_is_not_overwritten(tmp_path, capfd):
-    Image.fromarray(ASTRONAUT).save(tmp_path/'tracking.jpg'); before = (tmp_path/'tracking.jpg').read_bytes()
-    assert 'is the photo itself' in refused(capfd, 'build', tmp_path/'tracking.jpg', '--out', tmp_path)
-    assert (tmp_path/'tracking.jpg').read_bytes() == before
+    Image.fromarray(ASTRONAUT).save(tmp_path / 'tracking.jpg')
+    before = (tmp_path / 'tracking.jpg').read_bytes()
+    assert 'is the photo itself' in refused(
+        capfd, 'build', tmp_path / 'tracking.jpg', '--out', tmp_path
+    )
+    assert (tmp_path / 'tracking.jpg').read_bytes() == before
+
 
 def test_no_gpu(tmp_path, capfd):
     import torch
-    if torch.cuda.is_available(): pytest.skip('this machine has a CUDA GPU')
-    assert '--device cpu' in refused(capfd, 'demo', '--out', tmp_path/'out', '--device', 'cuda')
+
+    if torch.cuda.is_available():
+        pytest.skip('this machine has a CUDA GPU')
+    assert '--device cpu' in refused(capfd, 'demo', '--out', tmp_path / 'out', '--device', 'cuda')
+
 
 # ---- something is missing
 
+
 def test_no_model_and_no_network(tmp_path, capfd, monkeypatch):
     for k in list(os.environ):
-        if k.upper().startswith('PIP_') or k.upper() == 'NO_PROXY': monkeypatch.delenv(k)
-    for k in ('http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY'): monkeypatch.setenv(k, 'http://127.0.0.1:9')
-    monkeypatch.setenv('PIP_CONFIG_FILE', os.devnull); monkeypatch.setenv('PIP_INDEX_URL', 'http://127.0.0.1:9/simple')
-    monkeypatch.setenv('SPATIALAVATAR0_DATA', str(tmp_path/'data'))
-    said = refused(capfd, 'demo', '--out', tmp_path/'out', within=45)
-    assert 'face_landmarker' in said and str(tmp_path/'data') in said and not (tmp_path/'out').exists()
+        if k.upper().startswith('PIP_') or k.upper() == 'NO_PROXY':
+            monkeypatch.delenv(k)
+    for k in ('http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY'):
+        monkeypatch.setenv(k, 'http://127.0.0.1:9')
+    monkeypatch.setenv('PIP_CONFIG_FILE', os.devnull)
+    monkeypatch.setenv('PIP_INDEX_URL', 'http://127.0.0.1:9/simple')
+    monkeypatch.setenv('SPATIALAVATAR0_DATA', str(tmp_path / 'data'))
+    said = refused(capfd, 'demo', '--out', tmp_path / 'out', within=45)
+    assert 'face_landmarker' in said
+    assert str(tmp_path / 'data') in said
+    assert not (tmp_path / 'out').exists()
+
 
 def test_damaged_model(tmp_path, capfd, monkeypatch):
-    (tmp_path/'face_landmarker.task').write_bytes(b'<html>'); monkeypatch.setenv('SPATIALAVATAR0_DATA', str(tmp_path))
-    assert 'face_landmarker' in refused(capfd, 'demo', '--out', tmp_path/'out')
+    (tmp_path / 'face_landmarker.task').write_bytes(b'<html>')
+    monkeypatch.setenv('SPATIALAVATAR0_DATA', str(tmp_path))
+    assert 'face_landmarker' in refused(capfd, 'demo', '--out', tmp_path / 'out')
 
-@pytest.mark.parametrize('error, said', [(OSError('libGLESv2.so.2: cannot open shared object file'), 'apt-get install libegl1 libgles2'),
-                                         (ModuleNotFoundError("No module named 'mediapipe'"), 'spatialavatar0[track]')])
+
+@pytest.mark.parametrize(
+    'error, said',
+    [
+        (
+            OSError('libGLESv2.so.2: cannot open shared object file'),
+            'apt-get install libegl1 libgles2',
+        ),
+        (ModuleNotFoundError("No module named 'mediapipe'"), 'spatialavatar0[track]'),
+    ],
+)
 def test_no_system_library_or_package(tmp_path, capfd, monkeypatch, error, said):
     "At the import ..."
-    import builtins; original = builtins.__import__
+    import builtins
+
+    original = builtins.__import__
+
     def without(name, *args, **kwargs):
-        if name.split('.')[0] == 'mediapipe': raise error
+        if name.split('.')[0] == 'mediapipe':
+            raise error
         return original(name, *args, **kwargs)
+
     monkeypatch.setattr(builtins, '__import__', without)
-    assert said in refused(capfd, 'demo', '--out', tmp_path/'out')
+    assert said in refused(capfd, 'demo', '--out', tmp_path / 'out')
+
 
 def test_no_system_library_when_started(tmp_path, capfd, monkeypatch):
     "... and when the landmarker starts, which is where newer versions load it."
     from mediapipe.tasks.python import vision
-    def no_library(options): raise OSError('libEGL.so.1: cannot open shared object file')
+
+    def no_library(options):
+        raise OSError('libEGL.so.1: cannot open shared object file')
+
     monkeypatch.setattr(vision.FaceLandmarker, 'create_from_options', no_library)
-    assert 'apt-get install libegl1 libgles2' in refused(capfd, 'demo', '--out', tmp_path/'out')
+    assert 'apt-get install libegl1 libgles2' in refused(capfd, 'demo', '--out', tmp_path / 'out')
+
 
 # ---- a corrupted avatar file
 
-@pytest.mark.parametrize('harm', ['cut short', 'empty', 'text', 'other tensors', 'flipped', 'a folder', 'missing'])
+
+@pytest.mark.parametrize(
+    'harm', ['cut short', 'empty', 'text', 'other tensors', 'flipped', 'a folder', 'missing']
+)
 def test_corrupted_avatar(built, tmp_path, harm):
     import torch
     from safetensors.torch import save_file
-    from spatialavatar0.avatar import Avatar
-    good = (built[0]/cli.FILES['avatar']).read_bytes(); p = tmp_path/'a.safetensors'
-    if harm == 'other tensors': save_file(dict(x=torch.zeros(3)), p)
-    elif harm == 'a folder': p.mkdir()
-    elif harm != 'missing': p.write_bytes({'cut short': good[:len(good)//2], 'empty': b'', 'text': b'Dear friend,', 'flipped': b'\xff'*8+good[8:]}[harm])
-    with pytest.raises(InputError, match='a.safetensors'): Avatar.load(p)
+    from spatialavatar0.avatar.avatar import Avatar
+
+    good = (built[0] / cli.FILES['avatar']).read_bytes()
+    p = tmp_path / 'a.safetensors'
+    if harm == 'other tensors':
+        save_file(dict(x=torch.zeros(3)), p)
+    elif harm == 'a folder':
+        p.mkdir()
+    elif harm != 'missing':
+        p.write_bytes(
+            {
+                'cut short': good[: len(good) // 2],
+                'empty': b'',
+                'text': b'Dear friend,',
+                'flipped': b'\xff' * 8 + good[8:],
+            }[harm]
+        )
+    with pytest.raises(InputError, match='a.safetensors'):
+        Avatar.load(p)
+
 
 def test_bug_keeps_its_traceback(monkeypatch):
     "Only a user's mistakes become one line; a bug of ours must stay visible."
-    def bug(): raise ZeroDivisionError
+
+    def bug():
+        raise ZeroDivisionError
+
     monkeypatch.setattr(cli, 'doctor', bug)
-    with pytest.raises(ZeroDivisionError): cli.main(['doctor'])
+    with pytest.raises(ZeroDivisionError):
+        cli.main(['doctor'])
+
 
 # ---- interrupted
+
 
 def test_interrupted_while_writing(built, tmp_path, capfd, monkeypatch):
     "Ctrl-C in the middle of a file: the old one stays, the new one is gone."
     from matplotlib.figure import Figure
-    (tmp_path/'contact_sheet.png').write_text('earlier'); (tmp_path/'metrics.json').write_text('{"earlier": 1}')
-    def half(figure, path, *args, **kwargs): path.write_bytes(b'half'); raise KeyboardInterrupt
+
+    (tmp_path / 'contact_sheet.png').write_text('earlier')
+    (tmp_path / 'metrics.json').write_text('{"earlier": 1}')
+
+    def half(figure, path, *args, **kwargs):
+        path.write_bytes(b'half')
+        raise KeyboardInterrupt
+
     monkeypatch.setattr(Figure, 'savefig', half)
     code, out, err = run(capfd, 'demo', '--preset', 'tiny', '--out', tmp_path)
-    assert code == 1 and err.strip().splitlines()[-1].startswith('interrupted') and 'Traceback' not in err
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['avatar.safetensors', 'contact_sheet.png', 'head.html', 'head.ply', 'tracking.jpg']
-    assert (tmp_path/'contact_sheet.png').read_text() == 'earlier'
+    assert code == 1
+    assert err.strip().splitlines()[-1].startswith('interrupted')
+    assert 'Traceback' not in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        'avatar.safetensors',
+        'contact_sheet.png',
+        'head.html',
+        'head.ply',
+        'tracking.jpg',
+    ]
+    assert (tmp_path / 'contact_sheet.png').read_text() == 'earlier'
+
 
 def whole(folder):
     "Names in a folder, after opening each file that has a final name."
     import imageio.v2 as imageio
-    from spatialavatar0.avatar import Avatar
-    from spatialavatar0.export import read_ply
+    from spatialavatar0.avatar.avatar import Avatar
+    from spatialavatar0.use.export import read_ply
+
     names = {p.name for p in folder.iterdir() if not p.name.startswith('.')}
     assert names <= set(cli.FILES.values())
     for n in names:
-        if n.endswith(('.jpg', '.png')): Image.open(folder/n).load()
-        elif n.endswith(('.mp4', '.gif')): assert len(imageio.mimread(folder/n)) >= 6
-        elif n.endswith('.json'): json.loads((folder/n).read_text())
-        elif n.endswith('.html'): assert (folder/n).read_text().rstrip().endswith('</html>')
-        else: Avatar.load(folder/n) if n.endswith('.safetensors') else read_ply(folder/n)
+        if n.endswith(('.jpg', '.png')):
+            Image.open(folder / n).load()
+        elif n.endswith(('.mp4', '.gif')):
+            assert len(imageio.mimread(folder / n)) >= 6
+        elif n.endswith('.json'):
+            json.loads((folder / n).read_text())
+        elif n.endswith('.html'):
+            assert (folder / n).read_text().rstrip().endswith('</html>')
+        else:
+            Avatar.load(folder / n) if n.endswith('.safetensors') else read_ply(folder / n)
     return names
 
+
 @pytest.mark.skipif(os.name == 'nt', reason='POSIX signals')
-@pytest.mark.parametrize('kill, until', [(signal.SIGINT, 'tracking.jpg'), (signal.SIGKILL, '.turntable.*')])
+@pytest.mark.parametrize(
+    'kill, until', [(signal.SIGINT, 'tracking.jpg'), (signal.SIGKILL, '.turntable.*')]
+)
 def test_killed_demo(tmp_path, kill, until):
-    job = spatialavatar0('demo', '--preset', 'tiny', '--out', tmp_path); start = time.perf_counter()
-    while not any(tmp_path.glob(until)) and job.poll() is None and time.perf_counter()-start < 60: time.sleep(.002)
-    job.send_signal(kill); out, err = job.communicate(timeout=30)
-    assert 'metrics.json' not in whole(tmp_path) and 'Traceback' not in err
-    if kill == signal.SIGINT: assert job.returncode == 1 and 'interrupted' in err and not any(p.name.startswith('.') for p in tmp_path.iterdir())
-    else: assert job.returncode == -signal.SIGKILL
+    job = spatialavatar0('demo', '--preset', 'tiny', '--out', tmp_path)
+    start = time.perf_counter()
+    while not any(tmp_path.glob(until)) and job.poll() is None and time.perf_counter() - start < 60:
+        time.sleep(0.002)
+    job.send_signal(kill)
+    out, err = job.communicate(timeout=30)
+    assert 'metrics.json' not in whole(tmp_path)
+    assert 'Traceback' not in err
+    if kill == signal.SIGINT:
+        assert job.returncode == 1
+        assert 'interrupted' in err
+        assert not any(p.name.startswith('.') for p in tmp_path.iterdir())
+    else:
+        assert job.returncode == -signal.SIGKILL
+
 
 # ---- moved, taken away
 
+
 def test_animate(built, tmp_path, capfd):
     import imageio.v2 as imageio
-    d, _ = built; avatar = d/cli.FILES['avatar']; (tmp_path/'take.csv').write_text('JawOpen,HeadYaw\n0,0\n.5,.2\n0,0\n')
-    for motion, name in (('nod', 'a.mp4'), (tmp_path/'take.csv', 'b.gif')):
-        code, out, err = run(capfd, 'animate', avatar, motion, '--out', tmp_path/name, '--size', 64, '--seconds', .5, '--fps', 8)
+
+    d, _ = built
+    avatar = d / cli.FILES['avatar']
+    (tmp_path / 'take.csv').write_text('JawOpen,HeadYaw\n0,0\n.5,.2\n0,0\n')
+    for motion, name in (('nod', 'a.mp4'), (tmp_path / 'take.csv', 'b.gif')):
+        code, out, err = run(
+            capfd,
+            'animate',
+            avatar,
+            motion,
+            '--out',
+            tmp_path / name,
+            '--size',
+            64,
+            '--seconds',
+            0.5,
+            '--fps',
+            8,
+        )
         assert code == 0 and name in out, err
-        frames = imageio.mimread(tmp_path/name); assert len(frames) == (4 if motion == 'nod' else 3) and frames[0].shape[:2] == (64, 64)
-    for args, said in ((('dance',), 'talk, look, nod, blink'), (('nod', '--out', tmp_path/'a.avi'), '.mp4 or .gif'), ((d/cli.FILES['sheet'],), 'two people or more'), ((tmp_path,), 'not a clip'), ((avatar,), 'not a film')):
-        assert said in refused(capfd, 'animate', avatar, *args, *([] if '--out' in args else ['--out', tmp_path/'x.gif'])) and not (tmp_path/'x.gif').exists()
+        frames = imageio.mimread(tmp_path / name)
+        assert len(frames) == (4 if motion == 'nod' else 3)
+        assert frames[0].shape[:2] == (64, 64)
+    for args, said in (
+        (('dance',), 'talk, look, nod, blink'),
+        (('nod', '--out', tmp_path / 'a.avi'), '.mp4 or .gif'),
+        ((d / cli.FILES['sheet'],), 'two people or more'),
+        ((tmp_path,), 'not a clip'),
+        ((avatar,), 'not a film'),
+    ):
+        assert said in refused(
+            capfd,
+            'animate',
+            avatar,
+            *args,
+            *([] if '--out' in args else ['--out', tmp_path / 'x.gif']),
+        )
+        assert not (tmp_path / 'x.gif').exists()
+
 
 def test_drive_with_a_film(built, tmp_path, capfd):
-    d, _ = built; avatar = d/cli.FILES['avatar']
+    d, _ = built
+    avatar = d / cli.FILES['avatar']
     import imageio.v2 as imageio
-    face = np.asarray(Image.fromarray(ASTRONAUT).resize((256, 256))); imageio.mimwrite(tmp_path/'me.mp4', [face, np.roll(face, 4, 1), np.zeros_like(face), np.roll(face, 8, 1)], fps=5, macro_block_size=1)
-    code, out, err = run(capfd, 'animate', avatar, tmp_path/'me.mp4', '--out', tmp_path/'a.gif', '--size', 48)
-    assert code == 0 and '1 of 4 pictures show no face' in err and len(imageio.mimread(tmp_path/'a.gif')) == 4
+
+    face = np.asarray(Image.fromarray(ASTRONAUT).resize((256, 256)))
+    imageio.mimwrite(
+        tmp_path / 'me.mp4',
+        [face, np.roll(face, 4, 1), np.zeros_like(face), np.roll(face, 8, 1)],
+        fps=5,
+        macro_block_size=1,
+    )
+    code, out, err = run(
+        capfd, 'animate', avatar, tmp_path / 'me.mp4', '--out', tmp_path / 'a.gif', '--size', 48
+    )
+    assert code == 0
+    assert '1 of 4 pictures show no face' in err
+    assert len(imageio.mimread(tmp_path / 'a.gif')) == 4
+
 
 def test_export(built, tmp_path, capfd):
-    from spatialavatar0.export import read_splats
-    from spatialavatar0.gaussian_avatars import read_gaussian_avatar
-    from spatialavatar0.gltf import read_glb
-    d, numbers = built; avatar = d/cli.FILES['avatar']; do = lambda *a: run(capfd, 'export', avatar, *a)
-    for name in ('a.ply', 'a.compressed.ply', 'a.splat', 'a.npz'): assert do(tmp_path/name)[0] == 0 and len(read_splats(tmp_path/name)[0]) > .9*numbers['gaussians']
-    assert do(tmp_path/'a.glb')[0] == 0 and read_glb(tmp_path/'a.glb')[0]['animations'] and do(tmp_path/'a.html')[0] == 0
-    assert do(tmp_path/'ga', '--gaussian-avatars', '--motion', 'look', '--seconds', 1, '--fps', 5)[0] == 0 and len(read_gaussian_avatar(tmp_path/'ga')[1]) == 5
-    assert do(tmp_path/'frames', '--motion', 'look', '--seconds', 1, '--fps', 3, '--form', '.splat')[0] == 0 and len(list((tmp_path/'frames').glob('*.splat'))) == 3
-    for args, said in (((tmp_path/'a.obj',), 'should end in'), ((tmp_path/'a.ply', '--motion', 'nod'), 'goes into a folder'), ((tmp_path, '--motion', 'nod'), 'other files')): assert said in refused(capfd, 'export', avatar, *args)
+    from spatialavatar0.use.export import read_splats
+    from spatialavatar0.use.gaussian_avatars import read_gaussian_avatar
+    from spatialavatar0.use.gltf import read_glb
+
+    d, numbers = built
+    avatar = d / cli.FILES['avatar']
+
+    def do(*a):
+        return run(capfd, 'export', avatar, *a)
+
+    for name in ('a.ply', 'a.compressed.ply', 'a.splat', 'a.npz'):
+        assert do(tmp_path / name)[0] == 0
+        assert len(read_splats(tmp_path / name)[0]) > 0.9 * numbers['gaussians']
+    assert do(tmp_path / 'a.glb')[0] == 0
+    assert read_glb(tmp_path / 'a.glb')[0]['animations']
+    assert do(tmp_path / 'a.html')[0] == 0
+    assert (
+        do(tmp_path / 'ga', '--gaussian-avatars', '--motion', 'look', '--seconds', 1, '--fps', 5)[0]
+        == 0
+    )
+    assert len(read_gaussian_avatar(tmp_path / 'ga')[1]) == 5
+    assert (
+        do(tmp_path / 'frames', '--motion', 'look', '--seconds', 1, '--fps', 3, '--form', '.splat')[
+            0
+        ]
+        == 0
+    )
+    assert len(list((tmp_path / 'frames').glob('*.splat'))) == 3
+    for args, said in (
+        ((tmp_path / 'a.obj',), 'should end in'),
+        ((tmp_path / 'a.ply', '--motion', 'nod'), 'goes into a folder'),
+        ((tmp_path, '--motion', 'nod'), 'other files'),
+    ):
+        assert said in refused(capfd, 'export', avatar, *args)
+
 
 # ---- stage 2 on a folder of frames
 
+
 def test_refine_a_folder(tmp_path, capfd):
-    from spatialavatar0.clips import write_vhap
-    from spatialavatar0.head import open_head
-    from spatialavatar0.synth import make_person, mono_clip
-    write_vhap(mono_clip(make_person(5), 12, 64), tmp_path/'clip', open_head())
-    args = ('refine', 'new', tmp_path/'clip', '--out', tmp_path/'out', '--iters', 30, '--resolution', 32)
-    code, out, err = run(capfd, *args); assert code == 0 and 'held out' in out, err
-    first = (tmp_path/'out'/'avatar.safetensors').read_bytes()
-    assert run(capfd, *args)[0] == 0 and (tmp_path/'out'/'avatar.safetensors').read_bytes() == first          # goes on from the end: nothing changes
-    assert run(capfd, 'refine', tmp_path/'out'/'avatar.safetensors', tmp_path/'clip', '--out', tmp_path/'more', '--iters', 5)[0] == 0
-    numbers = json.loads((tmp_path/'out'/'metrics.json').read_text()); assert numbers['refined']['psnr'] > numbers['start']['psnr']
+    from spatialavatar0.head.head import open_head
+    from spatialavatar0.pictures.clips import write_vhap
+    from spatialavatar0.pictures.people import make_person, mono_clip
+
+    write_vhap(mono_clip(make_person(5), 12, 64), tmp_path / 'clip', open_head())
+    args = (
+        'refine',
+        'new',
+        tmp_path / 'clip',
+        '--out',
+        tmp_path / 'out',
+        '--iters',
+        30,
+        '--resolution',
+        32,
+    )
+    code, out, err = run(capfd, *args)
+    assert code == 0 and 'held out' in out, err
+    first = (tmp_path / 'out' / 'avatar.safetensors').read_bytes()
+    assert run(capfd, *args)[0] == 0
+    assert (
+        tmp_path / 'out' / 'avatar.safetensors'
+    ).read_bytes() == first  # goes on from the end: nothing changes
+    assert (
+        run(
+            capfd,
+            'refine',
+            tmp_path / 'out' / 'avatar.safetensors',
+            tmp_path / 'clip',
+            '--out',
+            tmp_path / 'more',
+            '--iters',
+            5,
+        )[0]
+        == 0
+    )
+    numbers = json.loads((tmp_path / 'out' / 'metrics.json').read_text())
+    assert numbers['refined']['psnr'] > numbers['start']['psnr']
     assert 'another run' in refused(capfd, *args[:-4], '--iters', 31, '--resolution', 32)
-    assert 'not a clip' in refused(capfd, 'refine', 'new', tmp_path/'out', '--out', tmp_path/'x')
-    assert 'no avatar' in refused(capfd, 'refine', tmp_path/'gone.safetensors', tmp_path/'clip', '--out', tmp_path/'x')
-    assert '--device cpu' in refused(capfd, 'refine', 'new', tmp_path/'clip', '--device', 'cuda')
+    assert 'not a clip' in refused(
+        capfd, 'refine', 'new', tmp_path / 'out', '--out', tmp_path / 'x'
+    )
+    assert 'no avatar' in refused(
+        capfd, 'refine', tmp_path / 'gone.safetensors', tmp_path / 'clip', '--out', tmp_path / 'x'
+    )
+    assert '--device cpu' in refused(capfd, 'refine', 'new', tmp_path / 'clip', '--device', 'cuda')
+
 
 # ---- stage 1
 
+
 def test_evaluate_a_folder(built, tmp_path, capfd):
-    from spatialavatar0.clips import write_vhap
-    from spatialavatar0.head import open_head
-    from spatialavatar0.synth import make_person, mono_clip
-    write_vhap(mono_clip(make_person(5), 8, 64), tmp_path/'anna', open_head()); out = tmp_path/'r.jsonl'
-    code, said, err = run(capfd, 'evaluate', 'warp', tmp_path/'anna', '--protocol', 'uniform:4', '--out', out); assert code == 0 and '| warp |' in said, err
-    line = json.loads(out.read_text()); assert line['subject'] == 'anna' and line['scores']['frames'] == 3 and line['split'] == dict(uniform=4)
-    for args, words in ((('--protocol', 'uniform:4'), 'already'), (('--protocol', 'odd'), 'last:15'), ((), 'more than 350'), (('--protocol', 'vfhq_cross'), 'somebody else drives')):
-        assert words in refused(capfd, 'evaluate', 'warp', tmp_path/'anna', *args, '--out', out)
+    from spatialavatar0.head.head import open_head
+    from spatialavatar0.pictures.clips import write_vhap
+    from spatialavatar0.pictures.people import make_person, mono_clip
+
+    write_vhap(mono_clip(make_person(5), 8, 64), tmp_path / 'anna', open_head())
+    out = tmp_path / 'r.jsonl'
+    code, said, err = run(
+        capfd, 'evaluate', 'warp', tmp_path / 'anna', '--protocol', 'uniform:4', '--out', out
+    )
+    assert code == 0 and '| warp |' in said, err
+    line = json.loads(out.read_text())
+    assert line['subject'] == 'anna'
+    assert line['scores']['frames'] == 3
+    assert line['split'] == dict(uniform=4)
+    for args, words in (
+        (('--protocol', 'uniform:4'), 'already'),
+        (('--protocol', 'odd'), 'last:15'),
+        ((), 'more than 350'),
+        (('--protocol', 'vfhq_cross'), 'somebody else drives'),
+    ):
+        assert words in refused(capfd, 'evaluate', 'warp', tmp_path / 'anna', *args, '--out', out)
     assert len(out.read_text().splitlines()) == 1
 
+
 def test_train(tmp_path, capfd):
-    args = ('train', '--out', tmp_path/'out', '--preset', 'tiny', '--steps', 10, '--people', 2, '--subjects', 1)
-    code, out, err = run(capfd, *args); assert code == 0 and 'held-out mono' in out, err
-    first = (tmp_path/'out'/'generator.safetensors').read_bytes()
-    code, out, err = run(capfd, *args); assert code == 0 and 'going on from step 10' in out and (tmp_path/'out'/'generator.safetensors').read_bytes() == first
-    assert 'another run' in refused(capfd, *args[:-6], '--steps', 11, '--people', 2, '--subjects', 1)
+    args = (
+        'train',
+        '--out',
+        tmp_path / 'out',
+        '--preset',
+        'tiny',
+        '--steps',
+        10,
+        '--people',
+        2,
+        '--subjects',
+        1,
+    )
+    code, out, err = run(capfd, *args)
+    assert code == 0 and 'held-out mono' in out, err
+    first = (tmp_path / 'out' / 'generator.safetensors').read_bytes()
+    code, out, err = run(capfd, *args)
+    assert code == 0
+    assert 'going on from step 10' in out
+    assert (tmp_path / 'out' / 'generator.safetensors').read_bytes() == first
+    assert 'another run' in refused(
+        capfd, *args[:-6], '--steps', 11, '--people', 2, '--subjects', 1
+    )
     assert 'looks of another data set' in refused(capfd, *args[:-3], 3, '--subjects', 1)

@@ -1,122 +1,313 @@
 """Films: awkward files, one clear line each; killed at any time; a likeness and its command."""
-import json, os, subprocess, sys, time
-from importlib.util import find_spec
-import imageio.v2 as imageio, imageio_ffmpeg, numpy as np, pytest, torch
-from spatialavatar0 import cli
-from spatialavatar0.clips import read_vhap
-from spatialavatar0.core import InputError, to_uint8
-from spatialavatar0.head import open_head
-from spatialavatar0.synth import make_person, mono_clip
-from spatialavatar0.video import ROW, cuts_of, film_pictures, open_film, still_camera, stretches, track_video, unlike, verdicts, windows
 
-needs_mediapipe = pytest.mark.skipif(find_spec('mediapipe') is None, reason='needs the extra `track`')
+import json
+import os
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+
+import imageio.v2 as imageio
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import torch
+from spatialavatar0 import cli
+from spatialavatar0.capture.film import (
+    ROW,
+    film_pictures,
+    open_film,
+    still_camera,
+    stretches,
+    track_video,
+    unlike,
+    verdicts,
+    windows,
+)
+from spatialavatar0.ground.core import InputError, to_uint8
+from spatialavatar0.head.head import open_head
+from spatialavatar0.pictures.clips import read_vhap
+from spatialavatar0.pictures.people import make_person, mono_clip
+
+needs_mediapipe = pytest.mark.skipif(
+    find_spec('mediapipe') is None, reason='needs the extra `track`'
+)
 QUIET = dict(size=96, say=lambda _: None)
 
-def ffmpeg(*words): subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), '-y', '-v', 'error', *map(str, words)], check=True)
-def write(path, pictures, fps=25): imageio.mimwrite(path, pictures, fps=fps, quality=8, macro_block_size=1); return path
+
+def ffmpeg(*words):
+    subprocess.run(
+        [imageio_ffmpeg.get_ffmpeg_exe(), '-y', '-v', 'error', *map(str, words)], check=True
+    )
+
+
+def write(path, pictures, fps=25):
+    imageio.mimwrite(path, pictures, fps=fps, quality=8, macro_block_size=1)
+    return path
+
 
 @pytest.fixture(scope='module')
-def acted(): return [to_uint8(f.image) for f in mono_clip(make_person(3), 40, 224, seed=1, yaw=20., background=.7)]
+def acted():
+    return [
+        to_uint8(f.image)
+        for f in mono_clip(make_person(3), 40, 224, seed=1, yaw=20.0, background=0.7)
+    ]
+
 
 @pytest.fixture(scope='module')
 def films(tmp_path_factory, acted):
-    d = tmp_path_factory.mktemp('films'); a = write(d/'plain.mp4', acted); b = [to_uint8(f.image) for f in mono_clip(make_person(20), 20, 224, seed=2, background=.2)]
-    ffmpeg('-display_rotation', 90, '-i', a, '-c', 'copy', d/'sideways.mp4'); ffmpeg('-i', a, '-vf', 'select=lt(mod(n\\,5)\\,3)', '-fps_mode', 'vfr', d/'uneven.mp4')
-    ffmpeg('-i', a, '-vf', 'scale=3840:2160:force_original_aspect_ratio=decrease,pad=3840:2160:-1:-1', '-frames:v', 12, '-preset', 'ultrafast', d/'4k.mp4'); ffmpeg('-f', 'lavfi', '-i', 'sine=d=1', d/'sound.mp3')
-    write(d/'two.mp4', [np.concatenate([x, y], 1) for x, y in zip(acted, b*2)]); write(d/'cut.mp4', acted[:20]+b); write(d/'nobody.mp4', [np.full((128, 128, 3), 10*i, np.uint8) for i in range(12)]); write(d/'short.mp4', acted[:4]); write(d/'brief.mp4', acted[:16])
-    (d/'torn.mp4').write_bytes(a.read_bytes()[:4000]); (d/'empty.mp4').write_bytes(b''); (d/'text.mp4').write_text('<!DOCTYPE html>'); write(d/'stamp.mp4', [np.zeros((32, 32, 3), np.uint8)]*9); (d/'folder').mkdir()
+    d = tmp_path_factory.mktemp('films')
+    a = write(d / 'plain.mp4', acted)
+    b = [to_uint8(f.image) for f in mono_clip(make_person(20), 20, 224, seed=2, background=0.2)]
+    ffmpeg('-display_rotation', 90, '-i', a, '-c', 'copy', d / 'sideways.mp4')
+    ffmpeg('-i', a, '-vf', 'select=lt(mod(n\\,5)\\,3)', '-fps_mode', 'vfr', d / 'uneven.mp4')
+    ffmpeg(
+        '-i',
+        a,
+        '-vf',
+        'scale=3840:2160:force_original_aspect_ratio=decrease,pad=3840:2160:-1:-1',
+        '-frames:v',
+        12,
+        '-preset',
+        'ultrafast',
+        d / '4k.mp4',
+    )
+    ffmpeg('-f', 'lavfi', '-i', 'sine=d=1', d / 'sound.mp3')
+    write(d / 'two.mp4', [np.concatenate([x, y], 1) for x, y in zip(acted, b * 2)])
+    write(d / 'cut.mp4', acted[:20] + b)
+    write(d / 'nobody.mp4', [np.full((128, 128, 3), 10 * i, np.uint8) for i in range(12)])
+    write(d / 'short.mp4', acted[:4])
+    write(d / 'brief.mp4', acted[:16])
+    (d / 'torn.mp4').write_bytes(a.read_bytes()[:4000])
+    (d / 'empty.mp4').write_bytes(b'')
+    (d / 'text.mp4').write_text('<!DOCTYPE html>')
+    write(d / 'stamp.mp4', [np.zeros((32, 32, 3), np.uint8)] * 9)
+    (d / 'folder').mkdir()
     return d
+
 
 # what is in a file
 
+
 def test_upright_even_and_not_too_large(films):
-    n = lambda name, **k: [f.shape for f in film_pictures(open_film(films/name, **k))]
-    assert n('plain.mp4') == [(224, 224, 3)]*40 and len(n('plain.mp4', most=10.)) in (16, 17) and set(n('4k.mp4')) == {(1152, 2048, 3)}
-    up, side = (next(film_pictures(open_film(films/f))) for f in ('plain.mp4', 'sideways.mp4')); assert np.abs(np.rot90(side, -1).astype(float)-up).mean() < 1
-    even = open_film(films/'uneven.mp4'); assert 12 < even.fps < 20 and abs(len(n('uneven.mp4'))-even.about) <= 2
+    def n(name, **k):
+        return [f.shape for f in film_pictures(open_film(films / name, **k))]
+
+    assert n('plain.mp4') == [(224, 224, 3)] * 40
+    assert len(n('plain.mp4', most=10.0)) in (16, 17)
+    assert set(n('4k.mp4')) == {(1152, 2048, 3)}
+    up, side = (next(film_pictures(open_film(films / f))) for f in ('plain.mp4', 'sideways.mp4'))
+    assert np.abs(np.rot90(side, -1).astype(float) - up).mean() < 1
+    even = open_film(films / 'uneven.mp4')
+    assert 12 < even.fps < 20
+    assert abs(len(n('uneven.mp4')) - even.about) <= 2
+
 
 def test_folder_of_pictures(tmp_path, acted):
-    for i in range(3): imageio.imwrite(tmp_path/f'{i}.png', acted[i])
-    f = open_film(tmp_path); assert f.about == 3 and all(np.array_equal(a, b) for a, b in zip(film_pictures(f), acted))
+    for i in range(3):
+        imageio.imwrite(tmp_path / f'{i}.png', acted[i])
+    f = open_film(tmp_path)
+    assert f.about == 3
+    assert all(np.array_equal(a, b) for a, b in zip(film_pictures(f), acted))
 
-BAD = {'sound.mp3': 'has sound but no pictures', 'torn.mp4': 'is not a film', 'empty.mp4': 'is not a film', 'text.mp4': 'is not a film', 'gone.mp4': 'no film at', 'folder': 'the folder has none',
-       'stamp.mp4': 'expected at least 64', 'nobody.mp4': 'expected one face in the film; found none', 'two.mp4': 'two people or more', 'short.mp4': 'only 4 of 4 pictures can be used'}
+
+BAD = {
+    'sound.mp3': 'has sound but no pictures',
+    'torn.mp4': 'is not a film',
+    'empty.mp4': 'is not a film',
+    'text.mp4': 'is not a film',
+    'gone.mp4': 'no film at',
+    'folder': 'the folder has none',
+    'stamp.mp4': 'expected at least 64',
+    'nobody.mp4': 'expected one face in the film; found none',
+    'two.mp4': 'two people or more',
+    'short.mp4': 'only 4 of 4 pictures can be used',
+}
+
 
 @needs_mediapipe
 @pytest.mark.parametrize('name', BAD)
 def test_one_clear_line(films, tmp_path, name, capfd):
-    assert cli.main(['track', str(films/name), '--out', str(tmp_path/'clip'), '--size', '96']) == 1
-    lines = [l for l in capfd.readouterr().err.splitlines() if not l.startswith('note: ')]; assert len(lines) == 1 and lines[0].startswith('error: ') and BAD[name] in lines[0], lines
-    assert not (tmp_path/'clip').exists()
+    assert (
+        cli.main(['track', str(films / name), '--out', str(tmp_path / 'clip'), '--size', '96']) == 1
+    )
+    lines = [l for l in capfd.readouterr().err.splitlines() if not l.startswith('note: ')]
+    assert len(lines) == 1 and lines[0].startswith('error: ') and BAD[name] in lines[0], lines
+    assert not (tmp_path / 'clip').exists()
+
 
 class Judge:
     "Who is darker than the other?"
-    limit, name = .6, 'a test'
-    def __call__(self, image): return dict(identity=10*image[60:-60, 60:-60].mean((0, 1)))
+
+    limit, name = 0.6, 'a test'
+
+    def __call__(self, image):
+        return dict(identity=10 * image[60:-60, 60:-60].mean((0, 1)))
+
 
 @needs_mediapipe
 def test_a_cut_to_somebody_else(films, tmp_path):
-    with pytest.raises(InputError, match='on somebody else is in the picture'): track_video(films/'cut.mp4', tmp_path/'a', judge=Judge(), **QUIET)
-    said = []; track_video(films/'cut.mp4', tmp_path/'b', size=96, say=said.append); about = json.loads((tmp_path/'b'/'tracking.json').read_text())
+    with pytest.raises(InputError, match='on somebody else is in the picture'):
+        track_video(films / 'cut.mp4', tmp_path / 'a', judge=Judge(), **QUIET)
+    said = []
+    track_video(films / 'cut.mp4', tmp_path / 'b', size=96, say=said.append)
+    about = json.loads((tmp_path / 'b' / 'tracking.json').read_text())
     assert about['cuts'][0] == 20 and 'cuts:' in said[0]
+
 
 # rows, stretches, verdicts
 
+
 def test_stretches_are_runs(rng=np.random.default_rng(0)):
     for _ in range(200):
-        good, cuts = rng.random(20) < .8, rng.random(20) < .1; s = stretches(good, cuts)
-        assert sorted(i for x in s for i in x) == list(np.flatnonzero(good)) and all((np.diff(x) == 1).all() and not cuts[x[1:]].any() for x in s)
-        assert all(b[0] > a[-1]+1 or cuts[b[0]] or not good[a[-1]+1:b[0]].all() for a, b in zip(s, s[1:]))
+        good = rng.random(20) < 0.8
+        cuts = rng.random(20) < 0.1
+        s = stretches(good, cuts)
+        assert sorted(i for x in s for i in x) == list(np.flatnonzero(good))
+        assert all((np.diff(x) == 1).all() and not cuts[x[1:]].any() for x in s)
+        assert all(
+            b[0] > a[-1] + 1 or cuts[b[0]] or not good[a[-1] + 1 : b[0]].all()
+            for a, b in zip(s, s[1:])
+        )
+
 
 def test_verdicts_name_the_worst():
-    rows = np.zeros(4, ROW); rows['faces'] = 1, 1, 0, 2; fine = dict(landmarks=1., covered=0., outside=0., turned=5.)
-    t = verdicts({0: fine, 1: dict(fine, turned=75., covered=.13)}, rows)
-    assert [r['use'] for r in t] == [True, False, False, False] and [r['reason'] for r in t] == ['', 'turned 75, more than 60', 'no face', '2 faces'] and t[0]['confidence'] == .75
+    rows = np.zeros(4, ROW)
+    rows['faces'] = 1, 1, 0, 2
+    fine = dict(landmarks=1.0, covered=0.0, outside=0.0, turned=5.0)
+    t = verdicts({0: fine, 1: dict(fine, turned=75.0, covered=0.13)}, rows)
+    assert [r['use'] for r in t] == [True, False, False, False]
+    assert [r['reason'] for r in t] == ['', 'turned 75, more than 60', 'no face', '2 faces']
+    assert t[0]['confidence'] == 0.75
+
 
 def test_unlike_spreads():
-    p = torch.tensor([[0., 0], [.1, 0], [5, 0], [0, 5], [5, 5]]); assert unlike(p, 3, 0) == [0, 4, 2] and unlike(p, 9, 1)[0] == 1 and sorted(unlike(p, 9, 1)) == [0, 1, 2, 3, 4] and unlike(p[:1].repeat(4, 1), 3, 2) == [2]
+    p = torch.tensor([[0.0, 0], [0.1, 0], [5, 0], [0, 5], [5, 5]])
+    assert unlike(p, 3, 0) == [0, 4, 2]
+    assert unlike(p, 9, 1)[0] == 1
+    assert sorted(unlike(p, 9, 1)) == [0, 1, 2, 3, 4]
+    assert unlike(p[:1].repeat(4, 1), 3, 2) == [2]
+
 
 def test_windows_stay_inside():
     g = torch.Generator().manual_seed(0)
     for size in ((64, 48), (300, 200)):
-        c = torch.rand(30, 2, generator=g)*200-50; b = torch.cat([c, c+60+20*torch.rand(30, 2, generator=g)], 1); corner, (w, h) = windows(b, size)
-        assert w <= size[0] and h <= size[1] and (corner >= 0).all() and (corner+[w, h] <= size).all()
+        c = torch.rand(30, 2, generator=g) * 200 - 50
+        b = torch.cat([c, c + 60 + 20 * torch.rand(30, 2, generator=g)], 1)
+        corner, (w, h) = windows(b, size)
+        assert w <= size[0]
+        assert h <= size[1]
+        assert (corner >= 0).all()
+        assert (corner + [w, h] <= size).all()
+
 
 # killed, and the same command again
+
 
 @needs_mediapipe
 def test_killed_at_any_time(films, tmp_path):
     env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'}
+
     def run(out, seconds=None):
-        p = subprocess.Popen([sys.executable, '-c', 'import sys; from spatialavatar0.cli import main; sys.exit(main())', 'track', str(films/'brief.mp4'), '--out', str(out), '--size', '128'], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        try: _, err = p.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired: p.kill(); p.wait(); return None
-        assert p.returncode == 0, err.decode()[-1500:]; return True
-    t = time.time(); run(tmp_path/'whole'); whole = time.time()-t; killed = 0
-    for share in (.7, .9): killed += run(tmp_path/'killed', share*whole) is None
-    run(tmp_path/'killed'); assert killed
-    a, b = (read_vhap(tmp_path/n) for n in ('whole', 'killed')); assert len(a) == len(b)
-    for x, y in zip(a, b): assert torch.equal(x.image, y.image) and torch.equal(x.mask, y.mask) and all(torch.equal(x.params[k], y.params[k]) for k in x.params)
+        p = subprocess.Popen(
+            [
+                sys.executable,
+                '-c',
+                'import sys; from spatialavatar0.cli import main; sys.exit(main())',
+                'track',
+                str(films / 'brief.mp4'),
+                '--out',
+                str(out),
+                '--size',
+                '128',
+            ],
+            env=env,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        try:
+            _, err = p.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            p.kill()
+            p.wait()
+            return None
+        assert p.returncode == 0, err.decode()[-1500:]
+        return True
+
+    t = time.time()
+    run(tmp_path / 'whole')
+    whole = time.time() - t
+    killed = 0
+    for share in (0.7, 0.9):
+        killed += run(tmp_path / 'killed', share * whole) is None
+    run(tmp_path / 'killed')
+    assert killed
+    a, b = (read_vhap(tmp_path / n) for n in ('whole', 'killed'))
+    assert len(a) == len(b)
+    for x, y in zip(a, b):
+        assert torch.equal(x.image, y.image)
+        assert torch.equal(x.mask, y.mask)
+        assert all(torch.equal(x.params[k], y.params[k]) for k in x.params)
     assert not [p for p in tmp_path.iterdir() if 'tracking' in p.name]
+
 
 @needs_mediapipe
 def test_another_film_is_refused(films, tmp_path):
-    track_video(films/'brief.mp4', tmp_path/'a', **QUIET)
-    with pytest.raises(InputError, match='not empty'): track_video(films/'uneven.mp4', tmp_path/'a', **QUIET)
+    track_video(films / 'brief.mp4', tmp_path / 'a', **QUIET)
+    with pytest.raises(InputError, match='not empty'):
+        track_video(films / 'uneven.mp4', tmp_path / 'a', **QUIET)
+
 
 # a head from a film
 
+
 @needs_mediapipe
 def test_build_from_a_film(films, tmp_path, capfd):
-    out = tmp_path/'me'; assert cli.main(['build', str(films/'plain.mp4'), '--out', str(out), '--preset', 'tiny']) == 0, capfd.readouterr().err
-    m = json.loads((out/'metrics.json').read_text()); assert m['refined']['head_psnr'] > m['start']['head_psnr'] and set(cli.FILES.values()) < {p.name for p in out.iterdir()} and (out/'clip'/'tracking.json').is_file()
-    assert cli.main(['build', str(films/'plain.mp4'), str(films/'cut.mp4'), '--out', str(tmp_path/'two')]) == 2
+    out = tmp_path / 'me'
+    assert (
+        cli.main(['build', str(films / 'plain.mp4'), '--out', str(out), '--preset', 'tiny']) == 0
+    ), capfd.readouterr().err
+    m = json.loads((out / 'metrics.json').read_text())
+    assert m['refined']['head_psnr'] > m['start']['head_psnr']
+    assert set(cli.FILES.values()) < {p.name for p in out.iterdir()}
+    assert (out / 'clip' / 'tracking.json').is_file()
+    assert (
+        cli.main(
+            [
+                'build',
+                str(films / 'plain.mp4'),
+                str(films / 'cut.mp4'),
+                '--out',
+                str(tmp_path / 'two'),
+            ]
+        )
+        == 2
+    )
+
 
 def test_still_camera_keeps_every_pixel():
-    from spatialavatar0.avatar import unturned
-    from spatialavatar0.clips import Frame
-    from spatialavatar0.geometry import intrinsics, orbit, project
-    h = open_head(); K = intrinsics(400, 128, 128); V = orbit(30, -15, .8, (.02, .03, 0)); shape = torch.randn(1, h.num_shape, generator=torch.Generator().manual_seed(1))
-    f = Frame(torch.zeros(128, 128, 3), torch.zeros(128, 128), V, K, dict(shape=shape, neck=torch.tensor([[.1, -.2, 0]]), jaw=torch.tensor([[.2, 0, 0]]))); s = still_camera(f, orbit(0, 0, 1., (0, 0, 0)), h)
-    see = lambda x: project(h(**x.params)[0], x.viewmat, K)[0]; assert (see(s)-see(f)).abs().max() < 2e-2 and set(s.params) >= {'rotation', 'translation'}
-    back = unturned(s, h); skull = h.weights[:, 1] > .999; assert (see(back)-see(f))[skull].abs().max() < 2e-2
+    from spatialavatar0.avatar.avatar import unturned
+    from spatialavatar0.ground.geometry import intrinsics, orbit, project
+    from spatialavatar0.pictures.clips import Frame
+
+    h = open_head()
+    K = intrinsics(400, 128, 128)
+    V = orbit(30, -15, 0.8, (0.02, 0.03, 0))
+    shape = torch.randn(1, h.num_shape, generator=torch.Generator().manual_seed(1))
+    f = Frame(
+        torch.zeros(128, 128, 3),
+        torch.zeros(128, 128),
+        V,
+        K,
+        dict(shape=shape, neck=torch.tensor([[0.1, -0.2, 0]]), jaw=torch.tensor([[0.2, 0, 0]])),
+    )
+    s = still_camera(f, orbit(0, 0, 1.0, (0, 0, 0)), h)
+
+    def see(x):
+        return project(h(**x.params)[0], x.viewmat, K)[0]
+
+    assert (see(s) - see(f)).abs().max() < 2e-2
+    assert set(s.params) >= {'rotation', 'translation'}
+    back = unturned(s, h)
+    skull = h.weights[:, 1] > 0.999
+    assert (see(back) - see(f))[skull].abs().max() < 2e-2

@@ -1,22 +1,34 @@
-"""Write the size and sha256 of every file that travels in the package into data_manifest.yaml: run it after rebuilding one."""
-import hashlib, re
+"""Write the size and sha256 of every file that travels in the package into data_manifest.yaml: run
+it after rebuilding one."""
+
+import hashlib
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
+
 def refresh(text):
-    "The manifest's text with the numbers of the package's own files brought up to date; the rest is left as it is."
+    """The manifest's text with the numbers of the package's own files brought up to date; the rest
+    is left as it is."""
     entries = re.split(r'(?m)^(?=- id: )', text)
     for i, entry in enumerate(entries):
-        if not (m := re.search(r'- package: (\S+)', entry)): continue
-        if not (path := ROOT/'spatialavatar0'/m[1]).exists(): print(f'{m[1]} is not built yet'); continue
+        if not (m := re.search(r'- package: (\S+)', entry)):
+            continue
+        if not (path := ROOT / 'spatialavatar0' / m[1]).exists():
+            print(f'{m[1]} is not built yet')
+            continue
         data = path.read_bytes()
         entry = re.sub(r'(?m)^  bytes: .*$', f'  bytes: {len(data)}', entry)
-        entries[i] = re.sub(r'(?m)^  sha256: .*$', f'  sha256: {hashlib.sha256(data).hexdigest()}', entry)
+        entries[i] = re.sub(
+            r'(?m)^  sha256: .*$', f'  sha256: {hashlib.sha256(data).hexdigest()}', entry
+        )
     return ''.join(entries)
 
+
 if __name__ == '__main__':
-    path = ROOT/'data_manifest.yaml'
-    before = path.read_text(encoding='utf-8'); after = refresh(before)
+    path = ROOT / 'data_manifest.yaml'
+    before = path.read_text(encoding='utf-8')
+    after = refresh(before)
     path.write_text(after, encoding='utf-8')
     print('nothing changed' if after == before else f'{path.name} changed')

@@ -82,7 +82,9 @@ def network(size=128):
     import torch
 
     found = {}
-    make_person, mono_clip, from_pretrained = map(find, ('make_person', 'mono_clip', 'from_pretrained'))
+    make_person, mono_clip, from_pretrained = map(
+        find, ('make_person', 'mono_clip', 'from_pretrained')
+    )
     clips = [mono_clip(make_person(seed), 8, size, seed=seed) for seed in (901, 902)]
     for name in ('toy', 'toy_mono'):
         generator = from_pretrained(name)
