@@ -1,4 +1,4 @@
-"""The house: chapters in their order, and where pages, solutions and modules lie. Standard library only."""
+"""The house: chapters in their order, and where pages, solutions and modules lie."""
 
 import json
 import re

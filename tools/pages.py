@@ -1,11 +1,12 @@
 """Run pages, keep their fresh outputs, export, and bring the README up to date.
 
     python tools/pages.py                         every page, in the order of the house
-    python tools/pages.py 30 judge/90_evaluate    these (a beginning of a page's name, or of its path)
+    python tools/pages.py 30 judge/90_evaluate    these (a beginning of name or path)
     python tools/pages.py --export                only write the modules, in the form of ruff.toml
 
-Cells that `nbdev_test` never runs (`#| eval: false`) and, without a GPU, `#| cuda` cells keep the outputs
-they have. A page that fails keeps its old outputs altogether, and the command says so and ends with 1.
+Cells that `nbdev_test` never runs (`#| eval: false`) and, without a GPU, `#| cuda` cells keep the
+outputs they have. A page that fails keeps its old outputs altogether, and the command says so and
+ends with 1.
 """
 
 import argparse
@@ -58,7 +59,7 @@ def joined(outputs):
 
 
 def run(path, gpu):
-    "Execute a page in a kernel of its own; returns its seconds. Outputs are written only if all went well."
+    "Execute a page in a kernel of its own, and write its outputs if all went well: seconds."
     import nbformat
     from nbclient import NotebookClient
 
