@@ -28,6 +28,24 @@ CHAPTERS = {
     'course': 'Course',
 }
 
+# pages that teach one idea of the paper each, in readable torch; the other pages with a module are
+# machine rooms: what makes a lesson fast, or safe from broken input
+LESSONS = (
+    'head.head',
+    'splats.binding',
+    'splats.projection',
+    'splats.rasterize',
+    'pictures.metrics',
+    'avatar.avatar',
+    'avatar.warp',
+    'stage1.generator',
+    'stage1.objective',
+    'stage1.schedule',
+    'stage2.refine',
+    'capture.track',
+    'judge.evaluate',
+)
+
 
 def text(cell):
     "The source of a cell."
@@ -84,3 +102,14 @@ def modules():
     "Module -> its page, in the order of the house."
     made = {module(read(p)): p for p in pages()}
     return {m: p for m, p in made.items() if m}
+
+
+def is_exported(cell):
+    "Whether a cell becomes part of a module."
+    is_code = cell['cell_type'] == 'code'
+    return is_code and bool(re.search(r'^#\|\s*export', text(cell), re.M))
+
+
+def cover(page):
+    "The file of a page's picture, without its ending."
+    return NBS / 'images' / 'pages' / page.stem

@@ -1,213 +1,241 @@
-"""How the pages are built: definitions shown and checked, lengths of cells, figures, words per line; and their times.
+"""How the pages are built: definitions shown and checked, figures, words; and their times.
 
     python tools/statistics_of_pages.py [--json | --missing PAGE]
 
-Shown: an exported function or class that a later cell of its page uses. Asserted: one that a cell with a check uses, itself or by way of
-another definition of the page, at most three code cells after its own; --missing lists those that are not. Words: markdown without code, formulas and tables. Seconds: `results/pages.json`, written by
-`pytest tests/test_notebooks.py --page-times` (cells marked slow or cuda left out). Budget: the time to run that a page's opening states.
+Shown: an exported function or class that a later cell of its page uses. Asserted: one that a cell
+with a check uses, itself or by way of another definition of the page, at most three code cells after
+its own; --missing lists those that are not. Words: markdown without code, formulas and tables.
+Seconds: `results/pages.json`, written by `pytest tests/test_notebooks.py --page-times` (cells marked
+slow or cuda left out). Budget: the time to run that a page's opening states. How the code is laid
+out is measured by `tools/form.py`.
 """
 
 import ast
 import json
 import re
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-CORE = '03', '04', '05', '06', '09', '10', '11', '12', '14'
+import house
+
 CHECK = re.compile(r'\bassert\b|\b(test_\w+|expect_fail|check|allclose|raises)\(')
-
-
-def text(cell):
-    return ''.join(cell['source'])
-
-
-def pages():
-    return [p for p in sorted((ROOT / 'nbs').glob('*.ipynb')) if p.stem != 'index']
-
-
-def code(source):
-    return '\n'.join(
-        l for l in source.splitlines() if l.strip() and not l.startswith(('#|', '%', '!'))
-    )
+CANVAS = re.compile(r'<(img|video|svg|iframe|canvas)')
+PLOTLY = 'application/vnd.plotly.v1+json'
+NOT_PROSE = re.compile(
+    r'```.*?```|\$\$.*?\$\$|\$[^$]*\$|^\|.*$|!\[[^\]]*\]\([^)]*\)', re.DOTALL | re.MULTILINE
+)
+NUMBERS = {
+    'one': 1,
+    'two': 2,
+    'three': 3,
+    'four': 4,
+    'five': 5,
+    'six': 6,
+    'seven': 7,
+    'eight': 8,
+    'nine': 9,
+    'ten': 10,
+    'fifteen': 15,
+    'twenty': 20,
+    'thirty': 30,
+    'forty': 40,
+    'sixty': 60,
+    'ninety': 90,
+}
 
 
 def definitions(cells):
     "Exported functions and classes of a page: name -> (cell, its code), private ones too."
     found = {}
-    for i, c in enumerate(cells):
-        if not re.search(r'^#\|\s*export', text(c), re.M):
+    for i, cell in enumerate(cells):
+        if not house.is_exported(cell):
             continue
-        source = re.sub(r'^[%!].*$', '', text(c), flags=re.M)
-        for n in ast.parse(source).body:
-            if isinstance(n, (ast.FunctionDef, ast.ClassDef)):
-                found[n.name] = i, found.get(n.name, (i, ''))[1] + ast.get_source_segment(source, n)
+        source = re.sub(r'^[%!].*$', '', house.text(cell), flags=re.M)
+        for node in ast.parse(source).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                _, before = found.get(node.name, (i, ''))
+                found[node.name] = i, before + ast.get_source_segment(source, node)
     return found
+
+
+def named(source, made):
+    "Those of the definitions whose name stands in a piece of code."
+    return {name for name in made if re.search(rf'\b{name}\b', source)}
 
 
 def used(source, made):
     "Definitions that a cell uses, itself or by way of others."
-
-    def named(t):
-        return {n for n in made if re.search(rf'\b{n}\b', t)}
-
-    seen = todo = named(source)
+    seen = todo = named(source, made)
     while todo:
-        todo = set().union(*(named(made[n][1]) for n in todo)) - seen
+        todo = set().union(*(named(made[name][1], made) for name in todo)) - seen
         seen = seen | todo
     return seen
 
 
 def words(source):
-    "Prose only."
-    source = re.sub(
-        r'```.*?```|\$\$.*?\$\$|\$[^$]*\$|^\|.*$|!\[[^\]]*\]\([^)]*\)',
-        ' ',
-        source,
-        flags=re.S | re.M,
-    )
-    return len(re.findall(r"[A-Za-zÀ-ÿ][\w'’-]*", re.sub(r'\]\([^)]*\)', ']', source)))
+    "How many words of prose a text has."
+    prose = re.sub(r'\]\([^)]*\)', ']', NOT_PROSE.sub(' ', source))
+    return len(re.findall(r"[A-Za-zÀ-ÿ][\w'’-]*", prose))
+
+
+def is_figure(kind, data):
+    "Whether one form of an output is something to look at."
+    if kind.startswith('image/') or kind == PLOTLY:
+        return True
+    return kind == 'text/html' and bool(CANVAS.search(''.join(data)))
 
 
 def figures(cell):
-    return [
-        (o, k)
-        for o in cell.get('outputs', [])
-        for k in o.get('data', {})
-        if k.startswith('image/')
-        or k == 'application/vnd.plotly.v1+json'
-        or k == 'text/html'
-        and re.search(r'<(img|video|svg|iframe|canvas)', ''.join(o['data'][k]))
-    ]
+    "Outputs of a cell that are pictures, with their kind."
+    outputs = cell.get('outputs', [])
+    kinds = [(o, kind) for o in outputs for kind in o.get('data', {})]
+    return [(o, kind) for o, kind in kinds if is_figure(kind, o['data'][kind])]
 
 
-def measure(nb):
-    "Numbers of one page."
-    cells = [c for c in nb['cells'] if c['cell_type'] == 'code']
-    made = definitions(cells)
-    open_ = {n: i for n, (i, _) in made.items() if not n.startswith('_')}
-    shown = {
-        n for n, i in open_.items() if any(re.search(rf'\b{n}\b', text(c)) for c in cells[i + 1 :])
-    }
-    checked = {
-        k: used(text(c), made)
-        for k, c in enumerate(cells)
-        if CHECK.search(text(c)) and not re.search(r'^#\|\s*export', text(c), re.M)
-    }
-    asserted = {
-        n for n, i in open_.items() if any(n in checked.get(k, ()) for k in range(i + 1, i + 4))
-    }
-    pictures = [f for c in cells for f in figures(c)]
-    return dict(
-        definitions=len(open_),
-        shown=len(shown),
-        asserted=len(asserted),
-        missing=sorted(set(open_) - asserted, key=open_.get),
-        lines=[
-            len(code(text(c)).splitlines()) for c in cells if code(text(c)) and not is_imports(c)
-        ],
-        figures=len(pictures),
-        cells=len(cells),
-        words=sum(words(text(c)) for c in nb['cells'] if c['cell_type'] == 'markdown'),
-        bytes=len(json.dumps(nb).encode()),
-        without_alt=sum(
-            k.startswith('image/') and not o.get('metadata', {}).get(k, {}).get('alt')
-            for o, k in pictures
-        ),
-        budget=budget(nb),
-    )
+def lacks_alt(output, kind):
+    "Whether a picture says nothing to who cannot see it."
+    return kind.startswith('image/') and not output.get('metadata', {}).get(kind, {}).get('alt')
 
 
-def is_imports(cell):
-    return all(re.match(r'(from|import|\s|\))', l) for l in code(text(cell)).splitlines())
-
-
-NUMBERS = dict(
-    zip(
-        (
-            'one two three four five six seven eight nine ten fifteen twenty thirty forty sixty '
-            'ninety'
-        ).split(),
-        (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 15, 20, 30, 40, 60, 90),
-    )
-)
-
-
-def budget(nb):
+def budget(notebook):
     "Seconds a page says it takes to run, if one of its first five cells says so."
-    opening = ' '.join(text(c) for c in nb['cells'][:5] if c['cell_type'] == 'markdown').lower()
-    n = r'half a|an?|\d+|' + '|'.join(NUMBERS)
-    said = [
-        (m[2] or m[1], m[3], m[4])
-        for m in re.finditer(
-            rf'\b({n})(?: to ({n}))? (second|minute)s?\b( and a half)?(?! to read|s? of )', opening
-        )
-        if (m[1], m[3]) != ('a', 'second')
-    ]
+    opening = [house.text(c) for c in notebook['cells'][:5] if c['cell_type'] == 'markdown']
+    number = r'half a|an?|\d+|' + '|'.join(NUMBERS)
+    pattern = (
+        rf'\b({number})(?: to ({number}))? (second|minute)s?\b( and a half)?(?! to read|s? of )'
+    )
+    said = [m.groups() for m in re.finditer(pattern, ' '.join(opening).lower())]
+    said = [m for m in said if (m[0], m[2]) != ('a', 'second')]
     if not said:
         return None
-    k, unit, half = said[-1]
-    return (
-        (0.5 if k == 'half a' else 1 if k in ('a', 'an') else NUMBERS.get(k) or int(k))
-        + 0.5 * bool(half)
-    ) * (60 if unit == 'minute' else 1)
+    least, most, unit, and_a_half = said[-1]
+    return (amount(most or least) + 0.5 * bool(and_a_half)) * (60 if unit == 'minute' else 1)
 
 
-def quantile(values, q):
-    v = sorted(values)
-    return v[min(int(q * len(v)), len(v) - 1)]
+def amount(word):
+    "The number that a word says."
+    if word == 'half a':
+        return 0.5
+    if word in ('a', 'an'):
+        return 1
+    return NUMBERS.get(word) or int(word)
+
+
+def shown_names(cells, first_cell):
+    "Definitions that a later cell uses."
+    later = {name: map(house.text, cells[i + 1 :]) for name, i in first_cell.items()}
+    return {n for n, texts in later.items() if any(re.search(rf'\b{n}\b', t) for t in texts)}
+
+
+def asserted_names(cells, made, first_cell):
+    "Definitions that a check uses at most three cells later."
+    checks = {
+        k: used(house.text(cell), made)
+        for k, cell in enumerate(cells)
+        if CHECK.search(house.text(cell)) and not house.is_exported(cell)
+    }
+    return {
+        name
+        for name, i in first_cell.items()
+        if any(name in checks.get(k, ()) for k in range(i + 1, i + 4))
+    }
+
+
+def measure(notebook):
+    "Numbers of one page."
+    cells = [c for c in notebook['cells'] if c['cell_type'] == 'code']
+    prose = [house.text(c) for c in notebook['cells'] if c['cell_type'] == 'markdown']
+    made = definitions(cells)
+    first_cell = {name: i for name, (i, _) in made.items() if not name.startswith('_')}
+    asserted = asserted_names(cells, made, first_cell)
+    pictures = [figure for c in cells for figure in figures(c)]
+    return dict(
+        definitions=len(first_cell),
+        shown=len(shown_names(cells, first_cell)),
+        asserted=len(asserted),
+        missing=sorted(set(first_cell) - asserted, key=first_cell.get),
+        figures=len(pictures),
+        cells=len(cells),
+        words=sum(map(words, prose)),
+        bytes=len(json.dumps(notebook).encode()),
+        without_alt=sum(lacks_alt(*picture) for picture in pictures),
+        budget=budget(notebook),
+    )
 
 
 def total(found):
     "All pages together."
-    lines = [n for s in found for n in s['lines']]
     made = max(sum(s['definitions'] for s in found), 1)
+    cells = sum(s['cells'] for s in found)
     return dict(
         pages=len(found),
         definitions=made,
         shown=sum(s['shown'] for s in found) / made,
         asserted=sum(s['asserted'] for s in found) / made,
-        median_lines=quantile(lines, 0.5),
-        p90_lines=quantile(lines, 0.9),
-        figures_per_10_cells=10 * sum(s['figures'] for s in found) / sum(s['cells'] for s in found),
-        words_per_line=sum(s['words'] for s in found) / sum(lines),
+        figures_per_10_cells=10 * sum(s['figures'] for s in found) / cells,
+        words=sum(s['words'] for s in found),
         largest_kb=max(s['bytes'] for s in found) // 1000,
         without_alt=sum(s['without_alt'] for s in found),
     )
 
 
+def every_page():
+    "Numbers by page, in the order of the house."
+    return {house.name(p): measure(house.read(p)) for p in house.pages()}
+
+
+def lessons(found):
+    "The numbers of the lessons alone."
+    pages = [house.name(p) for module, p in house.modules().items() if module in house.LESSONS]
+    return [found[name] for name in pages]
+
+
+def share(numbers, what):
+    "A part of a page's definitions in per cent; nothing for a page without."
+    return f'{numbers[what] / numbers["definitions"]:.0%}' if numbers['definitions'] else ''
+
+
+def table(found, times):
+    "A line a page."
+    head = 'page', 'defs', 'shown', 'checked', 'fig/10', 'words', 'kB', 'budget', 'seconds'
+    rows = [
+        (
+            name,
+            numbers['definitions'] or '',
+            share(numbers, 'shown'),
+            share(numbers, 'asserted'),
+            f'{10 * numbers["figures"] / numbers["cells"]:.1f}',
+            numbers['words'],
+            numbers['bytes'] // 1000,
+            numbers['budget'] or '',
+            times.get(name, ''),
+        )
+        for name, numbers in found.items()
+    ]
+    return '\n'.join(
+        f'{row[0]:30}' + ''.join(f'{v!s:>9}' for v in row[1:]) for row in (head, *rows)
+    )
+
+
+def said(numbers):
+    "Numbers in a row."
+    plain = {k: f'{v:.2f}' if isinstance(v, float) else v for k, v in numbers.items()}
+    return ', '.join(f'{k} {v}' for k, v in plain.items())
+
+
 def main():
-    found = {p.stem: measure(json.loads(p.read_text())) for p in pages()}
-    path = ROOT / 'results' / 'pages.json'
-    times = json.loads(path.read_text()) if path.exists() else {}
+    found = every_page()
     if '--missing' in sys.argv:
-        for n, s in found.items():
-            if n.startswith(sys.argv[-1]):
-                print(n + ': ' + ', '.join(s['missing']))
+        for name, numbers in found.items():
+            if sys.argv[-1] in name:
+                print(f'{name}: {", ".join(numbers["missing"])}')
         return
     if '--json' in sys.argv:
         return print(json.dumps(dict(total=total(list(found.values())), pages=found)))
-    print(
-        f'{"page":24}{"defs":>5}{"shown":>7}{"checked":>8}{"median":>8}{"90 %":>6}{"fig/10":>8}{"words/line":>11}{"kB":>6}{"budget":>8}{"seconds":>9}'
-    )
-    for n, s in found.items():
-
-        def share(k):
-            return f'{100 * s[k] / s["definitions"]:.0f} %' if s['definitions'] else ''
-
-        print(
-            f'{n:24}{s["definitions"] or "":>5}{share("shown"):>7}{share("asserted"):>8}{quantile(s["lines"], 0.5):8}{quantile(s["lines"], 0.9):6}{10 * s["figures"] / s["cells"]:8.1f}{s["words"] / max(sum(s["lines"]), 1):11.1f}{s["bytes"] // 1000:6}{s["budget"] or "":>8}{times.get(n, ""):>9}'
-        )
-    t = total(list(found.values()))
-    core = total([s for n, s in found.items() if n.split('_')[0] in CORE])
-    print(
-        '\nall pages: '
-        + ', '.join(f'{k} {v:.2f}' if isinstance(v, float) else f'{k} {v}' for k, v in t.items())
-    )
-    print(
-        f'core pages: figures_per_10_cells {core["figures_per_10_cells"]:.1f}, words_per_line '
-        f'{core["words_per_line"]:.1f}'
-    )
+    path = house.ROOT / 'results' / 'pages.json'
+    times = json.loads(path.read_text()) if path.exists() else {}
+    print(table(found, times))
+    print('\nall pages:', said(total(list(found.values()))))
+    print('lessons:', said(total(lessons(found))))
     late = [n for n, s in found.items() if s['budget'] and times.get(n, 0) > s['budget']]
     print('over budget:', ', '.join(late) or 'none')
 
