@@ -2,79 +2,91 @@
 
 python tools/readme.py             write README.md
 python tools/readme.py --check     exit 1 and say so if README.md is out of date
-python tools/readme.py --commands  print the two commands the README tells a reader to type (standard library only)
+python tools/readme.py --commands  print the two commands the README tells a reader to type
 """
 
 import base64
-import json
 import re
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+import house
+
+README = house.ROOT / 'README.md'
+INDEX = house.NBS / 'index.ipynb'
+PICTURES = house.ROOT / 'docs' / 'images'
 HEADER = '<!-- Made from nbs/index.ipynb by tools/readme.py: edit that page. -->\n'
+ENDINGS = {'image/jpeg': 'jpg', 'image/png': 'png'}
 
 
 def relink(text):
     "Links are relative to nbs/ in the page and to the repository in the README."
 
-    def fix(m):
-        link = m[2]
+    def mend(found):
+        before, link = found.groups()
         if re.match(r'(\w+:|#|/)', link):
-            return m[0]
-        return m[1] + (link[3:] if link.startswith('../') else f'nbs/{link}')
+            return found[0]
+        return before + (link[3:] if link.startswith('../') else f'nbs/{link}')
 
-    return re.sub(r'(\]\(|src="|href=")([^)"\s]+)', fix, text)
+    return re.sub(r'(\]\(|src="|href=")([^)"\s]+)', mend, text)
+
+
+def block(text):
+    return f'```\n{"".join(text).rstrip()}\n```'
 
 
 def output_text(output, number, pictures):
     "One output as markdown; a picture becomes a file beside the README's other pictures."
     if output['output_type'] == 'stream':
-        return f'```\n{"".join(output["text"]).rstrip()}\n```'
+        return block(output['text'])
     data = output.get('data', {})
-    for kind in ('image/jpeg', 'image/png'):
-        if kind in data:
-            path = f'docs/images/index-{number}.{kind.split("/")[1].replace("jpeg", "jpg")}'
-            pictures[path] = base64.b64decode(''.join(data[kind]))
-            return f'![{output.get("metadata", {}).get(kind, {}).get("alt", "")}]({path})'
+    for kind in set(ENDINGS) & set(data):
+        path = f'docs/images/index-{number}.{ENDINGS[kind]}'
+        pictures[path] = base64.b64decode(''.join(data[kind]))
+        alt = output.get('metadata', {}).get(kind, {}).get('alt', '')
+        return f'![{alt}]({path})'
     if 'text/markdown' in data:
         return relink(''.join(data['text/markdown']))
-    return f'```\n{"".join(data["text/plain"]).rstrip()}\n```' if 'text/plain' in data else ''
+    return block(data['text/plain']) if 'text/plain' in data else ''
 
 
 def cell_parts(cell, number, pictures):
     "Markdown of one cell: its text or code, then its outputs."
-    flags = set(re.findall(r'^#\|\s*(\w+)', ''.join(cell['source']), re.M))
-    text = ''.join(cell['source'])
+    text = house.text(cell)
     if cell['cell_type'] == 'markdown':
         return [relink(text)]
-    if 'hide' in flags:
+    flags = set(re.findall(r'^#\|\s*(\w+)', text, re.M))
+    if cell['cell_type'] != 'code' or 'hide' in flags:
         return []
     code = re.sub(r'^#\|.*\n?', '', text, flags=re.M).strip()
     shown = [f'```python\n{code}\n```'] if code and not flags & {'echo', 'hide_input'} else []
-    return shown + [
-        output_text(o, f'{number}-{i}', pictures) for i, o in enumerate(cell['outputs'])
-    ]
+    outputs = enumerate(cell['outputs'])
+    return shown + [output_text(o, f'{number}-{i}', pictures) for i, o in outputs]
 
 
 def build():
     "The README's text and the pictures it needs, by path."
     pictures, parts = {}, []
-    for number, cell in enumerate(
-        json.loads((ROOT / 'nbs/index.ipynb').read_text(encoding='utf-8'))['cells']
-    ):
-        if cell['cell_type'] in ('markdown', 'code'):
-            parts += cell_parts(cell, number, pictures)
-    return HEADER + re.sub(
-        r'\n{3,}', '\n\n', '\n\n'.join(p for p in parts if p)
-    ).strip() + '\n', pictures
+    for number, cell in enumerate(house.read(INDEX)['cells']):
+        parts += cell_parts(cell, number, pictures)
+    text = re.sub(r'\n{3,}', '\n\n', '\n\n'.join(filter(None, parts))).strip()
+    return f'{HEADER}{text}\n', pictures
 
 
 def commands():
     "The lines of the README that install and do something."
-    return re.findall(
-        r'^pip install -e .*&&.*$', (ROOT / 'README.md').read_text(encoding='utf-8'), re.M
-    )
+    return re.findall(r'^pip install -e .*&&.*$', README.read_text(encoding='utf-8'), re.M)
+
+
+def stale(files):
+    "Files that are not what they should be, and pictures that nothing shows."
+    old = [n for n, data in files.items() if not is_file_of(n, data)]
+    made = [p.relative_to(house.ROOT).as_posix() for p in PICTURES.glob('index-*')]
+    return old + [name for name in made if name not in files]
+
+
+def is_file_of(name, data):
+    path = house.ROOT / name
+    return path.exists() and path.read_bytes() == data
 
 
 def main():
@@ -82,30 +94,18 @@ def main():
         return print('\n'.join(commands()))
     text, pictures = build()
     files = {'README.md': text.encode(), **pictures}
-    stale = [
-        name
-        for name, data in files.items()
-        if not (ROOT / name).exists() or (ROOT / name).read_bytes() != data
-    ]
-    stale += [
-        str(p.relative_to(ROOT))
-        for p in (ROOT / 'docs/images').glob('index-*')
-        if p.relative_to(ROOT).as_posix() not in files
-    ]
+    names = stale(files)
     if '--check' in sys.argv:
-        sys.exit(
-            f'{", ".join(stale)}: out of date; run `python tools/readme.py` and commit'
-            if stale
-            else 0
-        )
-    for name in stale:
-        path = ROOT / name
+        said = f'{", ".join(names)}: out of date; run `python tools/readme.py` and commit'
+        sys.exit(said if names else 0)
+    for name in names:
+        path = house.ROOT / name
         if name not in files:
             path.unlink()
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(files[name])
-    print('changed: ' + ', '.join(stale) if stale else 'nothing changed')
+    print('changed: ' + ', '.join(names) if names else 'nothing changed')
 
 
 if __name__ == '__main__':
