@@ -14,6 +14,7 @@ import time
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 import torch
+
 from spatialavatar0.avatar.avatar import from_frame
 from spatialavatar0.capture.photo import front_psnr, refine_photo
 from spatialavatar0.ground.core import atomic_path, set_seed
@@ -21,7 +22,7 @@ from spatialavatar0.ground.geometry import intrinsics, orbit
 from spatialavatar0.pictures.clips import on_background
 from spatialavatar0.pictures.metrics import psnr
 from spatialavatar0.pictures.people import make_person, paint
-from spatialavatar0.stage2.refine import screen_aspect
+from spatialavatar0.stage2.loop import screen_aspect
 from spatialavatar0.use.animate import turn
 
 YAWS = (0, -25, 25, -45, 45)

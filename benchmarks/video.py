@@ -21,9 +21,10 @@ import common  # first: waiting threads shall sleep
 import imageio.v2 as imageio
 import numpy as np
 import torch
+
 from spatialavatar0.capture.film import track_video
+from spatialavatar0.capture.landmarks import frame_landmarks
 from spatialavatar0.capture.likeness import agreed, first_likeness, refine_likeness
-from spatialavatar0.capture.track import frame_landmarks
 from spatialavatar0.cli import _squared, turned_error, view_of
 from spatialavatar0.ground.assets import asset
 from spatialavatar0.ground.core import to_uint8
@@ -31,7 +32,8 @@ from spatialavatar0.head.head import open_head
 from spatialavatar0.judge.evaluate import DlibJudge
 from spatialavatar0.pictures.clips import Clip, split
 from spatialavatar0.pictures.people import make_person, paint, portrait_camera
-from spatialavatar0.stage2.refine import measure, start_frame
+from spatialavatar0.stage2.loop import measure
+from spatialavatar0.stage2.refine import start_frame
 
 
 def trembling(clip, head, frames=13):

@@ -118,7 +118,8 @@ def held_out_report(
     "Landmark error on landmarks a fit did not use: every fifth one."
     import torch
 
-    from spatialavatar0.capture.track import fit, fit_report
+    from spatialavatar0.capture.landmarks import fit_report
+    from spatialavatar0.capture.track import fit
 
     out = torch.arange(len(found.lmks)) % every == 0
     return fit_report(fit(image, head, found, held_out=out), found, head, only=out)
@@ -130,10 +131,11 @@ def track_photo(
     head,
 ) -> tuple:  # Frame of the whole photo; dict of landmark errors
     "13_track: who, which expression, seen from where, and how well that fits."
-    from spatialavatar0.capture.track import detect, fit, fit_report, load_photo
+    from spatialavatar0.capture.landmarks import find_face, fit_report, load_photo
+    from spatialavatar0.capture.track import fit
 
     image = load_photo(photo)
-    found = detect(image)
+    found = find_face(image)
     frame = fit(photo, head, found)
     return frame, dict(
         landmarks=fit_report(frame, found, head),
@@ -155,8 +157,8 @@ def track_photos(
     if len(photos) == 1:
         frame, numbers = track_photo(photos[0], head)
         return [frame], [_name(photos[0])], numbers
+    from spatialavatar0.capture.landmarks import find_face, fit_report
     from spatialavatar0.capture.photos import fit_together, frontal_first
-    from spatialavatar0.capture.track import detect, fit_report
 
     found = fit_together(photos, head)
     frames = frontal_first(found)
@@ -164,7 +166,7 @@ def track_photos(
     return (
         frames,
         [_name(photos[i]) for i in at],
-        dict(landmarks=fit_report(frames[0], detect(frames[0].image), head)),
+        dict(landmarks=fit_report(frames[0], find_face(frames[0].image), head)),
     )
 
 
@@ -360,7 +362,7 @@ def turned_error(
 ):  # % of the unturned head's outer-eye distance on the screen; None where no face is found
     """Mean distance between landmarks found in a turned view and the mesh's own, without the face's
     outline."""
-    from spatialavatar0.capture.track import NoFace, detect, frame_landmarks, landmark_table
+    from spatialavatar0.capture.landmarks import NoFace, find_face, frame_landmarks, landmark_table
 
     table = landmark_table(avatar.head)
     use = table.valid & ~table.contour
@@ -373,7 +375,7 @@ def turned_error(
         )
 
     try:
-        found = detect(view_of(avatar, cut, size, yaw, background=0.8))
+        found = find_face(view_of(avatar, cut, size, yaw, background=0.8))
     except NoFace:
         return None
     ruler = (seen(0)[33] - seen(0)[263]).norm()
@@ -391,7 +393,7 @@ def judge(
     aspect ratio."""
     import torch
 
-    from spatialavatar0.stage2.refine import screen_aspect
+    from spatialavatar0.stage2.loop import screen_aspect
 
     errors = {str(y): turned_error(avatar, cut, y, size) for y in yaws}
     K = film_camera(cut, size)
@@ -506,7 +508,7 @@ def _save_overlay(frame, head, path):
     "The mesh over the photo."
     from PIL import Image
 
-    from spatialavatar0.capture.track import overlay
+    from spatialavatar0.capture.landmarks import overlay
     from spatialavatar0.ground.core import atomic_path, to_uint8
 
     with atomic_path(path) as tmp:
@@ -618,7 +620,8 @@ def build_from_film(
     from spatialavatar0.ground.core import atomic_path, set_seed
     from spatialavatar0.head.head import open_head
     from spatialavatar0.pictures.clips import Clip, split
-    from spatialavatar0.stage2.refine import measure, start_frame
+    from spatialavatar0.stage2.loop import measure
+    from spatialavatar0.stage2.refine import start_frame
 
     out = check_out(out, film)
     cfg = cfg or build_preset()
@@ -741,7 +744,8 @@ def refine_clip(
     from spatialavatar0.avatar.avatar import load_avatar
     from spatialavatar0.ground.core import atomic_path
     from spatialavatar0.head.head import load_flame, open_head
-    from spatialavatar0.stage2.refine import RefineConfig, measure, paper_config, refine
+    from spatialavatar0.stage2.loop import measure, refine
+    from spatialavatar0.stage2.refine import RefineConfig, paper_config
 
     head = load_flame(head) if head else open_head()
     out = Path(out)

@@ -12,7 +12,7 @@ import pytest
 import skimage.data
 from PIL import Image
 from spatialavatar0 import cli
-from spatialavatar0.capture import track
+from spatialavatar0.capture import landmarks
 from spatialavatar0.ground.core import InputError
 
 ASTRONAUT = skimage.data.astronaut()
@@ -208,27 +208,27 @@ def test_the_ruler_does_not_shrink(built):
     avatar = Avatar.load(d / cli.FILES['avatar'])
     head = avatar.head
     frame, _ = cli.track_photo(ASTRONAUT, head)
-    table = track.landmark_table(head)
+    table = landmarks.landmark_table(head)
     import dataclasses
 
     import torch
 
     def off_by_three(image, yaw):
-        p = track.frame_landmarks(
+        p = landmarks.frame_landmarks(
             dataclasses.replace(
                 frame, viewmat=cli.swung(avatar, frame, yaw), K=cli.film_camera(frame, 64)
             ),
             head,
             table,
         )
-        return track.Detection(
+        return landmarks.Detection(
             p + torch.tensor([3.0, 0]) + 1e3 * table.contour[:, None], {}
         )  # the contour is far off, and does not count
 
     errors = []
     for yaw in (0, 45):
         with pytest.MonkeyPatch.context() as m:
-            m.setattr(track, 'detect', lambda image: off_by_three(image, yaw))
+            m.setattr(landmarks, 'find_face', lambda image: off_by_three(image, yaw))
             errors.append(cli.turned_error(avatar, frame, yaw, 64))
     assert errors[0] == pytest.approx(errors[1], rel=1e-4)
     assert errors[0] > 1
@@ -365,7 +365,9 @@ def test_output_in_the_way(photos, tmp_path, capfd, monkeypatch):
     (tmp_path / 'out' / 'head.ply').mkdir(parents=True)
     before = sorted(tmp_path.rglob('*'))
     monkeypatch.setattr(
-        track, 'detect', lambda *a: pytest.fail('the output should be refused before any work')
+        landmarks,
+        'find_face',
+        lambda *a: pytest.fail('the output should be refused before any work'),
     )
     for out, said in (
         ('file', 'a file where a folder is needed'),
@@ -389,7 +391,9 @@ def test_output_without_permission(photos, tmp_path, capfd, monkeypatch):
             lambda p, mode: access(p, mode) and not (str(p).endswith('locked') and mode & os.W_OK),
         )
     monkeypatch.setattr(
-        track, 'detect', lambda *a: pytest.fail('the output should be refused before any work')
+        landmarks,
+        'find_face',
+        lambda *a: pytest.fail('the output should be refused before any work'),
     )
     assert 'permission denied' in refused(
         capfd, 'build', photos / 'good.png', '--out', tmp_path / 'locked' / 'out', within=5

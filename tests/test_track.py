@@ -11,7 +11,8 @@ import pytest
 import skimage.data
 import torch
 from PIL import Image
-from spatialavatar0.capture import track
+
+from spatialavatar0.capture import landmarks, matte, track
 from spatialavatar0.ground.core import InputError
 from spatialavatar0.ground.geometry import axis_angle_to_mat, orbit
 from spatialavatar0.head.head import open_head
@@ -29,17 +30,17 @@ def head():
 
 @pytest.fixture(scope='module')
 def table(head):
-    return track.landmark_table(head)
+    return landmarks.landmark_table(head)
 
 
 @pytest.fixture(scope='module')
 def small(head, table):
-    return track.landmark_model(head, table)
+    return landmarks.landmark_model(head, table)
 
 
 @pytest.fixture(scope='module')
 def seen():
-    return track.detect(PHOTO)
+    return landmarks.find_face(PHOTO)
 
 
 @pytest.fixture(scope='module')
@@ -61,7 +62,7 @@ def random_state(g, R, t):
 def test_bad_files(tmp_path):
     def refused(path, match):
         with pytest.raises(InputError, match=match):
-            track.load_photo(path)
+            landmarks.load_photo(path)
 
     def made(name, data):
         p = tmp_path / name
@@ -94,7 +95,7 @@ def test_bombs_are_refused_before_they_are_decoded(tmp_path):
         + chunk(b'IEND', b'')
     )
     with pytest.raises(InputError, match='too many pixels'):
-        track.load_photo(tmp_path / 'bomb.png')
+        landmarks.load_photo(tmp_path / 'bomb.png')
 
 
 @pytest.mark.parametrize(
@@ -109,11 +110,11 @@ def test_bombs_are_refused_before_they_are_decoded(tmp_path):
 )
 def test_bad_arrays(photo, match):
     with pytest.raises(InputError, match=match):
-        track.load_photo(photo)
+        landmarks.load_photo(photo)
 
 
 def test_every_kind_of_picture_is_the_same_picture(tmp_path):
-    want = track.load_photo(PHOTO)
+    want = landmarks.load_photo(PHOTO)
     im = Image.fromarray(PHOTO)
     im.save(tmp_path / 'a.png')
     im.save(tmp_path / 'a.webp', lossless=True)
@@ -122,12 +123,12 @@ def test_every_kind_of_picture_is_the_same_picture(tmp_path):
     im.quantize(256).save(tmp_path / 'p.png')
     im.convert('CMYK').save(tmp_path / 'c.jpg', quality=95)
     for name in ('a.png', 'a.webp', 'a.tif', 'a.gif', 'p.png', 'c.jpg'):
-        got = track.load_photo(tmp_path / name)
+        got = landmarks.load_photo(tmp_path / name)
         assert got.shape == want.shape and (got - want).abs().mean() < 0.02, name
     for a in (PHOTO.astype(np.uint16) * 257, PHOTO / 255.0, torch.tensor(PHOTO)):
-        assert (track.load_photo(a) - want).abs().max() < 1e-6
+        assert (landmarks.load_photo(a) - want).abs().max() < 1e-6
     Image.fromarray(PHOTO[..., 0].astype(np.uint16) * 257).save(tmp_path / 'deep.png')
-    assert (track.load_photo(tmp_path / 'deep.png') - want[..., :1]).abs().max() < 1e-5
+    assert (landmarks.load_photo(tmp_path / 'deep.png') - want[..., :1]).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize('tag,turns', [(3, 2), (6, 1), (8, 3)])
@@ -135,16 +136,18 @@ def test_exif_rotation(tmp_path, tag, turns):
     exif = Image.Exif()
     exif[274] = tag
     Image.fromarray(np.rot90(PHOTO, turns).copy()).save(tmp_path / 'r.jpg', exif=exif, quality=95)
-    assert (track.load_photo(tmp_path / 'r.jpg') - track.load_photo(PHOTO)).abs().mean() < 0.01
+    assert (
+        landmarks.load_photo(tmp_path / 'r.jpg') - landmarks.load_photo(PHOTO)
+    ).abs().mean() < 0.01
 
 
 def test_large_photos_shrink_and_transparent_ones_turn_white(tmp_path):
     Image.fromarray(PHOTO).resize((5000, 4000)).save(tmp_path / 'large.jpg')
-    assert track.load_photo(tmp_path / 'large.jpg').shape == (1638, 2048, 3)
+    assert landmarks.load_photo(tmp_path / 'large.jpg').shape == (1638, 2048, 3)
     clear = np.dstack([PHOTO, np.full((512, 512), 255, np.uint8)])
-    assert track.load_photo(clear, alpha=True)[1] is None  # all opaque says nothing
+    assert landmarks.load_photo(clear, alpha=True)[1] is None  # all opaque says nothing
     clear[:100, :, 3] = 0
-    image, alpha = track.load_photo(clear, alpha=True)
+    image, alpha = landmarks.load_photo(clear, alpha=True)
     assert image[:100].min() == 1
     assert alpha[:100].max() == 0
     assert alpha[100:].min() == 1
@@ -161,16 +164,16 @@ def test_without_mediapipe(monkeypatch):
 
     monkeypatch.setattr(builtins, '__import__', no_mediapipe)
     with pytest.raises(InputError, match=r'pip install "spatialavatar0\[track\]"'):
-        track.detect(PHOTO)
+        landmarks.find_face(PHOTO)
 
 
 @needs_mediapipe
 def test_without_system_library_or_model(monkeypatch, tmp_path):
     with pytest.raises(InputError, match='no such file'):
-        track.detect(PHOTO, model=tmp_path / 'gone.task')
+        landmarks.find_face(PHOTO, model=tmp_path / 'gone.task')
     (tmp_path / 'bad.task').write_bytes(b'not a model')
     with pytest.raises(InputError, match='fetch it again'):
-        track.detect(PHOTO, model=tmp_path / 'bad.task')
+        landmarks.find_face(PHOTO, model=tmp_path / 'bad.task')
     from mediapipe.tasks.python import vision
 
     def no_library(*_):
@@ -179,24 +182,24 @@ def test_without_system_library_or_model(monkeypatch, tmp_path):
     monkeypatch.setattr(vision.FaceLandmarker, 'create_from_options', no_library)
     (tmp_path / 'any.task').write_bytes(b'')
     with pytest.raises(InputError, match='apt-get install libegl1 libgles2'):
-        track.detect(PHOTO, model=tmp_path / 'any.task')
+        landmarks.find_face(PHOTO, model=tmp_path / 'any.task')
 
 
 # ---------------------------------------------------------------- detection
 @needs_mediapipe
 def test_none_two_and_a_small_second_face(seen):
     with pytest.raises(InputError, match='found none'):
-        track.detect(skimage.data.coffee())
+        landmarks.find_face(skimage.data.coffee())
     with pytest.raises(InputError, match='found none'):
-        track.detect(skimage.data.cat())
+        landmarks.find_face(skimage.data.cat())
     with pytest.raises(InputError, match='crop it to one person'):
-        track.detect(np.concatenate([PHOTO, PHOTO[:, ::-1]], 1))
+        landmarks.find_face(np.concatenate([PHOTO, PHOTO[:, ::-1]], 1))
     scene = np.full((900, 900, 3), 150, np.uint8)
     face = Image.fromarray(PHOTO[30:216, 130:316])
     scene[:700, :700] = np.asarray(face.resize((700, 700)))
     scene[640:, 640:] = np.asarray(face.resize((260, 260)))  # a bystander, 37% of the size
     with pytest.warns(UserWarning, match='the largest one is used'):
-        found = track.detect(scene)
+        found = landmarks.find_face(scene)
     assert found.span > 250
 
 
@@ -206,12 +209,12 @@ def test_small_faces_are_found(seen):
     far[700:956, 700:956] = np.asarray(
         Image.fromarray(PHOTO).resize((256, 256), Image.Resampling.BOX)
     )
-    assert (track.detect(far).lmks - seen.lmks / 2 - 700).norm(dim=1).mean() < 1
+    assert (landmarks.find_face(far).lmks - seen.lmks / 2 - 700).norm(dim=1).mean() < 1
 
 
 @needs_mediapipe
 def test_detection_is_quiet_and_complete(capfd, head, seen):
-    track.detect(PHOTO)
+    landmarks.find_face(PHOTO)
     out = capfd.readouterr()
     assert out.out == '' and out.err == ''
     assert seen.lmks.shape == (478, 2)
@@ -252,7 +255,7 @@ def test_recovers_a_known_person(head, table, small):
         g = torch.Generator().manual_seed(seed)
         view = orbit(yaw, 5, 1.4).double()
         true = random_state(g, view[:3, :3], view[:3, 3])
-        exact = track.Detection(
+        exact = landmarks.Detection(
             track.pixels(small, true, K).float(), dict(zip(head.arkit_names, true.c[50:].tolist()))
         )
         s = track.solve(
@@ -269,15 +272,17 @@ def test_table_of_another_head_is_refused(head, table):
         faces = head.faces[:100]
 
     with pytest.raises(ValueError, match='other triangles'):
-        track.landmark_table(Other())
+        landmarks.landmark_table(Other())
 
 
 # ---------------------------------------------------------------- the astronaut
 @needs_mediapipe
 def test_astronaut_error(frame, seen, head):
-    r = track.fit_report(frame, seen, head)
+    r = landmarks.fit_report(frame, seen, head)
     assert r['mean'] <= 1.5 and r['p95'] <= 3.5, r
-    blind = track.fit_report(track.fit(PHOTO, head, seen, held_out=FIFTHS), seen, head, only=FIFTHS)
+    blind = landmarks.fit_report(
+        track.fit(PHOTO, head, seen, held_out=FIFTHS), seen, head, only=FIFTHS
+    )
     assert blind['mean'] <= 1.5 and blind['p95'] <= 3.5, blind
 
 
@@ -338,9 +343,9 @@ def test_matte_keeps_hair_and_drops_suit(frame):
     ids=['top', 'left', 'bottom', 'all sides', 'tight'],
 )
 def test_heads_cut_by_the_border(part, head):
-    d = track.detect(PHOTO[part])
+    d = landmarks.find_face(PHOTO[part])
     f = track.fit(PHOTO[part], head, d)
-    assert track.fit_report(f, d, head)['mean'] < 1.7
+    assert landmarks.fit_report(f, d, head)['mean'] < 1.7
     inside = d.lmks[[1, 4, 6, 168, 13]].long()
     assert f.mask[inside[:, 1], inside[:, 0]].min() > 0.95
     assert torch.isfinite(f.mask).all()
@@ -357,9 +362,9 @@ def test_sizes_and_light(head):
         im.rotate(25),
     ):
         a = np.asarray(other)
-        d = track.detect(a)
+        d = landmarks.find_face(a)
         f = track.fit(a, head, d)
-        assert track.fit_report(f, d, head)['mean'] < 1.7
+        assert landmarks.fit_report(f, d, head)['mean'] < 1.7
         assert f.mask.shape == a.shape[:2]
 
 
@@ -377,4 +382,4 @@ def test_matte_outside_the_picture(frame, head):
     away = frame.viewmat.clone()
     away[0, 3] += 3
     with pytest.raises(InputError, match='outside the picture'):
-        track.matte(frame.image, replace(frame, viewmat=away), head)
+        matte.matte(frame.image, replace(frame, viewmat=away), head)

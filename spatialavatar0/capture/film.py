@@ -50,27 +50,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spatialavatar0.capture.track import (
+from spatialavatar0.capture.landmarks import (
     MAX_SIDE,
     MIN_SIDE,
     Detection,
     LandmarkModel,
-    _around,
-    _one_thread,
-    _search,
-    _seeds,
-    _silhouettes,
-    camera_guess,
     landmark_model,
     landmark_table,
     landmarker,
     load_photo,
-    matte,
-    minimise,
-    pixels,
-    set_up,
-    solve,
-    to_frame,
+    one_thread,
+    search_faces,
 )
 
 # %% ../../nbs/capture/75_film.ipynb #92786bef
@@ -80,6 +70,8 @@ from ..ground.geometry import crop_intrinsics, mat_to_axis_angle, orbit, project
 from ..head.head import Head, open_head
 from ..pictures.clips import Clip, Frame, read_vhap, resize, write_vhap
 from ..splats.binding import bind_uv
+from .matte import _around, _seeds, matte, silhouettes
+from .track import camera_guess, minimise, pixels, set_up, solve, to_frame
 
 
 # %% ../../nbs/capture/75_film.ipynb #1903fbc3
@@ -207,7 +199,7 @@ ROW = np.dtype(
 def _row(run, image, before, names):
     "What one picture shows."
     found = run(image) or (
-        _search(run, image)
+        search_faces(run, image)
         if before is None or not before['faces']
         else _near(run, image, before['lmks'])
     )
@@ -378,7 +370,7 @@ def identity(
     some = at[:: max(1, len(at) // 300)]
     poses = torch.stack([_facing(fit.problem(fit.rows[i])[0].R) for i in some])
     keys = [int(some[k]) for k in unlike(poses, n, int(poses.norm(dim=1).argmin()))]
-    with _one_thread():
+    with one_thread():
         shapes = [
             solve(fit.model, fit.table, *fit.problem(fit.rows[i], held_out)).c[:-52] for i in keys
         ]
@@ -430,7 +422,7 @@ def _follow(fit, sigma=0.8):
     "States of all usable pictures, each started from the one before."
     calm = calm_rows(fit.rows, fit.spans, sigma)
     known = of_person(fit.model, fit.shape)
-    with _one_thread():
+    with one_thread():
         for s in fit.spans:
             last = None
             for i in progress(s, 'fit'):
@@ -468,7 +460,7 @@ def held_out_error(
     blind.__dict__ = dict(fit.__dict__, states={})
     blind.shape, _ = identity(fit, 6, out)
     some = sorted(fit.states)[:: max(1, len(fit.states) // n)]
-    with _one_thread():
+    with one_thread():
         for i in some:
             s = fit.states[i]
             blind.states[i] = minimise(
@@ -628,9 +620,9 @@ def matte_colours(
     table = landmark_table(head)
     cuts = []
     for f in frames:
-        small, _ = _around(f, head, f.image, longest)
+        small = _around(f, head, f.image, longest).frame
         a = to_uint8(small.image)
-        s = _seeds(*_silhouettes(small, head, table))
+        s = _seeds(*silhouettes(small, head, table))
         cuts.append((a, s))
     h = max(a.shape[0] for a, _ in cuts)
     w = sum(a.shape[1] for a, _ in cuts)

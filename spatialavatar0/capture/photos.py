@@ -25,22 +25,13 @@ from spatialavatar0.avatar.avatar import (
     sink,
     trust,
 )
-from spatialavatar0.capture.track import (
-    camera_guess,
-    detect,
-    landmark_model,
-    landmark_table,
-    load_photo,
-    matte,
-    minimise,
-    set_up,
-    solve,
-    to_frame,
-)
 
 from ..ground.core import InputError
 from ..ground.geometry import axis_angle_to_mat, rgb_to_sh0
 from ..head.head import Head, open_head
+from .landmarks import find_face, landmark_model, landmark_table, load_photo
+from .matte import matte
+from .track import camera_guess, minimise, set_up, solve, to_frame
 
 
 # %% ../../nbs/capture/74_photos.ipynb #0532563b
@@ -59,7 +50,7 @@ def fit_together(
         raise InputError('expected at least one photo; got none')
     Ks = [camera_guess(im.shape[1], im.shape[0]) for im, _ in pictures]
     problems = [
-        set_up(lm, table, detect(im, model), K, head.arkit_names)
+        set_up(lm, table, find_face(im, model), K, head.arkit_names)
         for (im, _), K in zip(pictures, Ks)
     ]
     fits = [solve(lm, table, *p) for p in problems]

@@ -186,13 +186,8 @@ class MediaPipeJudge:
     gives = dict(AED=('expression', 'l1'), APD=('pose', 'l1'), AKD=('landmarks', 'pixels'))
 
     def __init__(self, model=None):
-        from spatialavatar0.capture.track import (
-            camera_guess,
-            landmark_model,
-            landmark_table,
-            landmarker,
-            start_pose,
-        )
+        from spatialavatar0.capture.landmarks import landmark_model, landmark_table, landmarker
+        from spatialavatar0.capture.track import camera_guess, start_pose
 
         self.names = open_head().arkit_names
         self.table = landmark_table(open_head())
@@ -293,7 +288,7 @@ class ArcFaceJudge:
     def __init__(
         self, path=None, session=None
     ):  # .onnx; default: the manifest's arcface. session: anything with onnxruntime's get_inputs and run
-        from spatialavatar0.capture.track import landmarker
+        from spatialavatar0.capture.landmarks import landmarker
         from spatialavatar0.ground.assets import asset
 
         if session is None:
@@ -455,7 +450,7 @@ class Deep3DJudge:
     ):  # with epoch_20.pth and similarity_Lm3D_all.mat; default: the manifest's
         import scipy.io
 
-        from spatialavatar0.capture.track import landmarker
+        from spatialavatar0.capture.landmarks import landmarker
         from spatialavatar0.ground.assets import asset
 
         folder = Path(folder or asset('deep3dfacerecon'))

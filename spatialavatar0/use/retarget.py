@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # %% ../../nbs/use/81_retarget.ipynb #15b00004
-from ..capture.track import landmark_table
+from ..capture.landmarks import landmark_table
 from ..ground.core import InputError
 from ..ground.geometry import axis_angle_to_mat, mat_to_quat, quat_mul
 from ..head.head import Head, Lacks, open_head
