@@ -5,22 +5,33 @@ import importlib.util
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
+import house
 import pytest
 from conftest import ROOT
+from site_api import Module
+from site_links import check
+
 from spatialavatar0.use.viewer import find_browser
 
-spec = importlib.util.spec_from_file_location(
-    'site_tool', ROOT / 'tools' / 'site.py'
-)  # `site` is a module of Python
+# `site` is a module of Python, so ours is loaded from its file
+spec = importlib.util.spec_from_file_location('site_tool', ROOT / 'tools' / 'site.py')
 site = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(site)
 
+# ---- links
+
 GOOD = (
-    '<h1 id="top-of-a">A</h1><a href="b/c.html#deep">c</a> <a href="#top-of-a">up</a> <a '
-    'href="https://example.org">away</a> <img src="x.png"> <img src="data:,">'
+    '<h1 id="top-of-a">A</h1><a href="b/c.html#deep">c</a> <a href="#top-of-a">up</a>'
+    '<a href="https://example.org">away</a> <img src="x.png"> <img src="data:,">'
 )
+OTHER = (
+    '<p id="deep"><a href="../a.html">a</a><a href="mailto:a@b.c">m</a>'
+    '<link rel="stylesheet" href="../s.css">'
+)
+FONT = '<style>@font-face{src:url("https://f.org/f.woff2")}</style>'
 
 
 @pytest.fixture
@@ -30,19 +41,16 @@ def folder(tmp_path):
     (tmp_path / 'x.png').write_bytes(b'x')
     (tmp_path / 's.css').write_text('p{background:url(x.png)}')
     (tmp_path / 'a.html').write_text(GOOD)
-    (tmp_path / 'b' / 'c.html').write_text(
-        '<p id="deep"><a href="../a.html">a</a><a href="mailto:a@b.c">m</a> <link '
-        'rel="stylesheet" href="../s.css">'
-    )
+    (tmp_path / 'b' / 'c.html').write_text(OTHER)
     return tmp_path
 
 
 def test_good_links(folder):
-    assert site.check(folder) == []
+    assert check(folder) == []
 
 
 def test_an_empty_folder_is_no_site(tmp_path):
-    assert site.check(tmp_path) == ['no page']
+    assert check(tmp_path) == ['no page']
 
 
 @pytest.mark.parametrize(
@@ -59,48 +67,47 @@ def test_an_empty_folder_is_no_site(tmp_path):
         ('<script src="//cdn.org/x.js"></script>', 'fetches //cdn.org/x.js'),
         ('<link rel="stylesheet" href="https://cdn.org/x.css">', 'fetches https://cdn.org/x.css'),
         ('<img srcset="x.png 1x, http://h.org/y.png 2x">', 'fetches http://h.org/y.png'),
-        (
-            '<style>@font-face{src:url("https://f.org/f.woff2")}</style>',
-            'fetches https://f.org/f.woff2',
-        ),
+        (FONT, 'fetches https://f.org/f.woff2'),
         ('<p style="background:url(http://h.org/p.png)">', 'fetches http://h.org/p.png'),
     ],
 )
 def test_bad_links(folder, text, wrong):
     (folder / 'a.html').write_text(GOOD + text)
-    assert site.check(folder) == [f'a.html: {wrong}']
+    assert check(folder) == [f'a.html: {wrong}']
 
 
 def test_a_style_that_fetches(folder):
     (folder / 's.css').write_text('@import "https://f.org/f.css";')
-    assert site.check(folder) == ['s.css: fetches https://f.org/f.css']
+    assert check(folder) == ['s.css: fetches https://f.org/f.css']
 
 
-def test_pages_are_grouped_as_in_the_readme():
-    groups = dict(
-        index='Start',
-        **{
-            '00_core': 'Representation',
-            '05b_mesh': 'Representation',
-            '14_evaluate': 'Evaluation',
-            '15_animate': 'Use',
-            '15c_subjects': 'Evaluation',
-            '12c_densify': 'Stage 2',
-            '20_photo': 'Use',
-            '34_why': 'Explanations',
-            '99_new': 'More',
-            'solutions/12_refine': 'Exercises',
-        },
-    )
-    assert {n: site.group(site.NBS / f'{n}.ipynb') for n in groups} == groups
+# ---- pages and API
+
+
+@pytest.mark.parametrize(
+    'name,chapter',
+    [
+        ('index', 'Start'),
+        ('ground/00_core', '0 Ground'),
+        ('splats/25_mesh', '2 Splats'),
+        ('cli', 'Commands'),
+        ('why/why_bind', 'Why'),
+        ('solutions/60_refine', 'Solutions'),
+    ],
+)
+def test_pages_are_grouped_by_chapter(name, chapter):
+    assert site.group(house.NBS / f'{name}.ipynb') == chapter
 
 
 SOURCE = """"What it is."
-# %% ../nbs/07_clips.ipynb
+# %% ../../nbs/pictures/32_clips.ipynb
 __all__ = ['f', 'C', 'LIMIT']
 LIMIT = 3 # of them
 def f(
     x:int, y:int=1, # place | pixels
+    # a comment that is
+    # too long for its line
+    z:int=2,
     *rest,
 )->float:           # how far
     "Far."
@@ -113,42 +120,49 @@ class C:
 def add(self:C, m:int): # more of them
     "Grow."
 """
+TABLES = [
+    '# spatialavatar0.m',
+    'page [32 Clips](../pictures/32_clips.md)',
+    '## f { #f }',
+    'f(x: int, y: int=1, z: int=2, *rest) -> float',
+    r'| `` x:int ``, `` y:int=1 `` | place \| pixels |',
+    '| `` z:int=2 `` | a comment that is too long for its line |',
+    '| *returns* `` float `` | how far |',
+    'Far.',
+    '| `` n: int = 0 `` | how many |',
+    '### C.double { #C.double }',
+    'twice as many',
+    '### C.add',
+    '| `` m:int `` | more of them |',
+    '| `` LIMIT ``',
+]
 
 
 def test_comments_become_tables(tmp_path):
     (tmp_path / 'm.py').write_text(SOURCE)
-    text = site.Module(tmp_path / 'm.py').markdown({site.NBS / '07_clips.ipynb': '07 Clips'})
-    for line in (
-        '# spatialavatar0.m',
-        'page [07 Clips](../07_clips.md)',
-        '## f { #f }',
-        'f(x: int, y: int=1, *rest) -> float',
-        r'| `` x:int ``, `` y:int=1 `` | place \| pixels |',
-        '| *returns* `` float `` | how far |',
-        'Far.',
-        '| `` n: int = 0 `` | how many |',
-        '### C.double { #C.double }',
-        'twice as many',
-        '### C.add',
-        '| `` m:int `` | more of them |',
-        '| `` LIMIT ``',
-    ):
+    page = house.NBS / 'pictures' / '32_clips.ipynb'
+    text = Module(tmp_path / 'm.py').markdown({page: '32 Clips'})
+    for line in TABLES:
         assert line in text, line
     assert '_hidden' not in text
 
 
 def test_links_to_nowhere_are_all_named(tmp_path):
     kit = site.Site(tmp_path)
-    page = site.NBS / '00_core.ipynb'
-    assert (
-        kit.prose('[a](98_none.ipynb) `[b](97.ipynb)` [c](04_binding.ipynb#Who-sits-where)', page)
-        == '[a](#) `[b](97.ipynb)` [c](04_binding.md#who-sits-where)'
-    )
-    assert kit.lost == ['nbs/00_core.ipynb: no 98_none.ipynb']
-    assert kit.prose('[n](../NOTICE)', page) == '[n](files/NOTICE.txt)'
+    page = house.NBS / 'ground' / '00_core.ipynb'
+    text = '[a](98_none.ipynb) `[b](97.ipynb)` [c](../splats/20_binding.ipynb#Who-sits-where)'
+    made = '[a](#) `[b](97.ipynb)` [c](../splats/20_binding.md#who-sits-where)'
+    assert kit.prose(text, page) == made
+    assert kit.lost == ['nbs/ground/00_core.ipynb: no 98_none.ipynb']
+
+
+def test_files_come_along(tmp_path):
+    kit = site.Site(tmp_path)
+    page = house.NBS / 'ground' / '00_core.ipynb'
+    assert kit.prose('[n](../../NOTICE)', page) == '[n](../files/NOTICE.txt)'
     assert (tmp_path / 'files' / 'NOTICE.txt').exists()
-    assert kit.prose('[r](../README.md)', page) == '[r](files/README.md)'
-    assert '](../05b_mesh.md)' in (tmp_path / 'files' / 'README.md').read_text()
+    assert kit.prose('[r](../../README.md)', page) == '[r](../files/README.md)'
+    assert '](../splats/25_mesh.md)' in (tmp_path / 'files' / 'README.md').read_text()
 
 
 def test_it_spares_a_folder_of_yours(tmp_path):
@@ -159,7 +173,7 @@ def test_it_spares_a_folder_of_yours(tmp_path):
     assert (tmp_path / 'mine.txt').exists()
 
 
-# the whole site
+# ---- the whole site
 
 
 @pytest.fixture(scope='module')
@@ -175,113 +189,135 @@ def read(path):
     return path.read_text(encoding='utf-8')
 
 
-def test_every_page_every_name_every_picture(built):
-    assert site.check(built) == []
+def pictures_of(cells):
+    "How many pictures and figures to turn a page has."
+    outputs = [o for c in cells for o in c.get('outputs', [])]
+    kinds = ('image/', site.PLOTLY)
+    return sum(any(k.startswith(kinds) for k in o.get('data', {})) for o in outputs)
+
+
+def test_every_page_and_picture(built):
+    assert check(built) == []
     assert 'head.jpg' in read(built / 'index.html')
     assert not (ROOT / 'docs').exists()
+    front = read(built / 'index.html')
     kit = site.Site(built)
-    pages = kit.pages
-    assert len(pages) > 40
-    for p, cells in pages.items():
-        text = read(built / p.relative_to(site.NBS).with_suffix('.html'))
-        assert 'zqraw' not in text and p.stem.split('_')[0] in text
-        shown = sum(
-            any(k.startswith(('image/', 'application/vnd.plotly')) for k in o.get('data', {}))
-            for c in cells
-            for o in c.get('outputs', [])
-        )
-        assert text.count('src="pictures/') + text.count('Plotly.newPlot') == shown, p.name
-        if p.parent == site.NBS:
-            assert f'{p.stem}.html' in read(built / 'index.html'), p.name
-    for m in (m for m in kit.modules if m.names):
-        ids = set(re.findall(r'id="([^"]+)"', read(built / 'api' / f'{m.name}.html')))
-        assert {n for n in m.names if n in m.defs} <= ids, m.name
-    api = read(built / 'api' / 'clips.html')
+    assert len(kit.pages) > 40
+    for page, cells in kit.pages.items():
+        place = page.relative_to(house.NBS).with_suffix('.html')
+        text = read(built / place)
+        assert 'zqraw' not in text
+        assert house.number(page) in text
+        shown = text.count('src="pictures/') + text.count('Plotly.newPlot')
+        assert shown == pictures_of(cells), page.name
+        assert place.as_posix() in front or page in house.solutions(), page.name
+
+
+def test_every_name(built):
+    for module in site.Site(built).modules:
+        ids = set(re.findall(r'id="([^"]+)"', read(built / 'api' / f'{module.name}.html')))
+        assert {n for n in module.names if n in module.defs} <= ids, module.name
+    api = read(built / 'api' / 'pictures.clips.html')
     assert 'top left corner of the square, pixels; may be negative' in api
     assert '(size,size), camera adjusted' in api
-    assert read(built / '04_binding.html').count('<math') > 30
-    assert '$$' not in re.sub(
-        r'<(pre|code).*?</\1>', '', read(built / '04_binding.html'), flags=re.S
-    )
+
+
+def test_formulas_are_set(built):
+    page = read(built / 'splats' / '20_binding.html')
+    assert page.count('<math') > 30
+    assert '$$' not in re.sub(r'<(pre|code).*?</\1>', '', page, flags=re.DOTALL)
+
+
+# ---- in a browser
+
+FLAGS = ['--no-sandbox', '--enable-unsafe-swiftshader', '--disable-background-networking']
+LOST_AND_WIDE = """[
+    [...document.images].filter(i => i.loading != "lazy" && !(i.complete && i.naturalWidth)).length,
+    document.documentElement.scrollWidth - innerWidth]"""
+WIDE_BLOCKS = """[...document.querySelectorAll('.highlight pre code')]
+    .map(b => b.scrollWidth > b.clientWidth + 1)"""
+
+
+@contextmanager
+def tab(**options):
+    "A page of a browser that has no network."
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=find_browser(), args=FLAGS)
+        yield browser.new_context(offline=True, **options).new_page()
+        browser.close()
 
 
 def visit(built):
-    """Front page, its search, formulas, a figure to turn, the API; from the folder, the network
-    off. Returns what complained, or asked for more."""
-    from playwright.sync_api import sync_playwright
+    """Front page, its search, formulas, a figure to turn, the API; from the folder. Returns what
+    complained, or asked for more."""
+    said = []
+    own = 'file:', 'data:', 'blob:', 'about:'
+    with tab(viewport=dict(width=1280, height=900)) as page:
+        page.on('console', lambda m: said.append(m.text) if m.type == 'error' else None)
+        page.on('pageerror', lambda error: said.append(str(error)))
+        page.on('request', lambda r: None if r.url.startswith(own) else said.append(r.url))
 
-    with sync_playwright() as p:
-        browser = p.chromium.launch(
-            executable_path=find_browser(),
-            args=['--no-sandbox', '--enable-unsafe-swiftshader', '--disable-background-networking'],
-        )
-        tab = browser.new_context(offline=True, viewport=dict(width=1280, height=900)).new_page()
-        said = []
-        tab.on('console', lambda m: said.append(m.text) if m.type == 'error' else None)
-        tab.on('pageerror', lambda e: said.append(str(e)))
-        tab.on(
-            'request',
-            lambda r: (
-                None
-                if r.url.startswith(('file:', 'data:', 'blob:', 'about:'))
-                else said.append(r.url)
-            ),
-        )
-
-        def go(page, ready):
-            tab.goto((built / page).as_uri())
-            tab.locator(ready).first.wait_for(state='attached', timeout=30_000)
+        def go(name, ready):
+            page.goto((built / name).as_uri())
+            page.locator(ready).first.wait_for(state='attached', timeout=30_000)
 
         go('index.html', 'article img')
-        assert tab.evaluate('document.querySelector("article img").naturalWidth') > 200
-        tab.locator('.md-search__input').click()
-        tab.locator('.md-search__input').press_sequentially('barycentric')
-        tab.locator('.md-search-result__item').first.wait_for(timeout=30_000)
-        go('04_binding.html', 'math')
-        assert tab.evaluate('document.fonts.load("16px Formulas").then(f => f.length)') == 1
-        go('04c_figures.html', '.js-plotly-plot canvas')
-        go('api/clips.html', '#crop')
-        browser.close()
+        assert page.evaluate('document.querySelector("article img").naturalWidth') > 200
+        page.locator('.md-search__input').click()
+        page.locator('.md-search__input').press_sequentially('barycentric')
+        page.locator('.md-search-result__item').first.wait_for(timeout=30_000)
+        go('splats/20_binding.html', 'math')
+        assert page.evaluate('document.fonts.load("16px Formulas").then(f => f.length)') == 1
+        go('splats/26_figures.html', '.js-plotly-plot canvas')
+        go('api/pictures.clips.html', '#crop')
     return said
 
 
-def photographs(built, folder):
-    """Every page, wide and as on a phone: pictures that did not load, text beside the screen, an
-    empty screen. Screenshots stay in the folder."""
-    from PIL import Image
-    from playwright.sync_api import sync_playwright
+def to_photograph(built):
+    "Pages with a text; without are films and heads."
+    files = sorted(built.rglob('*.html'))
+    return [f for f in files if 'md-content' in read(f) and f.parent.name != 'solutions']
 
+
+def flaws(page, name, shot, width):
+    "What a page lacks at the width it has now; its screenshot stays."
+    from PIL import Image
+
+    lost, over = page.evaluate(LOST_AND_WIDE)
+    page.screenshot(path=shot, type='jpeg', quality=60)
+    dark, bright = Image.open(shot).convert('L').getextrema()
+    if not lost and over <= 1 and bright - dark >= 100:
+        return []
+    said = f'{lost} pictures lost, {over} pixels too wide, grey from {dark} to {bright}'
+    return [f'{name} at {width}: {said}']
+
+
+def photographs(built, folder):
+    "Every page, wide and as on a phone: what is wrong."
     wrong = []
-    with sync_playwright() as p:
-        browser = p.chromium.launch(
-            executable_path=find_browser(),
-            args=['--no-sandbox', '--enable-unsafe-swiftshader', '--disable-background-networking'],
-        )
-        tab = browser.new_context(offline=True).new_page()
-        for page in (
-            p
-            for p in sorted(built.rglob('*.html'))
-            if 'md-content' in read(p) and p.parent.name != 'solutions'
-        ):  # without md-content: films and heads
-            name = str(page.relative_to(built))
-            tab.set_viewport_size(dict(width=1280, height=900))
-            tab.goto(page.as_uri())
+    with tab() as page:
+        for file in to_photograph(built):
+            name = str(file.relative_to(built))
+            page.set_viewport_size(dict(width=1280, height=900))
+            page.goto(file.as_uri())
             for width, height in ((1280, 900), (390, 844)):
-                tab.set_viewport_size(dict(width=width, height=height))
-                lost, over = tab.evaluate(
-                    '[[...document.images].filter(i => i.loading!="lazy" && !(i.complete && '
-                    'i.naturalWidth)).length, document.documentElement.scrollWidth-innerWidth]'
-                )
+                page.set_viewport_size(dict(width=width, height=height))
                 shot = folder / f'{width}_{name.replace("/", "_")[:-5]}.jpg'
-                tab.screenshot(path=shot, type='jpeg', quality=60)
-                dark, bright = Image.open(shot).convert('L').getextrema()
-                if lost or over > 1 or bright - dark < 100:
-                    wrong.append(
-                        f'{name} at {width}: {lost} pictures lost, {over} pixels too wide, grey '
-                        f'from {dark} to {bright}'
-                    )
-        browser.close()
+                wrong += flaws(page, name, shot, width)
     return wrong
+
+
+def sideways(built):
+    "Blocks of code that scroll sideways on a laptop's screen, and how many blocks there are."
+    found = []
+    with tab(viewport=dict(width=1440, height=900)) as page:
+        for file in to_photograph(built):
+            page.goto(file.as_uri())
+            blocks = page.evaluate(WIDE_BLOCKS)
+            found += [(str(file.relative_to(built)), is_wide) for is_wide in blocks]
+    return [name for name, is_wide in found if is_wide], len(found)
 
 
 browser_needed = pytest.mark.skipif(
@@ -290,10 +326,15 @@ browser_needed = pytest.mark.skipif(
 )
 
 
+def apart(do, *given):
+    "Playwright wants a thread without an event loop."
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(do, *given).result()
+
+
 @browser_needed
 def test_in_a_browser(built):
-    with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(visit, built).result() == []
+    assert apart(visit, built) == []
 
 
 @browser_needed
@@ -301,6 +342,12 @@ def test_screenshots_of_every_page(built, tmp_path):
     "SHOTS=folder keeps them."
     folder = Path(os.environ.get('SHOTS') or tmp_path)
     folder.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(photographs, built, folder).result() == []
+    assert apart(photographs, built, folder) == []
     assert len(list(folder.glob('1280_*.jpg'))) > 60
+
+
+@browser_needed
+def test_code_does_not_scroll_sideways(built):
+    wide, blocks = apart(sideways, built)
+    assert blocks > 1000
+    assert len(wide) <= 0.01 * blocks, sorted(set(wide))
