@@ -10,10 +10,12 @@ import argparse
 
 import torch
 from common import SIZES, machine, save, scene, set_threads, thread_ms, wall_ms
+
 from spatialavatar0.ground.core import set_seed
 from spatialavatar0.head.head import open_head
 from spatialavatar0.pictures.metrics import l1, ssim, ssim_map
-from spatialavatar0.splats.binding import Binding, bind_frames, bind_uv, new_splats, place
+from spatialavatar0.splats.binding import Binding, bind_uv, new_splats
+from spatialavatar0.splats.kernels import fast_frames, fast_place
 from spatialavatar0.splats.rasterize import rasterize
 
 LOCAL = ('offsets', 'quats', 'log_scales')
@@ -57,15 +59,15 @@ def binding_parts(head, n):
     "name -> (torch, fast), each a pair of functions to time."
     b, s = bound(head, n)
     v = head()[0].clone().requires_grad_()
-    frozen = bind_frames(b, v.detach())
+    frozen = fast_frames(b, v.detach())
     local = [s[k] for k in LOCAL]
 
     def fields(f):
         return (f.points, f.quats, f.scales)
 
     expr = torch.zeros(1, head.num_expr, requires_grad=True)
-    frames = [pair(lambda e=e: fields(bind_frames(b, v, e)), [v]) for e in ('torch', 'numba')]
-    placed = [pair(lambda e=e: place(s, frozen, e), local) for e in ('torch', 'numba')]
+    frames = [pair(lambda e=e: fields(fast_frames(b, v, e)), [v]) for e in ('torch', 'numba')]
+    placed = [pair(lambda e=e: fast_place(s, frozen, e), local) for e in ('torch', 'numba')]
     return {
         'mesh of the pose': (pair(lambda: (head(expr=expr),), [expr]),) * 2,
         'frames': frames,
@@ -112,7 +114,7 @@ def step(head, name, backend, moving):
     V = torch.diag(torch.tensor([1.0, -1, -1, 1]))
     V[2, 3] = 0.6
     K[0, 0] = K[1, 1] = 2.2 * size
-    frozen = bind_frames(b, head()[0], backend)
+    frozen = fast_frames(b, head()[0], backend)
     opt = torch.optim.Adam([*s.values(), *[expr] * moving], lr=1e-4, fused=backend != 'torch')
     similar = (
         (lambda a: ssim_map(a.permute(2, 0, 1), truth.permute(2, 0, 1)).mean())
@@ -121,9 +123,9 @@ def step(head, name, backend, moving):
     )
 
     def run():
-        frames = bind_frames(b, head(expr=expr)[0], backend) if moving else frozen
+        frames = fast_frames(b, head(expr=expr)[0], backend) if moving else frozen
         rgb = rasterize(
-            *place(s, frames, backend),
+            *fast_place(s, frames, backend),
             s['logit_opacities'].sigmoid(),
             s['sh0'] * 0.28 + 0.5,
             V[None],

@@ -3,23 +3,22 @@ triangles, what falls back, bad input."""
 
 import numba as nb
 import pytest
-import spatialavatar0.splats.binding as binding_module
 import torch
 import torch.nn.functional as F
+
+import spatialavatar0.splats.kernels as kernels
 from spatialavatar0.ground.core import InputError
 from spatialavatar0.ground.geometry import axis_angle_to_mat
 from spatialavatar0.head.head import open_head
 from spatialavatar0.splats.binding import (
     Binding,
-    Frames,
+    TriangleFrames,
     bind_frames,
-    bind_frames_torch,
     bind_uv,
     new_splats,
     place,
-    place_torch,
-    to_world,
 )
+from spatialavatar0.splats.kernels import fast_frames, fast_place, fast_to_world
 
 LOCAL = ('offsets', 'quats', 'log_scales')
 
@@ -68,7 +67,7 @@ def run(splats, binding, verts, backend='auto', dtype=torch.float32, seed=5):
     g = torch.Generator().manual_seed(seed)
     x = {k: splats[k].detach().to(dtype).clone().requires_grad_() for k in LOCAL}
     v = verts.detach().to(dtype).clone().requires_grad_()
-    out = to_world(x, binding, v, backend)
+    out = fast_to_world(x, binding, v, backend)
     torch.autograd.backward(out, [torch.randn(o.shape, generator=g).to(dtype) for o in out])
     return dict(means=out[0].detach(), quats=out[1].detach(), scales=out[2].detach()), {
         k: t.grad for k, t in dict(x, verts=v).items()
@@ -146,8 +145,8 @@ def test_every_branch_of_the_quaternion(turn):
     v = frame @ axis_angle_to_mat(turn + 0.003).T
     b = scattered(torch.tensor([[0, 1, 2]]), 6)
     s = local(6)
-    fast = bind_frames(b, v, 'numba')
-    slow = bind_frames_torch(b, v.double())
+    fast = fast_frames(b, v, 'numba')
+    slow = bind_frames(b, v.double())
     assert (fast.quats - slow.quats).abs().max() < 1e-6
     assert (fast.quats[:, 0] >= 0).all()  # the sign, too
     agree(run(s, b, v, 'numba')[1], run(s, b, v, 'torch', torch.float64)[1], 1e-5)
@@ -165,7 +164,7 @@ def test_gradients_against_finite_differences():
     ]
 
     def loss(x):
-        return sum((o * c).sum() for o, c in zip(to_world(x, b, x['verts']), w))
+        return sum((o * c).sum() for o, c in zip(fast_to_world(x, b, x['verts']), w))
 
     base = {k: t.double() for k, t in dict(s, verts=v).items()}
     for k in base:
@@ -231,8 +230,8 @@ def test_triangles_without_area(shape, backend):
 def test_collapsed_values_are_the_readable_ones(shape):
     v = torch.tensor(COLLAPSED[shape])
     b = scattered(torch.tensor([[0, 1, 2]]), 5)
-    fast = bind_frames(b, v, 'numba')
-    slow = bind_frames_torch(b, v)
+    fast = fast_frames(b, v, 'numba')
+    slow = bind_frames(b, v)
     for k in ('points', 'quats', 'scales'):
         assert torch.allclose(getattr(fast, k), getattr(slow, k), atol=1e-6), k
 
@@ -245,7 +244,7 @@ def test_nobody_there():
     assert values['quats'].shape == (0, 4)
     assert not grads['verts'].any()
     assert grads['offsets'].shape == (0, 3)
-    assert len(bind_frames(scattered(f[:0], 0), v).points) == 0  # no face either
+    assert len(fast_frames(scattered(f[:0], 0), v).points) == 0  # no face either
 
 
 def test_one_face_for_all():
@@ -258,19 +257,22 @@ def test_one_face_for_all():
 
 def test_float64_and_batches_take_the_readable_way(monkeypatch):
     for name in ('_Bind', '_Place'):
-        monkeypatch.setattr(binding_module, name, None)  # calling it would fail
+        monkeypatch.setattr(kernels, name, None)  # calling it would fail
     v, f = sheet()
     b, s = scattered(f, 50), local(50)
     many = torch.stack([v, 2 * v, v + 1])
-    assert to_world({k: t.double() for k, t in s.items()}, b, v.double())[0].dtype == torch.float64
-    together = to_world(s, b, many)
+    assert (
+        fast_to_world({k: t.double() for k, t in s.items()}, b, v.double())[0].dtype
+        == torch.float64
+    )
+    together = fast_to_world(s, b, many)
     assert together[0].shape == (3, 50, 3)
     assert together[2].shape == (3, 50, 3)
-    alone = to_world(s, b, many[1], 'torch')
+    alone = fast_to_world(s, b, many[1], 'torch')
     for a, c in zip(together, alone):
         assert torch.allclose(a[1], c, atol=1e-6)
     with pytest.raises((TypeError, AttributeError)):
-        to_world(s, b, v)  # and this is the fast way
+        fast_to_world(s, b, v)  # and this is the fast way
 
 
 @pytest.mark.parametrize(
@@ -283,7 +285,7 @@ def test_only_some_gradients(wanted):
     b, s = scattered(f, 60), local(60)
     _, every = run(s, b, v, 'numba')
     x = {k: t.clone().requires_grad_(k in wanted) for k, t in dict(s, verts=v).items()}
-    out = to_world(x, b, x['verts'])
+    out = fast_to_world(x, b, x['verts'])
     g = torch.Generator().manual_seed(5)
     torch.autograd.backward(out, [torch.randn(o.shape, generator=g) for o in out])
     for k in x:
@@ -298,7 +300,7 @@ def test_each_output_alone():
         for dtype, backend in ((torch.float32, 'numba'), (torch.float64, 'torch')):
             x = {k: t.to(dtype).clone().requires_grad_() for k, t in dict(s, verts=v).items()}
             weight = torch.linspace(-1, 1, 60, dtype=dtype)[:, None]
-            (to_world(x, b, x['verts'], backend)[i] * weight).sum().backward()
+            (fast_to_world(x, b, x['verts'], backend)[i] * weight).sum().backward()
             got.append({k: torch.zeros_like(t) if t.grad is None else t.grad for k, t in x.items()})
         agree(*got, 1e-5)
 
@@ -306,24 +308,24 @@ def test_each_output_alone():
 def test_frozen_mesh(monkeypatch):
     v, f = sheet()
     b, s = scattered(f, 80), local(80)
-    frames = bind_frames(b, v)
+    frames = fast_frames(b, v)
     assert not any(x.requires_grad for x in (frames.points, frames.quats, frames.scales))
-    monkeypatch.setattr(binding_module, 'place_backward_frames', None)
-    monkeypatch.setattr(binding_module, 'bind_backward', None)  # nobody asks for them
+    monkeypatch.setattr(kernels, 'place_backward_frames', None)
+    monkeypatch.setattr(kernels, 'bind_backward', None)  # nobody asks for them
     x = {k: t.clone().requires_grad_() for k, t in s.items()}
     y = {k: t.double().requires_grad_() for k, t in s.items()}
-    sum((o**3).sum() for o in place(x, frames)).backward()
-    sum((o**3).sum() for o in place_torch(y, bind_frames_torch(b, v.double()))).backward()
+    sum((o**3).sum() for o in fast_place(x, frames)).backward()
+    sum((o**3).sum() for o in place(y, bind_frames(b, v.double()))).backward()
     agree({k: t.grad for k, t in x.items()}, {k: t.grad for k, t in y.items()}, 1e-5)
     with torch.no_grad():
-        assert not place(x, frames)[0].requires_grad
+        assert not fast_place(x, frames)[0].requires_grad
 
 
 def test_place_answers_to_its_frames():
     "Also frames that are leaves, with quaternions pulled along their own direction."
     v, f = sheet()
     b, s = scattered(f, 40), local(40)
-    frames = bind_frames(b, v)
+    frames = fast_frames(b, v)
     got = []
     for dtype, backend in ((torch.float32, 'numba'), (torch.float64, 'torch')):
         leaves = [
@@ -332,7 +334,9 @@ def test_place_answers_to_its_frames():
         ]
         sum(
             (o**3).sum()
-            for o in place({k: t.to(dtype) for k, t in s.items()}, Frames(*leaves), backend)
+            for o in fast_place(
+                {k: t.to(dtype) for k, t in s.items()}, TriangleFrames(*leaves), backend
+            )
         ).backward()
         got.append(dict(zip(('points', 'quats', 'scales'), (t.grad for t in leaves))))
     agree(*got, 1e-5)
@@ -346,7 +350,9 @@ def test_strides_do_not_matter():
         return torch.cat([t, t], -1).T.contiguous().T[:, : t.shape[-1]]
 
     assert not loose(v).is_contiguous()
-    for a, c in zip(to_world({k: loose(t) for k, t in s.items()}, b, loose(v)), to_world(s, b, v)):
+    for a, c in zip(
+        fast_to_world({k: loose(t) for k, t in s.items()}, b, loose(v)), fast_to_world(s, b, v)
+    ):
         assert torch.equal(a, c)
 
 
@@ -357,14 +363,14 @@ def test_a_nan_stays_with_its_own():
     hurt[f[3, 0]] = float('nan')
     touched = (f[b.face_ids] == f[3, 0]).any(-1)
     for backend in ('numba', 'torch'):
-        means, quats, scales = to_world(s, b, hurt, backend)
+        means, quats, scales = fast_to_world(s, b, hurt, backend)
         for x in (means, quats, scales):
             assert x[~touched].isfinite().all()
         assert means[touched].isnan().all()
         bad = {k: t.clone() for k, t in s.items()}
         bad['offsets'][7] = float('inf')
         bad['quats'][9] = float('nan')
-        means, quats, _ = to_world(bad, b, v, backend)
+        means, quats, _ = fast_to_world(bad, b, v, backend)
         assert not means[7].isfinite().any()
         assert quats[9].isnan().all()
         assert quats[:9].isfinite().all()
@@ -376,7 +382,7 @@ def test_an_input_changed_too_early_is_noticed():
     b, s = scattered(f, 20), local(20)
     x = {k: t.clone().requires_grad_() for k, t in s.items()}
     leaf = v.clone().requires_grad_()
-    means, _, _ = to_world(x, b, leaf)
+    means, _, _ = fast_to_world(x, b, leaf)
     with torch.no_grad():
         x['offsets'] += 1
     with pytest.raises(RuntimeError, match='modified by an inplace operation'):
@@ -387,26 +393,28 @@ def test_an_input_changed_too_early_is_noticed():
     'call,words',
     (
         (
-            lambda s, b, v: to_world(s, b, v, 'cuda'),
+            lambda s, b, v: fast_to_world(s, b, v, 'cuda'),
             "backend should be 'auto', 'torch' or 'numba'; got 'cuda'",
         ),
-        (lambda s, b, v: bind_frames(b, v.double(), 'numba'), 'float64 on cpu'),
-        (lambda s, b, v: bind_frames(b, v[None], 'numba'), "use backend='torch'"),
+        (lambda s, b, v: fast_frames(b, v.double(), 'numba'), 'float64 on cpu'),
+        (lambda s, b, v: fast_frames(b, v[None], 'numba'), "use backend='torch'"),
         (
-            lambda s, b, v: place(dict(s, offsets=s['offsets'][:3]), bind_frames(b, v), 'numba'),
+            lambda s, b, v: fast_place(
+                dict(s, offsets=s['offsets'][:3]), fast_frames(b, v), 'numba'
+            ),
             'takes float32 CPU tensors of shapes',
         ),
-        (lambda s, b, v: bind_frames(b, v[:20]), 'verts should have at least 81 rows'),
+        (lambda s, b, v: fast_frames(b, v[:20]), 'verts should have at least 81 rows'),
         (
-            lambda s, b, v: bind_frames(Binding(b.face_ids + 200, b.bary, b.texels, b.faces, 1), v),
+            lambda s, b, v: fast_frames(Binding(b.face_ids + 200, b.bary, b.texels, b.faces, 1), v),
             'face_ids should be from 0 to 127',
         ),
         (
-            lambda s, b, v: bind_frames(Binding(b.face_ids, b.bary[:9], b.texels, b.faces, 1), v),
+            lambda s, b, v: fast_frames(Binding(b.face_ids, b.bary[:9], b.texels, b.faces, 1), v),
             'bary should be .30,3., one row per face_id',
         ),
         (
-            lambda s, b, v: bind_frames(Binding(b.face_ids, b.bary, b.texels, b.faces - 1, 1), v),
+            lambda s, b, v: fast_frames(Binding(b.face_ids, b.bary, b.texels, b.faces - 1, 1), v),
             'faces should hold vertex indices from 0; got -1',
         ),
     ),

@@ -9,10 +9,11 @@ import pytest
 import torch
 from gsplat_reference import gsplat, on_cpu, reference, splat_alphas, tile_pixels, twins
 from scenes import KINDS, make
+
 from spatialavatar0.ground.core import InputError
 from spatialavatar0.ground.geometry import quat_to_mat
 from spatialavatar0.splats import rasterize as render
-from spatialavatar0.splats.projection import project_splats
+from spatialavatar0.splats.kernels import project_splats
 from spatialavatar0.splats.rasterize import rasterize
 
 RUNGS = list(render._BACKENDS)

@@ -12,24 +12,22 @@ import flame_files as ff
 import numpy as np
 import pytest
 import torch
+
 from spatialavatar0.avatar.avatar import from_frame, new_avatar
 from spatialavatar0.ground.core import InputError
 from spatialavatar0.ground.geometry import intrinsics, look_at
 from spatialavatar0.head.head import load_flame, open_head
 from spatialavatar0.pictures.clips import Clip
 from spatialavatar0.pictures.people import make_person, mono_clip
-from spatialavatar0.splats.projection import log_aspects
+from spatialavatar0.splats.kernels import fast_log_aspects
+from spatialavatar0.stage2.loop import NotFinite, Refinement, measure, refine
 from spatialavatar0.stage2.refine import (
     RAW,
-    NotFinite,
     RefineConfig,
-    Refinement,
     clamp_scales,
     keep_loss,
     light_share,
-    measure,
     paper_config,
-    refine,
     start_frame,
     texel_neighbours,
 )
@@ -100,7 +98,8 @@ RUN = """
 import sys, time
 from spatialavatar0.avatar.avatar import load_avatar
 from spatialavatar0.pictures.clips import Clip
-from spatialavatar0.stage2.refine import Refinement, RefineConfig, calm
+from spatialavatar0.stage2.loop import Refinement, calm
+from spatialavatar0.stage2.refine import RefineConfig
 from spatialavatar0.pictures.people import make_person, mono_clip
 start, state, stop, out = sys.argv[1:]
 run = Refinement(load_avatar(start), Clip(mono_clip(make_person(2), 12, 64, seed=1).frames), RefineConfig(freeze=4, aspect_from=4), 16, seed=5)
@@ -235,17 +234,20 @@ def test_aspect_of_a_known_disc(dtype):
 
     assert (
         abs(
-            float(log_aspects(x(0, 0, 0), x(1, 0, 0, 0), x(0.03, 0.01, 0.001), view, K, 64, 64))
+            float(
+                fast_log_aspects(x(0, 0, 0), x(1, 0, 0, 0), x(0.03, 0.01, 0.001), view, K, 64, 64)
+            )
             - math.log(3)
         )
         < 1e-3
     )
     assert (
-        float(log_aspects(x(0, 0, 5.0), x(1, 0, 0, 0), x(0.03, 0.01, 0.001), view, K, 64, 64)) == -1
+        float(fast_log_aspects(x(0, 0, 5.0), x(1, 0, 0, 0), x(0.03, 0.01, 0.001), view, K, 64, 64))
+        == -1
     )
     half = math.sqrt(0.5)
     edge = float(
-        log_aspects(x(0, 0, 0), x(half, 0, half, 0), x(0.03, 0.01, 0.001), view, K, 64, 64)
+        fast_log_aspects(x(0, 0, 0), x(half, 0, half, 0), x(0.03, 0.01, 0.001), view, K, 64, 64)
     )  # turned about y: 1 mm by 10 mm
     assert abs(edge - math.log(10)) < 0.02
 

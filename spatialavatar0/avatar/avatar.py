@@ -59,14 +59,6 @@ from spatialavatar0.ground.geometry import (
     rgb_to_sh0,
     sh0_to_rgb,
 )
-from spatialavatar0.splats.binding import (
-    Binding,
-    bind_frames,
-    bind_points,
-    bind_uv,
-    new_splats,
-    place,
-)
 from spatialavatar0.splats.mesh import (
     rasterize_mesh,
     sample_texture,
@@ -78,6 +70,8 @@ from spatialavatar0.splats.mesh import (
 from ..ground.core import InputError, atomic_path, smooth
 from ..head.head import Head, open_head
 from ..pictures.clips import Frame
+from ..splats.binding import Binding, bind_points, bind_uv, new_splats
+from ..splats.kernels import fast_frames, fast_place
 from ..splats.rasterize import rasterize
 
 
@@ -103,7 +97,7 @@ class Avatar:
 
     def world(self, **params):
         "What the rasterizer takes: means, quats, scales, opacities, colors."
-        return open_splats(self.splats, bind_frames(self.binding, self.verts(**params)))
+        return open_splats(self.splats, fast_frames(self.binding, self.verts(**params)))
 
     def render(self, viewmat, K, width, height, *, background=None, backend='auto', **params):
         "Picture (H,W,3) and alpha (H,W) of the posed avatar."
@@ -137,7 +131,7 @@ def open_splats(
 ) -> tuple:  # means (N,3), quats (N,4), scales (N,3), opacities (N,), colors (N,3)
     "Raw attributes in the world, opened: exp, sigmoid, colour."
     return (
-        *place(splats, frames),
+        *fast_place(splats, frames),
         splats['logit_opacities'].sigmoid(),
         sh0_to_rgb(splats['sh0']).clamp_min(0),
     )
@@ -723,7 +717,7 @@ def sink(
     metres = eyes * part_is(h, b, 'eye_l', 'eye_r') - bags * part_is(
         h, b, 'mouth', 'socket_l', 'socket_r'
     )  # a bag's normals point into it
-    depth = depth + metres / bind_frames(b, avatar.verts()).scales
+    depth = depth + metres / fast_frames(b, avatar.verts()).scales
     return torch.stack([0 * depth, -depth, 0 * depth], -1)
 
 

@@ -9,31 +9,22 @@ __all__ = [
     'bind_uv',
     'bind_points',
     'triangle_frames',
-    'Frames',
-    'bind_frames_torch',
-    'place_torch',
+    'TriangleFrames',
+    'WorldSplats',
+    'bind_frames',
+    'place',
+    'to_world',
     'texel_steps',
     'at_seam',
     'new_splats',
     'to_local',
-    'bind_forward',
-    'bind_backward',
-    'gather_corners',
-    'place_forward',
-    'place_backward',
-    'place_backward_frames',
-    'bind_frames',
-    'place',
-    'to_world',
 ]
 
 # %% ../../nbs/splats/20_binding.ipynb #bd880580
 import math
 from dataclasses import dataclass, replace
-from functools import cached_property
+from typing import NamedTuple
 
-import numba as nb
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -97,10 +88,6 @@ class Binding:
                 **{k: getattr(self, k).to(device) for k in ('face_ids', 'bary', 'texels', 'faces')},
             )
         )
-
-    @cached_property
-    def lists(self):
-        return _make_lists(self)  # who sits where, for the fast loops below
 
     def need_layout(self):  # InputError where there is no UV grid
         if not self.resolution:
@@ -171,7 +158,7 @@ def triangle_frames(
 
 # %% ../../nbs/splats/20_binding.ipynb #d4794175
 @dataclass
-class Frames:
+class TriangleFrames:
     "The mesh's half of the binding, per Gaussian: computed once for a frozen mesh."
 
     points: Tensor  # (...,N,3) surface points, metres
@@ -179,14 +166,22 @@ class Frames:
     scales: Tensor  # (...,N) triangle sizes, metres
 
 
+class WorldSplats(NamedTuple):
+    "Gaussians in the world."
+
+    means: Tensor  # (...,N,3) metres
+    quats: Tensor  # (...,N,4) wxyz, unit
+    scales: Tensor  # (...,N,3) standard deviations, metres
+
+
 # %% ../../nbs/splats/20_binding.ipynb #516f0cd8
-def bind_frames_torch(
+def bind_frames(
     binding: Binding,
     verts: Tensor,  # (...,V,3) posed mesh, metres
-) -> Frames:
-    "`bind_frames`, readable: any device, float type and batch."
+) -> TriangleFrames:
+    "Surface point, rotation and size (Eq. 8) under every Gaussian; differentiable in `verts`."
     R, s = triangle_frames(verts, binding.faces)
-    return Frames(
+    return TriangleFrames(
         bind_points(verts, binding),
         mat_to_quat(R)[..., binding.face_ids, :],
         s[..., binding.face_ids],
@@ -194,16 +189,26 @@ def bind_frames_torch(
 
 
 # %% ../../nbs/splats/20_binding.ipynb #678914f3
-def place_torch(
+def place(
     splats: dict,  # offsets (N,3) and quats (N,4) in the triangle's frame, log_scales (N,3)
-    frames: Frames,  # from bind_frames
-) -> tuple:  # means (...,N,3) metres, quats (...,N,4) wxyz unit, scales (...,N,3) metres
-    "`place`, readable: any device, float type and batch."
+    frames: TriangleFrames,  # from bind_frames
+) -> WorldSplats:
+    "Gaussians in the world (Eq. 1): any device, float type and batch."
     means = frames.points + frames.scales[..., None] * quat_rotate(
         frames.quats, splats['offsets'].expand_as(frames.points)
     )
     quats = quat_mul(frames.quats, F.normalize(splats['quats'], dim=-1))
-    return means, quats, frames.scales[..., None] * splats['log_scales'].exp()
+    return WorldSplats(means, quats, frames.scales[..., None] * splats['log_scales'].exp())
+
+
+# %% ../../nbs/splats/20_binding.ipynb #30b6d7d2
+def to_world(
+    splats: dict,  # raw local attributes, see `new_splats`
+    binding: Binding,
+    verts: Tensor,  # (...,V,3) posed mesh, metres
+) -> WorldSplats:  # means (...,N,3), quats (...,N,4), scales (...,N,3)
+    "Gaussians on a posed mesh (Eq. 1); differentiable in the splats and the vertices."
+    return place(splats, bind_frames(binding, verts))
 
 
 # %% ../../nbs/splats/20_binding.ipynb #755f6875
@@ -256,7 +261,7 @@ def new_splats(
         or [torch.zeros(n)]
     ).amax(0)
     U, S, _ = torch.linalg.svd(texel_steps(binding, head, verts))
-    S = S / bind_frames_torch(binding, verts).scales[:, None]
+    S = S / bind_frames(binding, verts).scales[:, None]
     size = S.clamp_min(1e-5).prod(-1).sqrt() * (1 + 0.5 * at_seam(binding) * inner)
     root = (S[:, 0] / S[:, 1].clamp_min(1e-8)).clamp_max(stretch).sqrt()
     half = torch.atan2(-U[:, 1, 0], U[:, 0, 0]) / 2
@@ -277,7 +282,7 @@ def to_local(
     means: Tensor,  # (N,3) metres
     quats: Tensor,  # (N,4) wxyz
     scales: Tensor,  # (N,3) metres
-    frames: Frames,  # of the mesh the Gaussians sit on
+    frames: TriangleFrames,  # of the mesh the Gaussians sit on
 ) -> dict:  # offsets, quats, log_scales: see new_splats
     "The inverse of `place`."
     inv = frames.quats * frames.quats.new_tensor([1, -1, -1, -1])
@@ -287,475 +292,3 @@ def to_local(
         quats=quat_mul(inv, quats),
         log_scales=(scales / s).log(),
     )
-
-
-# %% ../../nbs/splats/20_binding.ipynb #065d5304
-_ZERO, _HALF, _ONE, _TWO = [np.float32(v) for v in (0, 0.5, 1, 2)]
-_TINY, _FLAT = np.float32(1e-10), np.float32(1e-6)
-_OPTS = dict(
-    cache=True, error_model='numpy', fastmath={'reassoc', 'contract', 'arcp', 'nsz', 'afn'}
-)
-_inline = nb.njit(forceinline=True, **_OPTS)
-
-
-@_inline
-def _dot(a, b):
-    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
-
-
-@_inline
-def _cross(a, b):
-    return (a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0])
-
-
-@_inline
-def _mix(r, a, s, b, t, c):
-    return (
-        r * a[0] + s * b[0] + t * c[0],
-        r * a[1] + s * b[1] + t * c[1],
-        r * a[2] + s * b[2] + t * c[2],
-    )
-
-
-@_inline
-def _add(a, s, b):
-    return (a[0] + s * b[0], a[1] + s * b[1], a[2] + s * b[2])
-
-
-# %% ../../nbs/splats/20_binding.ipynb #78e13427
-@_inline
-def _vec(x, i):
-    return (x[i, 0], x[i, 1], x[i, 2])
-
-
-@_inline
-def _quat(x, i):
-    return (x[i, 0], x[i, 1], x[i, 2], x[i, 3])
-
-
-# %% ../../nbs/splats/20_binding.ipynb #909142ec
-@_inline
-def _put(x, i, v):
-    for d in range(len(v)):
-        x[i, d] = v[d]
-
-
-# %% ../../nbs/splats/20_binding.ipynb #6dbfb9a5
-@_inline
-def _quat_mul(a, b):
-    (w, x, y, z), (W, X, Y, Z) = a, b
-    return (
-        w * W - x * X - y * Y - z * Z,
-        w * X + x * W + y * Z - z * Y,
-        w * Y - x * Z + y * W + z * X,
-        w * Z + x * Y - y * X + z * W,
-    )
-
-
-# %% ../../nbs/splats/20_binding.ipynb #2e673b7c
-@_inline
-def _conj(q):
-    return (q[0], -q[1], -q[2], -q[3])
-
-
-@_inline
-def _add4(a, s, b):
-    return (a[0] + s * b[0], a[1] + s * b[1], a[2] + s * b[2], a[3] + s * b[3])
-
-
-# %% ../../nbs/splats/20_binding.ipynb #ea65991e
-@_inline
-def _frame(p0, p1, p2):
-    """Axes a0 a1 a2 and the numbers l, x, k of a triangle; a triangle without area gets axes that
-    are zero."""
-    e, f = _add(p1, -_ONE, p0), _add(p2, -_ONE, p0)
-    l = math.sqrt(_dot(e, e))
-    i = _ONE / max(l, _TINY)
-    a0 = (i * e[0], i * e[1], i * e[2])
-    n = _cross(a0, f)
-    k = math.sqrt(_dot(n, n))
-    i = _ONE / max(k, _TINY)
-    a1 = (i * n[0], i * n[1], i * n[2])
-    return a0, a1, _cross(a0, a1), l, _dot(a0, f), k
-
-
-# %% ../../nbs/splats/20_binding.ipynb #ce1f690b
-@_inline
-def _quat_of(a0, a1, a2):
-    "The quaternion (w >= 0) of a rotation with these columns, by its largest component."
-    x = a1[2] - a2[1]
-    y = a2[0] - a0[2]
-    z = a0[1] - a1[0]
-    xy = a1[0] + a0[1]
-    xz = a2[0] + a0[2]
-    yz = a2[1] + a1[2]
-    a = a0[0]
-    b = a1[1]
-    c = a2[2]
-    largest = max(max(a + b + c, a - b - c), max(b - a - c, c - a - b))
-    if a + b + c == largest:
-        q = (_ONE + largest, x, y, z)
-    elif a - b - c == largest:
-        q = (x, _ONE + largest, xy, xz)
-    elif b - a - c == largest:
-        q = (y, xy, _ONE + largest, yz)
-    else:
-        q = (z, xz, yz, _ONE + largest)
-    s = _ONE / math.sqrt(q[0] * q[0] + q[1] * q[1] + q[2] * q[2] + q[3] * q[3])
-    s = -s if q[0] < _ZERO else s
-    return (s * q[0], s * q[1], s * q[2], s * q[3])
-
-
-# %% ../../nbs/splats/20_binding.ipynb #66da501f
-@_inline
-def _frame_backward(frame, t, g_s):
-    "Gradients of the edges e and f from the torque on the frame and the gradient of its size."
-    a0, a1, a2, l, x, k = frame
-    roll = _ZERO if k <= _FLAT * (l + abs(x)) else t[0] / k
-    i, h = _ONE / max(l, _TINY), _HALF * g_s
-    return _mix(h, a0, (t[2] - roll * x) * i, a1, (h * x - t[1]) * i, a2), _mix(
-        roll, a1, -h, a2, _ZERO, a0
-    )
-
-
-@_inline
-def _torque(q, g):
-    "What turns a frame, from the gradient of its quaternion."
-    _, x, y, z = _quat_mul(_conj(q), g)
-    return (_HALF * x, _HALF * y, _HALF * z)
-
-
-# %% ../../nbs/splats/20_binding.ipynb #7d7c887e
-def _group(ids, n):
-    "Where each of 0..n-1 stands in ids: at members[first[i]:first[i+1]]."
-    first = np.zeros(n + 1, np.int32)
-    first[1:] = np.bincount(ids, minlength=n).cumsum()
-    return first, np.argsort(ids, kind='stable').astype(np.int32)
-
-
-# %% ../../nbs/splats/20_binding.ipynb #2fb67413
-def _make_lists(binding):
-    """Corners (O,3) of the triangles that own Gaussians; their Gaussians; the corners that meet in
-    a vertex."""
-    faces, ids = [np.asarray(t.cpu(), np.int64) for t in (binding.faces, binding.face_ids)]
-    if ids.size and not 0 <= ids.min() <= ids.max() < len(faces):
-        raise InputError(
-            f'face_ids should be from 0 to {len(faces) - 1}, one of the faces; got {ids.min()} to '
-            f'{ids.max()}'
-        )
-    if faces.size and faces.min() < 0:
-        raise InputError(f'faces should hold vertex indices from 0; got {faces.min()}')
-    if binding.bary.shape != (len(ids), 3):
-        raise InputError(
-            f'bary should be ({len(ids)},3), one row per face_id; got {tuple(binding.bary.shape)}'
-        )
-    owners, which = np.unique(ids, return_inverse=True)
-    corners = faces[owners]
-    return (
-        corners.astype(np.int32),
-        *_group(which, len(owners)),
-        *_group(corners.ravel(), int(faces.max(initial=-1)) + 1),
-    )
-
-
-# %% ../../nbs/splats/20_binding.ipynb #c8e39456
-@nb.njit(parallel=True, **_OPTS)
-def bind_forward(threads, corners, first, members, bary, verts, points, quats, scales):
-    "Fill points (N,3), quats (N,4) and scales (N,), triangle by triangle."
-    for t in nb.prange(threads):
-        for i in range(t * len(corners) // threads, (t + 1) * len(corners) // threads):
-            p0 = _vec(verts, corners[i, 0])
-            p1 = _vec(verts, corners[i, 1])
-            p2 = _vec(verts, corners[i, 2])
-            a0, a1, a2, l, x, k = _frame(p0, p1, p2)
-            q, s = _quat_of(a0, a1, a2), _HALF * (l + k)
-            for j in range(first[i], first[i + 1]):
-                n = members[j]
-                scales[n] = s
-                _put(quats, n, q)
-                _put(points, n, _mix(bary[n, 0], p0, bary[n, 1], p1, bary[n, 2], p2))
-
-
-# %% ../../nbs/splats/20_binding.ipynb #51995cab
-@nb.njit(parallel=True, **_OPTS)
-def bind_backward(
-    threads, corners, first, members, bary, verts, g_points, g_quats, g_scales, g_corners
-):
-    "Fill g_corners (3 O,3): what each triangle wants from its three corners."
-    for t in nb.prange(threads):
-        for i in range(t * len(corners) // threads, (t + 1) * len(corners) // threads):
-            frame = _frame(
-                _vec(verts, corners[i, 0]), _vec(verts, corners[i, 1]), _vec(verts, corners[i, 2])
-            )
-            g0 = g1 = g2 = (_ZERO, _ZERO, _ZERO)
-            g_q = (_ZERO, _ZERO, _ZERO, _ZERO)
-            g_s = _ZERO
-            for j in range(first[i], first[i + 1]):
-                n = members[j]
-                g = _vec(g_points, n)
-                g0 = _add(g0, bary[n, 0], g)
-                g1 = _add(g1, bary[n, 1], g)
-                g2 = _add(g2, bary[n, 2], g)
-                g_q = _add4(g_q, _ONE, _quat(g_quats, n))
-                g_s += g_scales[n]
-            g_e, g_f = _frame_backward(
-                frame, _torque(_quat_of(frame[0], frame[1], frame[2]), g_q), g_s
-            )
-            _put(
-                g_corners, 3 * i, _mix(_ONE, g0, -_ONE, g_e, -_ONE, g_f)
-            )  # all three moved together: no turn, no growth
-            _put(g_corners, 3 * i + 1, _add(g1, _ONE, g_e))
-            _put(g_corners, 3 * i + 2, _add(g2, _ONE, g_f))
-
-
-# %% ../../nbs/splats/20_binding.ipynb #64faf0b8
-@nb.njit(parallel=True, **_OPTS)
-def gather_corners(threads, first, members, g_corners, g_verts):
-    "Fill g_verts (V,3) with the sums over the corners that meet in each vertex."
-    V = len(first) - 1
-    for t in nb.prange(threads):
-        for v in range(t * V // threads, (t + 1) * V // threads):
-            g = (_ZERO, _ZERO, _ZERO)
-            for j in range(first[v], first[v + 1]):
-                g = _add(g, _ONE, _vec(g_corners, members[j]))
-            _put(g_verts, v, g)
-
-
-# %% ../../nbs/splats/20_binding.ipynb #3d64322c
-@_inline
-def _rotate(q, v):
-    "v turned by the unit quaternion q = (w,u)."
-    u = (q[1], q[2], q[3])
-    c = _cross(u, v)
-    d = _cross(u, c)
-    return _mix(_ONE, v, _TWO * q[0], c, _TWO, d)
-
-
-# %% ../../nbs/splats/20_binding.ipynb #39fb0e2e
-@_inline
-def _rotate_backward(q, v, g):
-    "Gradient of g . rotate(q,v) with respect to q."
-    u = (q[1], q[2], q[3])
-    m = _mix(q[0], _cross(v, g), _dot(u, v), g, _dot(g, u), v)
-    x, y, z = _add(m, -_TWO * _dot(g, v), u)
-    return (_TWO * _dot(g, _cross(u, v)), _TWO * x, _TWO * y, _TWO * z)
-
-
-# %% ../../nbs/splats/20_binding.ipynb #871853e5
-@_inline
-def _unit_quat(x, i):
-    "Normalised quaternion i and one over its length."
-    w, x, y, z = _quat(x, i)
-    s = _ONE / max(math.sqrt(w * w + x * x + y * y + z * z), np.float32(1e-12))
-    return (s * w, s * x, s * y, s * z), s
-
-
-# %% ../../nbs/splats/20_binding.ipynb #e89feec0
-@nb.njit(parallel=True, **_OPTS)
-def place_forward(
-    threads, points, quats, scales, offsets, local, sizes, out_means, out_quats, out_scales
-):
-    "Fill out_means (N,3), out_quats (N,4) and out_scales (N,3)."
-    N = len(points)
-    for t in nb.prange(threads):
-        for n in range(t * N // threads, (t + 1) * N // threads):
-            q, s = _quat(quats, n), scales[n]
-            l, _ = _unit_quat(local, n)
-            _put(out_means, n, _add(_vec(points, n), s, _rotate(q, _vec(offsets, n))))
-            _put(out_quats, n, _quat_mul(q, l))
-            for d in range(3):
-                out_scales[n, d] = s * sizes[n, d]
-
-
-# %% ../../nbs/splats/20_binding.ipynb #6f712c4b
-@nb.njit(parallel=True, **_OPTS)
-def place_backward(
-    threads,
-    quats,
-    scales,
-    local,
-    sizes,
-    g_means,
-    g_quats,
-    g_scales,
-    g_offsets,
-    g_local,
-    g_log_scales,
-):
-    "Fill the gradients of the Gaussians' own attributes."
-    N = len(quats)
-    for t in nb.prange(threads):
-        for n in range(t * N // threads, (t + 1) * N // threads):
-            back, s = _conj(_quat(quats, n)), scales[n]
-            l, i = _unit_quat(local, n)
-            x, y, z = _rotate(back, _vec(g_means, n))
-            _put(g_offsets, n, (s * x, s * y, s * z))
-            g = _quat_mul(back, _quat(g_quats, n))
-            w, x, y, z = _add4(g, -(g[0] * l[0] + g[1] * l[1] + g[2] * l[2] + g[3] * l[3]), l)
-            _put(g_local, n, (i * w, i * x, i * y, i * z))
-            for d in range(3):
-                g_log_scales[n, d] = g_scales[n, d] * s * sizes[n, d]
-
-
-# %% ../../nbs/splats/20_binding.ipynb #f26d69c6
-@nb.njit(parallel=True, **_OPTS)
-def place_backward_frames(
-    threads,
-    quats,
-    scales,
-    offsets,
-    local,
-    sizes,
-    g_means,
-    g_quats,
-    g_scales,
-    g_frame_quats,
-    g_frame_scales,
-):
-    """Fill the gradients of the frames' quaternions and sizes; that of their points is g_means
-    itself."""
-    N = len(quats)
-    for t in nb.prange(threads):
-        for n in range(t * N // threads, (t + 1) * N // threads):
-            q = _quat(quats, n)
-            x = _vec(offsets, n)
-            g = _vec(g_means, n)
-            l, _ = _unit_quat(local, n)
-            turn = _rotate_backward(q, x, g)
-            _put(g_frame_quats, n, _add4(_quat_mul(_quat(g_quats, n), _conj(l)), scales[n], turn))
-            g_s = _dot(g, _rotate(q, x))
-            for d in range(3):
-                g_s += g_scales[n, d] * sizes[n, d]
-            g_frame_scales[n] = g_s
-
-
-# %% ../../nbs/splats/20_binding.ipynb #920d1aa4
-def _np(t):
-    return np.ascontiguousarray(t.detach().numpy(), np.float32)
-
-
-def _new(*shapes):
-    return [np.empty(s, np.float32) for s in shapes]
-
-
-# %% ../../nbs/splats/20_binding.ipynb #54c04205
-class _Bind(torch.autograd.Function):
-    "verts, binding -> points, quats, scales"
-
-    @staticmethod
-    def forward(ctx, verts, binding):
-        ctx.save_for_backward(verts, binding.bary)
-        ctx.lists, N = binding.lists, len(binding)
-        out = _new((N, 3), (N, 4), N)
-        bind_forward(nb.get_num_threads(), *ctx.lists[:3], _np(binding.bary), _np(verts), *out)
-        return tuple(torch.from_numpy(x) for x in out)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, *grads):
-        verts, bary = map(_np, ctx.saved_tensors)
-        threads = nb.get_num_threads()
-        g_corners = np.empty((3 * len(ctx.lists[0]), 3), np.float32)
-        g_verts = np.zeros_like(verts)
-        bind_backward(threads, *ctx.lists[:3], bary, verts, *map(_np, grads), g_corners)
-        gather_corners(threads, *ctx.lists[3:], g_corners, g_verts)
-        return torch.from_numpy(g_verts), None
-
-
-# %% ../../nbs/splats/20_binding.ipynb #0eec56a8
-class _Place(torch.autograd.Function):
-    """points, quats and scales of the frames, offsets, local quats, log_scales -> means, quats,
-    scales"""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        *inputs, log_scales = inputs
-        inputs.append(log_scales.exp())
-        ctx.save_for_backward(*inputs[1:])
-        N = len(log_scales)
-        out = _new((N, 3), (N, 4), (N, 3))
-        place_forward(nb.get_num_threads(), *map(_np, inputs), *out)
-        return tuple(torch.from_numpy(x) for x in out)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, *grads):
-        quats, scales, offsets, local, sizes = map(_np, ctx.saved_tensors)
-        threads, N = nb.get_num_threads(), len(quats)
-        own = _new((N, 3), (N, 4), (N, 3))
-        frame = [None, None]
-        g = [_np(x) for x in grads]
-        place_backward(threads, quats, scales, local, sizes, *g, *own)
-        if any(ctx.needs_input_grad[1:3]):
-            place_backward_frames(
-                threads, quats, scales, offsets, local, sizes, *g, *(frame := _new((N, 4), N))
-            )
-        return grads[0], *[x if x is None else torch.from_numpy(x) for x in (*frame, *own)]
-
-
-# %% ../../nbs/splats/20_binding.ipynb #47d70fdc
-def _fast(backend, tensors, shapes):
-    "Whether these tensors go through the compiled loops."
-    if backend not in ('auto', 'torch', 'numba'):
-        raise InputError(f"backend should be 'auto', 'torch' or 'numba'; got {backend!r}")
-    fit = all(
-        t.device.type == 'cpu' and t.dtype == torch.float32 and t.shape == s
-        for t, s in zip(tensors, shapes)
-    )
-    if backend == 'numba' and not fit:
-        got = ', '.join(f'{tuple(t.shape)} {str(t.dtype)[6:]} on {t.device.type}' for t in tensors)
-        raise InputError(
-            f"backend='numba' takes float32 CPU tensors of shapes {', '.join(map(str, shapes))}; "
-            f"got {got}: use backend='torch'"
-        )
-    return fit and backend != 'torch'
-
-
-# %% ../../nbs/splats/20_binding.ipynb #03e7e22e
-def bind_frames(
-    binding: Binding,
-    verts: Tensor,  # (...,V,3) posed mesh, metres
-    backend: str = 'auto',  # numba (float32, CPU, no batch), torch, or auto: numba where it can
-) -> Frames:
-    "Surface point, rotation and size under every Gaussian; differentiable in `verts`."
-    if not _fast(backend, [verts], [(len(verts), 3)]) or binding.bary.requires_grad:
-        return bind_frames_torch(binding, verts)
-    needed = len(binding.lists[3]) - 1
-    if len(verts) < needed:
-        raise InputError(
-            f'verts should have at least {needed} rows, one per vertex of binding.faces; got '
-            f'{len(verts)}: is this the mesh of another head?'
-        )
-    return Frames(*_Bind.apply(verts, binding))
-
-
-# %% ../../nbs/splats/20_binding.ipynb #cae60ade
-def place(
-    splats: dict,  # offsets (N,3) and quats (N,4) in the triangle's frame, log_scales (N,3)
-    frames: Frames,  # from bind_frames
-    backend: str = 'auto',  # numba (float32, CPU, no batch), torch, or auto: numba where it can
-) -> tuple:  # means (...,N,3) metres, quats (...,N,4) wxyz unit, scales (...,N,3) metres
-    "Gaussians in the world: the local half put into the frames."
-    x = [
-        frames.points,
-        frames.quats,
-        frames.scales,
-        *(splats[k] for k in ('offsets', 'quats', 'log_scales')),
-    ]
-    N = len(splats['offsets'])
-    return (
-        _Place.apply(*x)
-        if _fast(backend, x, [(N, 3), (N, 4), (N,), (N, 3), (N, 4), (N, 3)])
-        else place_torch(splats, frames)
-    )
-
-
-# %% ../../nbs/splats/20_binding.ipynb #45449483
-def to_world(
-    splats: dict,  # raw local attributes, see `new_splats`
-    binding: Binding,
-    verts: Tensor,  # (...,V,3) posed mesh, metres
-    backend: str = 'auto',  # numba (float32, CPU, no batch), torch, or auto: numba where it can
-) -> tuple:  # means (...,N,3), quats (...,N,4), scales (...,N,3)
-    "Gaussians on a posed mesh; differentiable in the splats and the vertices."
-    return place(splats, bind_frames(binding, verts, backend), backend)

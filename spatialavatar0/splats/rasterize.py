@@ -31,21 +31,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spatialavatar0.splats.projection import (
+from spatialavatar0.splats.kernels import (
     HALF,
     ONE,
     TWO,
     ZERO,
     _np,
-    covs_to_conics,
     inline,
     kernel,
-    project_gaussians,
     project_splats,
     whiteners_to_conics,
 )
 
 from ..ground.core import InputError, expect_tensor
+from .projection import covs_to_conics, project_gaussians
 
 
 # %% ../../nbs/splats/22_rasterize.ipynb #b0adf093

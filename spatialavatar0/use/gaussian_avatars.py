@@ -20,7 +20,8 @@ from ..ground.core import InputError, atomic_path
 from ..ground.geometry import quat_rotate
 from ..head.head import Head, open_head
 from ..pictures.clips import from_flame_param, to_flame_param
-from ..splats.binding import Binding, bind_frames
+from ..splats.binding import Binding
+from ..splats.kernels import fast_frames
 from .export import PLY_COLUMNS, _need, _ply_tables
 
 
@@ -31,8 +32,8 @@ def from_centres(
     "Offsets of the resting avatar in GaussianAvatars' form."
     b = avatar.binding
     centre = Binding(b.face_ids, torch.full_like(b.bary, 1 / 3), b.texels, b.faces, 0)
-    ours = bind_frames(b, avatar.verts())
-    theirs = bind_frames(centre, avatar.verts())
+    ours = fast_frames(b, avatar.verts())
+    theirs = fast_frames(centre, avatar.verts())
     back = ours.quats * ours.quats.new_tensor([1, -1, -1, -1])
     return (
         avatar.splats['offsets']

@@ -65,8 +65,8 @@ from spatialavatar0.use.animate import (
 from ..avatar.avatar import Avatar
 from ..ground.core import InputError, atomic_path, smooth, to_uint8
 from ..ground.geometry import intrinsics, orbit, quat_to_mat, sh0_to_rgb
+from ..splats.kernels import fast_log_aspects
 from ..splats.mesh import shade_mesh
-from ..splats.projection import log_aspects
 from ..splats.rasterize import rasterize
 
 
@@ -473,7 +473,7 @@ def picture(
     if show == 'texels':
         colors = texel_colors(avatar.binding)
     if show == 'needles':
-        colors = needle_colors(colors, log_aspects(means, quats, scales, V, K, width, height))
+        colors = needle_colors(colors, fast_log_aspects(means, quats, scales, V, K, width, height))
     return rasterize(
         means,
         quats,
