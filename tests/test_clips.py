@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
 from spatialavatar0.ground.core import InputError
 from spatialavatar0.ground.geometry import intrinsics, orbit, project
 from spatialavatar0.head.head import Head, open_head
@@ -711,7 +712,8 @@ def test_heads_in_flames_format(tmp_path):
     """Two releases with one mesh and other expressions; the open head; a file cut to fewer
     directions."""
     import flame_files as ff
-    from spatialavatar0.head.head import load_flame
+
+    from spatialavatar0.head.flame_files import load_flame
 
     m = ff.model()
     late = dict(m, shapedirs=m['shapedirs'].copy())

@@ -15,11 +15,14 @@ import scipy.sparse
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from spatialavatar0.avatar.avatar import Avatar, from_frame, head_id, new_avatar
+
+from spatialavatar0.avatar.avatar import Avatar, head_id, new_avatar
+from spatialavatar0.avatar.portrait import from_frame
 from spatialavatar0.ground.core import InputError
 from spatialavatar0.ground.geometry import intrinsics, orbit
 from spatialavatar0.ground.pickles import read_arrays, unpickle
-from spatialavatar0.head.head import load_flame, open_head, write_flame_folder, write_obj
+from spatialavatar0.head.flame_files import load_flame, write_flame_folder, write_obj
+from spatialavatar0.head.head import open_head
 from spatialavatar0.head.teeth import add_teeth
 from spatialavatar0.pictures.clips import Frame
 from spatialavatar0.splats.binding import bind_uv

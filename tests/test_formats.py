@@ -15,6 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+
 from spatialavatar0 import cli
 from spatialavatar0.ground.core import InputError
 from spatialavatar0.head.head import open_head
@@ -318,7 +319,8 @@ def test_train_and_test_of_any_folder(tmp_path):
 
 def test_whose_codes(tmp_path):
     import flame_files as ff
-    from spatialavatar0.head.head import load_flame
+
+    from spatialavatar0.head.flame_files import load_flame
 
     for name in ('imavatar', 'insta', 'flashavatar', 'gagavatar'):
         d = tmp_path / name

@@ -7,9 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from spatialavatar0.avatar.avatar import Avatar
 from spatialavatar0.ground.core import InputError
-from spatialavatar0.head.head import load_flame, open_head, write_flame_folder
+from spatialavatar0.head.flame_files import load_flame, write_flame_folder
+from spatialavatar0.head.head import open_head
 from spatialavatar0.pictures.people import make_person, mono_clip
 from spatialavatar0.stage1.generator import (
     CHANNELS,

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+
 from spatialavatar0.ground.geometry import axis_angle_to_mat, intrinsics, orbit
-from spatialavatar0.head.head import open_head, write_flame_folder, write_obj
+from spatialavatar0.head.flame_files import write_flame_folder, write_obj
+from spatialavatar0.head.head import open_head
 from spatialavatar0.splats.binding import bind_uv
 from spatialavatar0.splats.mesh import rasterize_mesh
 

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from spatialavatar0.avatar.avatar import from_frame, new_avatar
+from spatialavatar0.avatar.avatar import new_avatar
+from spatialavatar0.avatar.portrait import from_frame
 from spatialavatar0.ground.core import InputError
 from spatialavatar0.ground.geometry import intrinsics, look_at
-from spatialavatar0.head.head import load_flame, open_head
+from spatialavatar0.head.flame_files import load_flame
+from spatialavatar0.head.head import open_head
 from spatialavatar0.pictures.clips import Clip
 from spatialavatar0.pictures.people import make_person, mono_clip
 from spatialavatar0.splats.kernels import fast_log_aspects
@@ -275,7 +277,7 @@ def test_start_frame(clip):
 def test_a_flame_head(tmp_path, clip):
     "Stage 2 on a FLAME-format head that has neither regions nor an ARKit map."
     h = open_head()
-    from spatialavatar0.head.head import write_flame_folder
+    from spatialavatar0.head.flame_files import write_flame_folder
 
     write_flame_folder(h, tmp_path / 'open')
     flame = load_flame(tmp_path / 'open')
@@ -300,7 +302,7 @@ def test_a_flame_head(tmp_path, clip):
 def test_one_lit_texel_of_hair():
     """A start frame in which a single texel of hair is seen well: its colours have no spread, and
     once became nan."""
-    from spatialavatar0.avatar.avatar import strands
+    from spatialavatar0.avatar.hair import strands
 
     rgb = torch.rand(6, 3)
     known = torch.tensor([1.0, 0, 0, 0, 0, 0])

@@ -20,6 +20,8 @@ __all__ = [
     'quat_rotate',
     'rgb_to_sh0',
     'sh0_to_rgb',
+    'paint_mesh',
+    'show_meshes',
 ]
 
 # %% ../../nbs/ground/01_geometry.ipynb #ee18aa13
@@ -28,6 +30,8 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .core import show_figure
 
 
 # %% ../../nbs/ground/01_geometry.ipynb #a52f3681
@@ -41,10 +45,12 @@ def look_at(
     target = torch.as_tensor(target).float()
     z = F.normalize(target - eye, dim=0)
     x = F.normalize(torch.linalg.cross(z, torch.as_tensor(up).to(z)), dim=0)
-    R = torch.stack([x, torch.linalg.cross(z, x), z])
+    y = torch.linalg.cross(z, x)
+    R = torch.stack([x, y, z])
     if not torch.isfinite(R).all() or R.det() < 0.5:
         raise ValueError('look_at: eye and target coincide, or up is parallel to the view')
-    return torch.cat([torch.cat([R, -(R @ eye)[:, None]], 1), torch.tensor([[0.0, 0, 0, 1]])])
+    t = -(R @ eye)
+    return torch.cat([torch.cat([R, t[:, None]], 1), torch.tensor([[0.0, 0, 0, 1]])])
 
 
 # %% ../../nbs/ground/01_geometry.ipynb #bd154022
@@ -55,10 +61,13 @@ def orbit(
     target=(0.0, 0.0, 0.0),  # point in the middle of the picture
 ) -> Tensor:  # (4,4) world -> camera
     "Camera on a sphere around `target`; yaw 0 looks the head in the face."
-    y, p = math.radians(yaw), math.radians(pitch)
-    d = torch.tensor([math.sin(y) * math.cos(p), math.sin(p), math.cos(y) * math.cos(p)])
+    yaw = math.radians(yaw)
+    pitch = math.radians(pitch)
+    x = math.sin(yaw) * math.cos(pitch)
+    y = math.sin(pitch)
+    z = math.cos(yaw) * math.cos(pitch)
     target = torch.as_tensor(target).float()
-    return look_at(target + distance * d, target)
+    return look_at(target + distance * torch.tensor([x, y, z]), target)
 
 
 # %% ../../nbs/ground/01_geometry.ipynb #0d1774f3
@@ -79,8 +88,8 @@ def crop_intrinsics(
     scale: float,  # new pixels per old pixel
 ) -> Tensor:  # (3,3) camera of the cropped and resized picture
     "The same camera after cutting the picture and resizing the cut."
-    A = torch.tensor([[scale, 0, -x0 * scale], [0, scale, -y0 * scale], [0, 0, 1.0]]).to(K)
-    return A @ K
+    change = torch.tensor([[scale, 0, -x0 * scale], [0, scale, -y0 * scale], [0, 0, 1.0]])
+    return change.to(K) @ K
 
 
 # %% ../../nbs/ground/01_geometry.ipynb #ea84614e
@@ -90,9 +99,9 @@ def project(
     K: Tensor,  # (3,3)
 ) -> tuple:  # (...,2) pixels, (...) depth in metres (<= 0: behind the camera)
     "Where points appear in the picture, and how far away they are."
-    c = points @ viewmat[:3, :3].T + viewmat[:3, 3]
-    p = c @ K.T
-    return p[..., :2] / p[..., 2:], c[..., 2]
+    in_camera = points @ viewmat[:3, :3].T + viewmat[:3, 3]
+    pixels = in_camera @ K.T
+    return pixels[..., :2] / pixels[..., 2:], in_camera[..., 2]
 
 
 # %% ../../nbs/ground/01_geometry.ipynb #53106901
@@ -117,13 +126,13 @@ def axis_angle_to_mat(
 ) -> Tensor:  # (...,3,3)
     "Rodrigues' formula; exact at zero and differentiable there."
     x, y, z = v.unbind(-1)
-    o = torch.zeros_like(x)
-    k = torch.stack([o, -z, y, z, o, -x, -y, x, o], -1).reshape(*v.shape, 3)
-    t2 = (v * v).sum(-1)[..., None, None]
-    small = t2 < 1e-6
-    t = torch.where(small, torch.ones_like(t2), t2).sqrt()
-    a = torch.where(small, 1 - t2 / 6, t.sin() / t)
-    b = torch.where(small, 0.5 - t2 / 24, (1 - t.cos()) / t**2)
+    zero = torch.zeros_like(x)
+    k = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).reshape(*v.shape, 3)
+    square = (v * v).sum(-1)[..., None, None]
+    small = square < 1e-6
+    angle = torch.where(small, torch.ones_like(square), square).sqrt()
+    a = torch.where(small, 1 - square / 6, angle.sin() / angle)
+    b = torch.where(small, 0.5 - square / 24, (1 - angle.cos()) / angle**2)
     return torch.eye(3).to(v) + a * k + b * (k @ k)
 
 
@@ -133,20 +142,14 @@ def quat_to_mat(
 ) -> Tensor:  # (...,3,3)
     "Rotation matrix of a quaternion (normalised first)."
     w, x, y, z = F.normalize(q, dim=-1).unbind(-1)
-    return torch.stack(
-        [
-            1 - 2 * (y * y + z * z),
-            2 * (x * y - w * z),
-            2 * (x * z + w * y),
-            2 * (x * y + w * z),
-            1 - 2 * (x * x + z * z),
-            2 * (y * z - w * x),
-            2 * (x * z - w * y),
-            2 * (y * z + w * x),
-            1 - 2 * (x * x + y * y),
-        ],
-        -1,
-    ).reshape(*q.shape[:-1], 3, 3)
+    # fmt: off
+    rows = [
+        1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y),
+        2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x),
+        2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y),
+    ]
+    # fmt: on
+    return torch.stack(rows, -1).reshape(*q.shape[:-1], 3, 3)
 
 
 # %% ../../nbs/ground/01_geometry.ipynb #c11945b3
@@ -154,19 +157,17 @@ def mat_to_quat(
     R: Tensor,  # (...,3,3) rotations
 ) -> Tensor:  # (...,4) wxyz, unit, w >= 0
     "Quaternion of a rotation matrix, by its largest component."
-    m = R.unbind(-2)
-    (a, b, c), (d, e, f), (g, h, i) = (r.unbind(-1) for r in m)
-    q = torch.stack(
-        [
-            torch.stack([1 + a + e + i, h - f, c - g, d - b], -1),
-            torch.stack([h - f, 1 + a - e - i, b + d, c + g], -1),
-            torch.stack([c - g, b + d, 1 - a + e - i, f + h], -1),
-            torch.stack([d - b, c + g, f + h, 1 - a - e + i], -1),
-        ],
-        -2,
-    )
-    k = torch.stack([a + e + i, a - e - i, e - a - i, i - a - e], -1).argmax(-1)
-    q = F.normalize(q.gather(-2, k[..., None, None].expand(*k.shape, 1, 4))[..., 0, :], dim=-1)
+    (a, b, c), (d, e, f), (g, h, i) = (row.unbind(-1) for row in R.unbind(-2))
+    # fmt: off
+    by_w = torch.stack([1 + a + e + i, h - f, c - g, d - b], -1)
+    by_x = torch.stack([h - f, 1 + a - e - i, b + d, c + g], -1)
+    by_y = torch.stack([c - g, b + d, 1 - a + e - i, f + h], -1)
+    by_z = torch.stack([d - b, c + g, f + h, 1 - a - e + i], -1)
+    # fmt: on
+    four = torch.stack([by_w, by_x, by_y, by_z], -2)
+    largest = torch.stack([a + e + i, a - e - i, e - a - i, i - a - e], -1).argmax(-1)
+    largest = largest[..., None, None].expand(*largest.shape, 1, 4)
+    q = F.normalize(four.gather(-2, largest)[..., 0, :], dim=-1)
     return torch.where(q[..., :1] < 0, -q, q)
 
 
@@ -176,8 +177,9 @@ def mat_to_axis_angle(
 ) -> Tensor:  # (...,3) axis times angle, radians, at most pi
     "The way back from `axis_angle_to_mat`."
     w, v = mat_to_quat(R).split([1, 3], -1)
-    s = v.norm(dim=-1, keepdim=True)
-    return v * torch.where(s < 1e-6, 2.0, 2 * torch.atan2(s, w) / s.clamp_min(1e-12))
+    sine = v.norm(dim=-1, keepdim=True)
+    angle = 2 * torch.atan2(sine, w)
+    return v * torch.where(sine < 1e-6, 2.0, angle / sine.clamp_min(1e-12))
 
 
 # %% ../../nbs/ground/01_geometry.ipynb #21eee3c5
@@ -205,7 +207,8 @@ def quat_rotate(
     v: Tensor,  # (...,3)
 ) -> Tensor:  # (...,3)
     "Rotate vectors: two cross products instead of a matrix."
-    w, u = q[..., :1], q[..., 1:]
+    w = q[..., :1]
+    u = q[..., 1:]
     t = 2 * torch.linalg.cross(u, v)
     return v + w * t + torch.linalg.cross(u, t)
 
@@ -227,3 +230,57 @@ def sh0_to_rgb(
 ) -> Tensor:  # (...,3), not clamped
     "Degree-0 spherical harmonic as colour."
     return sh0 * SH_C0 + 0.5
+
+
+# %% ../../nbs/ground/01_geometry.ipynb #dfc49e1a
+def paint_mesh(
+    ax,  # a matplotlib axis
+    verts: Tensor,  # (V,3) metres
+    faces: Tensor,  # (F,3) vertex indices, counter-clockwise from outside
+    colors: Tensor,  # (F,3) 0..1
+    yaw: float = 0.0,  # degrees, as in `orbit`
+    zoom: float = 1.0,  # 1 shows 30 by 32 centimetres
+    at=(0.0, -0.01, 0.0),  # point in the middle, metres
+):
+    "Draw a lit mesh without a renderer: triangles that face us, the far ones first."
+    from matplotlib.collections import PolyCollection
+
+    turn = axis_angle_to_mat(torch.tensor([0.0, -math.radians(yaw), 0]))
+    corners = ((verts - torch.tensor(at)) @ turn.T)[faces]
+    normals = torch.linalg.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    normals = normals / normals.norm(dim=-1, keepdim=True)
+    light = 0.35 + 0.65 * (normals @ torch.tensor([0.25, 0.45, 0.857])).clamp(0)[:, None]
+    near = corners[:, :, :2].abs().amin((1, 2)) < 0.17 / zoom
+    shown = ((normals[:, 2] > 0) & near).nonzero()[:, 0]
+    shown = shown[corners[shown].mean(1)[:, 2].argsort()]
+    paint = (colors * light).clamp(0, 1)[shown].numpy()
+    outlines = corners[shown][..., :2].numpy()
+    ax.add_collection(PolyCollection(outlines, facecolors=paint, edgecolors=paint, linewidths=0.3))
+    ax.set(xlim=(-0.15 / zoom, 0.15 / zoom), ylim=(-0.16 / zoom, 0.16 / zoom), aspect='equal')
+    ax.axis('off')
+
+
+# %% ../../nbs/ground/01_geometry.ipynb #8d5b613f
+def show_meshes(
+    meshes: list,  # of (V,3) vertices, metres
+    faces: Tensor,  # (F,3); or a list, one for each mesh
+    colors: Tensor,  # (F,3); or a list
+    titles: list,  # one line above each
+    alt: str,  # what a reader who cannot see it should hear
+    cols: int = 6,  # meshes per row
+    size: float = 1.45,  # inches of each
+    **view,  # yaw, zoom, at of `paint_mesh`; a list has one value for each mesh
+):  # IPython image
+    "A grid of painted meshes."
+    import matplotlib.pyplot as plt
+
+    rows = -(-len(meshes) // cols)
+    figsize = size * cols, (size + 0.2) * rows
+    fig, axs = plt.subplots(rows, cols, figsize=figsize, squeeze=False, layout='constrained')
+    for ax in axs.flat:
+        ax.axis('off')
+    view = dict(view, faces=faces, colors=colors)
+    for i, (ax, verts, title) in enumerate(zip(axs.flat, meshes, titles)):
+        paint_mesh(ax, verts, **{k: x[i] if isinstance(x, list) else x for k, x in view.items()})
+        ax.set_title(title, fontsize=8)
+    return show_figure(fig, alt)
