@@ -17,7 +17,8 @@ from pathlib import Path
 import common  # first: waiting threads shall sleep
 import numpy as np
 import torch
-from spatialavatar0.avatar.avatar import from_frame
+
+from spatialavatar0.avatar.portrait import from_frame
 from spatialavatar0.capture.photo import refine_photo
 from spatialavatar0.ground.geometry import intrinsics, orbit, quat_mul, quat_rotate
 from spatialavatar0.head.head import open_head

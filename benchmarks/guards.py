@@ -15,11 +15,13 @@ from pathlib import Path
 
 import common  # first: waiting threads shall sleep
 import torch
-from spatialavatar0.avatar.avatar import from_frame
+
+from spatialavatar0.avatar.portrait import from_frame
 from spatialavatar0.pictures.clips import Clip
 from spatialavatar0.pictures.domains import TRACKING
 from spatialavatar0.pictures.people import make_person, mono_clip, novel_views
-from spatialavatar0.stage2.refine import NotFinite, measure, paper_config, refine, start_frame
+from spatialavatar0.stage2.loop import NotFinite, measure, refine
+from spatialavatar0.stage2.refine import paper_config, start_frame
 
 ROWS = {
     'full': {},

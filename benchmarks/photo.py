@@ -15,7 +15,7 @@ import time
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 import torch
 
-from spatialavatar0.avatar.avatar import from_frame
+from spatialavatar0.avatar.portrait import from_frame
 from spatialavatar0.capture.photo import front_psnr, refine_photo
 from spatialavatar0.ground.core import atomic_path, set_seed
 from spatialavatar0.ground.geometry import intrinsics, orbit

@@ -20,23 +20,17 @@ from pathlib import Path
 
 import common  # first: waiting threads shall sleep
 import torch
-from spatialavatar0.avatar.avatar import from_frame, new_avatar, open_splats
+
+from spatialavatar0.avatar.avatar import new_avatar, open_splats
+from spatialavatar0.avatar.portrait import from_frame
 from spatialavatar0.pictures.clips import Clip, split, write_vhap
 from spatialavatar0.pictures.formats import load_clip
 from spatialavatar0.pictures.metrics import ssim
 from spatialavatar0.pictures.people import make_person, mono_clip, novel_views
 from spatialavatar0.splats.rasterize import rasterize
 from spatialavatar0.stage1.generator import from_pretrained
-from spatialavatar0.stage2.refine import (
-    NotFinite,
-    RefineConfig,
-    Refinement,
-    calm,
-    measure,
-    paper_config,
-    refine,
-    start_frame,
-)
+from spatialavatar0.stage2.loop import NotFinite, Refinement, calm, measure, refine
+from spatialavatar0.stage2.refine import RefineConfig, paper_config, start_frame
 
 NONE = dict(spread=99.0, grow=99.0)
 ROWS = {

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import common  # first: waiting threads shall sleep
 import torch
-from spatialavatar0.avatar.avatar import from_frame
+
+from spatialavatar0.avatar.portrait import from_frame
 from spatialavatar0.head.head import open_head
 from spatialavatar0.pictures.metrics import psnr
 from spatialavatar0.pictures.people import make_person, paint, portrait_camera

@@ -4,7 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from spatialavatar0.avatar.avatar import Avatar, from_frame
+
+from spatialavatar0.avatar.avatar import Avatar
+from spatialavatar0.avatar.portrait import from_frame
 from spatialavatar0.ground.core import InputError
 from spatialavatar0.ground.geometry import quat_to_mat
 from spatialavatar0.pictures.clips import Clip
@@ -19,7 +21,8 @@ from spatialavatar0.stage2.densify import (
     same_layout,
     wants,
 )
-from spatialavatar0.stage2.refine import RAW, measure, paper_config, refine
+from spatialavatar0.stage2.loop import measure, refine
+from spatialavatar0.stage2.refine import RAW, paper_config
 
 
 @pytest.fixture(scope='module')

@@ -12,6 +12,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
+
 from spatialavatar0 import cli
 from spatialavatar0.capture.film import (
     ROW,
@@ -286,7 +287,7 @@ def test_build_from_a_film(films, tmp_path, capfd):
 
 
 def test_still_camera_keeps_every_pixel():
-    from spatialavatar0.avatar.avatar import unturned
+    from spatialavatar0.avatar.hair import unturned
     from spatialavatar0.ground.geometry import intrinsics, orbit, project
     from spatialavatar0.pictures.clips import Frame
 

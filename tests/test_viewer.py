@@ -21,19 +21,20 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from spatialavatar0.avatar.avatar import from_frame, new_avatar
+
+from spatialavatar0.avatar.avatar import new_avatar
+from spatialavatar0.avatar.portrait import from_frame
 from spatialavatar0.ground.core import InputError
 from spatialavatar0.ground.geometry import intrinsics, orbit
 from spatialavatar0.head.head import Head, open_head
 from spatialavatar0.pictures.metrics import psnr
 from spatialavatar0.pictures.people import make_person, paint, portrait_camera
 from spatialavatar0.splats.binding import Binding
+from spatialavatar0.use.animate import TURNS, control_names, pose_of
 from spatialavatar0.use.viewer import (
     SHOW,
-    TURNS,
     Explorer,
     control_groups,
-    control_names,
     find_browser,
     home_view,
     in_browser,
@@ -41,7 +42,6 @@ from spatialavatar0.use.viewer import (
     page,
     page_picture,
     picture,
-    pose_of,
     serve,
     signed_steps,
     steps,

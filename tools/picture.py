@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from spatialavatar0.avatar.avatar import Avatar, head_square
+from spatialavatar0.avatar.avatar import Avatar
+from spatialavatar0.avatar.portrait import head_square
 from spatialavatar0.capture.track import fit
 from spatialavatar0.ground.core import to_uint8
 from spatialavatar0.ground.geometry import crop_intrinsics

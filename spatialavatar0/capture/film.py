@@ -4,30 +4,29 @@
 
 # %% auto #0
 __all__ = [
-    'ROW',
     'LIMITS',
-    'Film',
-    'open_film',
-    'film_pictures',
-    'film_faces',
-    'cuts_of',
-    'stretches',
     'unlike',
+    'face_angles',
     'FilmFit',
-    'identity',
+    'film_identity',
     'calm_rows',
     'of_person',
+    'follow',
+    'picture_errors',
     'held_out_error',
     'Cover',
-    'verdicts',
     'film_checks',
+    'Verdict',
+    'PictureVerdict',
+    'verdicts',
+    'count_reasons',
     'still_camera',
-    'matte_colours',
     'head_box',
+    'Windows',
     'windows',
     'cut_window',
-    'Reel',
     'ahead',
+    'Tracking',
     'track_video',
     'watch',
 ]
@@ -36,263 +35,49 @@ __all__ = [
 import hashlib
 import json
 import math
-import os
-import re
 import shutil
-import subprocess
-import threading
 import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from enum import Enum
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from spatialavatar0.capture.footage import (
+    Film,
+    Reel,
+    as_floats,
+    cuts_of,
+    film_faces,
+    film_pictures,
+    open_film,
+    picture_files,
+    stretches,
+)
 from spatialavatar0.capture.landmarks import (
-    MAX_SIDE,
-    MIN_SIDE,
     Detection,
     LandmarkModel,
     landmark_model,
     landmark_table,
-    landmarker,
-    load_photo,
     one_thread,
-    search_faces,
 )
 
 # %% ../../nbs/capture/75_film.ipynb #92786bef
-from ..avatar.avatar import look_up, part_is, see, texel_mask, without_clothes
-from ..ground.core import InputError, atomic_path, progress, to_numpy, to_uint8
+from ..avatar.avatar import part_is, texel_mask
+from ..avatar.portrait import without_clothes
+from ..avatar.warp import look_up, see
+from ..ground.core import InputError, atomic_path, progress
 from ..ground.geometry import crop_intrinsics, mat_to_axis_angle, orbit, project
 from ..head.head import Head, open_head
 from ..pictures.clips import Clip, Frame, read_vhap, resize, write_vhap
 from ..splats.binding import bind_uv
-from .matte import _around, _seeds, matte, silhouettes
+from .matte import matte, matte_colours
 from .track import camera_guess, minimise, pixels, set_up, solve, to_frame
-
-
-# %% ../../nbs/capture/75_film.ipynb #1903fbc3
-@dataclass(frozen=True)
-class Film:
-    "What is in a film file, or a folder of pictures."
-
-    path: Path
-    fps: float  # pictures a second, evenly spaced
-    about: int  # roughly so many pictures
-    options: tuple = ()  # for ffmpeg
-
-
-# %% ../../nbs/capture/75_film.ipynb #340b99fd
-def _ask(path):
-    "What ffmpeg says about a file."
-    import imageio_ffmpeg
-
-    try:
-        done = subprocess.run(
-            [imageio_ffmpeg.get_ffmpeg_exe(), '-hide_banner', '-i', str(path)],
-            capture_output=True,
-            text=True,
-            errors='replace',
-            stdin=subprocess.DEVNULL,
-            timeout=60,
-        )
-    except (OSError, RuntimeError, subprocess.TimeoutExpired) as e:
-        raise InputError(
-            f'ffmpeg cannot look into {path} ({str(e)[:80]}); pip install --force-reinstall '
-            'imageio-ffmpeg'
-        ) from e
-    return done.stderr
-
-
-# %% ../../nbs/capture/75_film.ipynb #88f0833a
-def open_film(
-    path,  # film file, or a folder of pictures in the order of their names
-    most: float = 30.0,  # pictures a second, at most
-) -> Film:
-    "Look into a film; one clear error if there is nothing to see."
-    path = Path(path)
-    if path.is_dir():
-        n = len(_pictures(path))
-        if not n:
-            raise InputError(f'{path}: expected pictures; the folder has none')
-        return Film(path, 25.0, n)
-    if not path.is_file():
-        raise InputError(f'no film at {path}')
-    text = _ask(path)
-    video = re.search(r'Stream .*Video: .*', text)
-    clock = re.search(r'Duration: (\d+):(\d+):([\d.]+)', text)
-    if not video and 'Audio:' in text:
-        raise InputError(f'{path} has sound but no pictures; expected a film of a face')
-    if not video:
-        raise InputError(
-            f'{path} is not a film that ffmpeg can read; if it plays elsewhere, save it as .mp4'
-        )
-    pace = {
-        k: float(m[1]) for k in ('fps', 'tbr') if (m := re.search(rf'([\d.]+) {k}\b', video[0]))
-    }
-    fps = pace.get('fps', pace.get('tbr', 25.0)) or 25.0
-    uneven = abs(pace.get('tbr', fps) - fps) > 0.01 * fps or fps > most
-    fps = min(fps, most)
-    seconds = sum(float(v) * s for v, s in zip(clock.groups(), (3600, 60, 1))) if clock else 0.0
-    fit = f"scale='trunc(iw*sar*min(1,{MAX_SIDE}/max(iw*sar,ih))/2)*2':'trunc(ih*min(1,{MAX_SIDE}/max(iw*sar,ih))/2)*2',setsar=1"
-    return Film(
-        path,
-        fps,
-        max(1, round(seconds * fps)),
-        (
-            '-vf',
-            f'fps={fps:.4f},{fit}' if uneven else fit,
-            *(() if uneven else ('-fps_mode', 'passthrough')),
-        ),
-    )
-
-
-# %% ../../nbs/capture/75_film.ipynb #dbc42daa
-def _pictures(path):
-    return sorted(
-        p for p in path.iterdir() if p.suffix.lower() in ('.png', '.jpg', '.jpeg', '.webp')
-    )
-
-
-# %% ../../nbs/capture/75_film.ipynb #f1a80088
-def film_pictures(
-    film: Film,
-    start: int = 0,  # the first one wanted
-):  # yields (H,W,3) bytes
-    "Pictures of a film, one after the other; nothing is kept."
-    if film.path.is_dir():
-        yield from (to_uint8(load_photo(p)) for p in _pictures(film.path)[start:])
-        return
-    import imageio_ffmpeg
-
-    stream = imageio_ffmpeg.read_frames(str(film.path), output_params=list(film.options))
-    try:
-        w, h = next(stream)['size']
-        if min(w, h) < MIN_SIDE:
-            raise InputError(
-                f'{film.path} is {w} x {h} pixels; expected at least {MIN_SIDE} on each side'
-            )
-        for i, raw in enumerate(stream):
-            if i >= start:
-                yield np.frombuffer(raw, np.uint8).reshape(h, w, 3)
-    except (OSError, RuntimeError, StopIteration) as e:
-        raise InputError(f'{film.path} cannot be decoded; it is damaged or cut short') from e
-    finally:
-        stream.close()
-
-
-# %% ../../nbs/capture/75_film.ipynb #bf8df975
-ROW = np.dtype(
-    [
-        ('faces', '<f4'),
-        ('change', '<f4'),
-        ('size', '<f4', 2),
-        ('lmks', '<f4', (478, 2)),
-        ('scores', '<f4', 52),
-    ]
-)
-
-
-def _row(run, image, before, names):
-    "What one picture shows."
-    found = run(image) or (
-        search_faces(run, image)
-        if before is None or not before['faces']
-        else _near(run, image, before['lmks'])
-    )
-    d = max(found, key=lambda d: d.span, default=None)
-    row = np.zeros((), ROW)
-    row['size'] = image.shape[1::-1]
-    row['faces'] = 0 if d is None else sum(f.span > 0.5 * d.span for f in found)
-    if d is not None:
-        row['lmks'] = d.lmks.numpy()
-        row['scores'] = [d.scores[n] for n in names]
-    return row
-
-
-# %% ../../nbs/capture/75_film.ipynb #77ceab91
-def _near(run, image, lmks):
-    "A face that the whole picture did not show: look where it was."
-    x, y = lmks.mean(0)
-    s = 1.2 * np.ptp(lmks, 0).max()
-    x0, y0 = max(0, int(x - s)), max(0, int(y - s))
-    return [
-        replace(d, lmks=d.lmks + torch.tensor([x0, y0]))
-        for d in run(image[y0 : int(y + s), x0 : int(x + s)])
-    ]
-
-
-def _thumb(image):
-    return to_numpy(resize(torch.from_numpy(image[::4, ::4].copy()).float().mean(-1) / 255, 18, 32))
-
-
-# %% ../../nbs/capture/75_film.ipynb #732e99d6
-def film_faces(
-    film: Film,
-    path=None,  # file for the rows; it goes on from those that are there
-    model=None,  # MediaPipe's .task file; None: the manifest's
-) -> np.ndarray:  # (T,) of ROW
-    "The face in every picture of a film."
-    path = Path(path or os.devnull)
-    names = open_head().arkit_names
-    rows = list(np.fromfile(path, ROW)) if path.is_file() else []
-    at, last = max(0, len(rows) - 1), None
-    with path.open('ab') as keep, landmarker(model) as run:
-        if path.is_file():
-            keep.truncate(len(rows) * ROW.itemsize)  # a row that was cut off is made again
-        for i, im in enumerate(
-            progress(film_pictures(film, at), 'faces', total=film.about - at), at
-        ):
-            small = _thumb(im)
-            if i >= len(rows):
-                row = _row(run, im, rows[-1] if rows else None, names)
-                row['change'] = 0 if last is None else np.abs(small - last).mean()
-                rows.append(row)
-                keep.write(row.tobytes())
-                keep.flush()
-            last = small
-    if not rows:
-        raise InputError(f'{film.path} holds no picture')
-    return np.stack(rows)
-
-
-# %% ../../nbs/capture/75_film.ipynb #93aeadd4
-def cuts_of(
-    rows,  # from film_faces
-    fps: float,
-) -> np.ndarray:  # (T,) bool: a new shot begins here
-    "Where the picture changes at once, or the face jumps."
-    change = rows['change']
-    usual = np.array([np.median(change[max(0, i - 12) : i + 13]) for i in range(len(change))])
-    cut = (change > 0.05) & (change > 5 * usual)
-    two = (rows['faces'][1:] > 0) & (rows['faces'][:-1] > 0)
-    lmks = rows['lmks']
-    span = np.ptp(lmks[1:], 1).max(-1).clip(1)
-    jump = np.linalg.norm(lmks[1:].mean(1) - lmks[:-1].mean(1), axis=-1) / span
-    cut[1:] |= two & (jump * fps / 25 > 0.35)
-    return cut
-
-
-# %% ../../nbs/capture/75_film.ipynb #c2f7fef3
-def stretches(
-    good,  # (T,) bool
-    cuts,  # (T,) bool
-) -> list:  # arrays of indices
-    "Runs of good frames between cuts."
-    at = np.flatnonzero(good)
-    ends = (
-        np.flatnonzero(
-            (np.diff(at) > 1)
-            | np.array([cuts[a + 1 : b + 1].any() for a, b in zip(at, at[1:])], bool)
-        )
-        + 1
-        if len(at)
-        else []
-    )
-    return [s for s in np.split(at, ends) if len(s)]
 
 
 # %% ../../nbs/capture/75_film.ipynb #68547418
@@ -311,14 +96,24 @@ def unlike(
 
 
 # %% ../../nbs/capture/75_film.ipynb #d435303f
+def face_angles(
+    R: Tensor,  # (3,3) head -> camera
+) -> Tensor:  # (2,) yaw and pitch, radians; 0 where it looks into the camera
+    "Where the nose points."
+    return torch.stack([torch.atan2(R[0, 2], -R[2, 2]), torch.atan2(R[1, 2], -R[2, 2])])
+
+
 def _detection(row, names):
-    return Detection(torch.from_numpy(row['lmks'].copy()), dict(zip(names, row['scores'].tolist())))
+    scores = dict(zip(names, row['scores'].tolist()))
+    return Detection(torch.from_numpy(row['lmks'].copy()), scores)
 
 
-def _facing(R):
-    return torch.stack(
-        [torch.atan2(R[0, 2], -R[2, 2]), torch.atan2(R[1, 2], -R[2, 2])]
-    )  # yaw and pitch of the nose, radians
+def _nobody(rows):
+    "Why no picture can be used."
+    if (rows['faces'] > 1).mean() > 0.5:
+        return 'two people or more are in the picture; crop the film to one'
+    found = f'found none that could be used in {len(rows)} pictures'
+    return f'expected one face in the film; {found}'
 
 
 # %% ../../nbs/capture/75_film.ipynb #06bab18b
@@ -329,51 +124,58 @@ class FilmFit:
         self.head, self.rows = head, rows
         self.table = landmark_table(head)
         self.model = landmark_model(head, self.table, num_shape)
-        w, h = rows['size'][0]
-        self.K = camera_guess(int(w), int(h), focal * max(w, h) / w)
+        width, height = rows['size'][0]
+        longest = max(width, height)
+        self.K = camera_guess(int(width), int(height), focal * longest / width)
         self.cuts = cuts_of(rows, film.fps)
-        self.states = {}
         self.spans = stretches(rows['faces'] == 1, self.cuts)
         if not self.spans:
             raise InputError(f'{film.path}: {_nobody(rows)}')
+        self.shape = None  # (S,) who it is
+        self.keys = []  # pictures that say so
+        self.states = {}  # index of a picture -> its State
 
     def problem(self, row, held_out=(), model=None):
-        return set_up(
-            model or self.model,
-            self.table,
-            _detection(row, self.head.arkit_names),
-            self.K,
-            self.head.arkit_names,
-            held_out,
-        )
+        "Where to start, and what to explain: one picture."
+        names = self.head.arkit_names
+        seen = _detection(row, names)
+        return set_up(model or self.model, self.table, seen, self.K, names, held_out)
 
+    def frame(self, i, image):
+        "Picture i as a frame; its mask is all ones."
+        return to_frame(self.states[i], image, self.K, self.head)
 
-# %% ../../nbs/capture/75_film.ipynb #e5afa307
-def _nobody(rows):
-    "Why no picture can be used."
-    several = (rows['faces'] > 1).mean()
-    return (
-        'two people or more are in the picture; crop the film to one'
-        if several > 0.5
-        else f'expected one face in the film; found none that could be used in {len(rows)} pictures'
-    )
+    def blank(self, i):
+        "Picture i as a frame of the film's size, without the picture."
+        width, height = map(int, self.rows['size'][0])
+        return self.frame(i, torch.zeros(height, width, 3))
 
 
 # %% ../../nbs/capture/75_film.ipynb #bd1447e0
-def identity(
+def _key_pictures(fit, n):
+    "Indices of pictures whose poses differ, the most frontal one first."
+    usable = np.concatenate(fit.spans)
+    some = usable[:: max(1, len(usable) // 300)]
+    poses = torch.stack([face_angles(fit.problem(fit.rows[i])[0].R) for i in some])
+    most_frontal = int(poses.norm(dim=1).argmin())
+    return [int(some[k]) for k in unlike(poses, n, most_frontal)]
+
+
+def _shape_of_picture(fit, i, held_out=()):
+    "Who picture i alone says it is."
+    start, target = fit.problem(fit.rows[i], held_out)
+    return solve(fit.model, fit.table, start, target).c[:-52]
+
+
+def film_identity(
     fit: FilmFit,
     n: int = 12,  # pictures that say who it is
     held_out=(),  # landmarks not to use
 ) -> tuple:  # (S,) shape, indices of the pictures
     "Who it is: the mean of what pictures that differ say."
-    at = np.concatenate(fit.spans)
-    some = at[:: max(1, len(at) // 300)]
-    poses = torch.stack([_facing(fit.problem(fit.rows[i])[0].R) for i in some])
-    keys = [int(some[k]) for k in unlike(poses, n, int(poses.norm(dim=1).argmin()))]
+    keys = _key_pictures(fit, n)
     with one_thread():
-        shapes = [
-            solve(fit.model, fit.table, *fit.problem(fit.rows[i], held_out)).c[:-52] for i in keys
-        ]
+        shapes = [_shape_of_picture(fit, i, held_out) for i in keys]
     return torch.stack(shapes).mean(0), keys
 
 
@@ -404,8 +206,8 @@ def of_person(
     "The landmarks of somebody who is known."
     n = len(shape)
 
-    def fixed(x, d):
-        return x + d[..., :n] @ shape
+    def fixed(mean, directions):
+        return mean + directions[..., :n] @ shape
 
     return replace(
         model,
@@ -418,158 +220,128 @@ def of_person(
 
 
 # %% ../../nbs/capture/75_film.ipynb #f7ae84b0
-def _follow(fit, sigma=0.8):
-    "States of all usable pictures, each started from the one before."
+def _follow_stretch(fit, rows, known, span):
+    "States of one stretch, each started from the one before."
+    last = None
+    for i in progress(span, 'fit'):
+        start, target = fit.problem(rows[i], model=known)
+        start = start if last is None else replace(last, c=start.c)
+        last = minimise(known, start, target, free=('pose', 'arkit'), steps=20, tol=1e-4)
+        fit.states[int(i)] = replace(last, c=torch.cat([fit.shape, last.c]))
+
+
+def follow(
+    fit: FilmFit,  # whose identity is known; gets its states
+    sigma: float = 0.8,  # frames, see calm_rows
+):
+    "Pose and expression in all usable pictures."
     calm = calm_rows(fit.rows, fit.spans, sigma)
     known = of_person(fit.model, fit.shape)
     with one_thread():
-        for s in fit.spans:
-            last = None
-            for i in progress(s, 'fit'):
-                start, target = fit.problem(calm[i], model=known)
-                last = minimise(
-                    known,
-                    start if last is None else replace(last, c=start.c),
-                    target,
-                    free=('pose', 'arkit'),
-                    steps=20,
-                    tol=1e-4,
-                )
-                fit.states[int(i)] = replace(last, c=torch.cat([fit.shape, last.c]))
+        for span in fit.spans:
+            _follow_stretch(fit, calm, known, span)
 
 
 # %% ../../nbs/capture/75_film.ipynb #bab965f5
-def _errors(fit):
-    "Index -> landmark error, % of the outer-eye distance."
-    out = {}
-    for i, s in fit.states.items():
+def picture_errors(
+    fit: FilmFit,
+    states: dict,  # index -> State
+    only: Tensor = None,  # (478,) bool: landmarks to look at; default: all valid ones
+) -> dict:  # index -> mean landmark error, % of the outer-eye distance
+    "How well the fit explains each picture."
+    use = fit.table.valid if only is None else only & fit.table.valid
+    errors = {}
+    for i, state in states.items():
         lmks = torch.from_numpy(fit.rows[i]['lmks'].copy()).double()
-        e = (pixels(fit.model, s, fit.K) - lmks).norm(dim=1)[fit.table.valid]
-        out[i] = float(100 * e.mean() / (lmks[33] - lmks[263]).norm())
-    return out
+        misses = (pixels(fit.model, state, fit.K) - lmks).norm(dim=1)[use]
+        errors[i] = float(100 * misses.mean() / (lmks[33] - lmks[263]).norm())
+    return errors
 
 
 # %% ../../nbs/capture/75_film.ipynb #b1d9836f
+def _fit_blind(fit, i, shape, unseen):
+    "The state of picture i, found without some of its landmarks."
+    state = fit.states[i]
+    start = replace(state, c=torch.cat([shape, state.c[-52:]]))
+    _, target = fit.problem(fit.rows[i], unseen)
+    return minimise(fit.model, start, target, free=('pose', 'arkit'), steps=20)
+
+
 def held_out_error(
     fit: FilmFit,
     n: int = 20,  # pictures, at most
 ) -> float:  # %
     "Error on every fifth landmark, of fits that never saw them."
-    out = torch.arange(478) % 5 == 0
-    blind = FilmFit.__new__(FilmFit)
-    blind.__dict__ = dict(fit.__dict__, states={})
-    blind.shape, _ = identity(fit, 6, out)
+    unseen = torch.arange(478) % 5 == 0
+    shape, _ = film_identity(fit, 6, unseen)
     some = sorted(fit.states)[:: max(1, len(fit.states) // n)]
     with one_thread():
-        for i in some:
-            s = fit.states[i]
-            blind.states[i] = minimise(
-                fit.model,
-                replace(s, c=torch.cat([blind.shape, s.c[-52:]])),
-                fit.problem(fit.rows[i], out)[1],
-                free=('pose', 'arkit'),
-                steps=20,
-            )
-    errors = []
-    for i, s in blind.states.items():
-        lmks = torch.from_numpy(fit.rows[i]['lmks'].copy()).double()
-        e = (pixels(fit.model, s, fit.K) - lmks).norm(dim=1)[out & fit.table.valid]
-        errors.append(float(100 * e.mean() / (lmks[33] - lmks[263]).norm()))
-    return float(np.mean(errors))
+        states = {i: _fit_blind(fit, i, shape, unseen) for i in some}
+    return float(np.mean(list(picture_errors(fit, states, unseen).values())))
 
 
 # %% ../../nbs/capture/75_film.ipynb #cfa8274c
+def _skin_points(head, resolution):
+    "A coarse binding to the skin of the face, without eyes and lips."
+    whole = bind_uv(head, resolution)
+    keep = (
+        (texel_mask(head, 'face', whole) > 0.5)
+        & part_is(head, whole, 'skin')
+        & (texel_mask(head, 'eye_region', whole) < 0.3)
+        & (texel_mask(head, 'lips', whole) < 0.2)
+    )
+    return replace(
+        whole,
+        face_ids=whole.face_ids[keep],
+        bary=whole.bary[keep],
+        texels=whole.texels[keep],
+    )
+
+
+def _relit(colours):
+    "Colours (T,N,3) without each picture's light, and the usual colour of each point (N,3)."
+    usual = colours.nanmedian(0).values
+    for _ in range(3):
+        gain = (colours / usual.clamp_min(0.02)).nanmedian(1, keepdim=True).values
+        lit = colours / gain
+        usual = lit.nanmedian(0).values
+    return lit, usual
+
+
+# %% ../../nbs/capture/75_film.ipynb #9088aeae
 class Cover:
     "How much of the face has other colours than usual, picture by picture."
 
     def __init__(self, head, resolution=40):
-        b = bind_uv(head, resolution)
-        keep = (
-            (texel_mask(head, 'face', b) > 0.5)
-            & part_is(head, b, 'skin')
-            & (texel_mask(head, 'eye_region', b) < 0.3)
-            & (texel_mask(head, 'lips', b) < 0.2)
-        )
         self.head = head
-        self.binding = replace(
-            b, face_ids=b.face_ids[keep], bary=b.bary[keep], texels=b.texels[keep]
-        )
+        self.binding = _skin_points(head, resolution)
         self.colours = {}
 
     def look(self, i, frame):
         "Note a picture's colours; nan where it sees nothing."
-        s = see(self.binding, self.head(**frame.params)[0], frame, 1)
-        rgb = look_up(frame, s.uv)
-        rgb[~(s.visible & (s.cosine > 0.35))] = math.nan
+        seen = see(self.binding, self.head(**frame.params)[0], frame, 1)
+        rgb = look_up(frame, seen.uv)
+        rgb[~(seen.visible & (seen.cosine > 0.35))] = math.nan
         self.colours[i] = rgb.half()
 
     def shares(self, limit=0.1):  # index -> 0..1
-        x = torch.stack(list(self.colours.values())).float()
-        usual = x.nanmedian(0).values
-        for _ in range(3):
-            lit = x / (x / usual.clamp_min(0.02)).nanmedian(1, keepdim=True).values
-            usual = lit.nanmedian(0).values
-        d = (lit - usual).abs().mean(-1)
-        seen = ~d.isnan()
-        return dict(
-            zip(self.colours, (((d > limit) & seen).sum(1) / seen.sum(1).clamp_min(1)).tolist())
-        )
-
-
-# %% ../../nbs/capture/75_film.ipynb #adcb1322
-LIMITS = dict(
-    landmarks=4.0, covered=0.12, outside=0.3, turned=60.0
-)  # %, share of the face, share of the head beyond the border, degrees
-
-
-def verdicts(
-    checks: dict,  # index -> dict of numbers, named as in LIMITS
-    rows,
-) -> list:  # per picture of the film: dict of time step, use, confidence, reason
-    "What becomes of each picture."
-    out = []
-    for i, r in enumerate(rows):
-        c = checks.get(i)
-        worst = max(LIMITS, key=lambda k: c[k] / LIMITS[k]) if c else None
-        ok = bool(c) and c[worst] <= LIMITS[worst]
-        why = (
-            ''
-            if ok
-            else f'{worst} {c[worst]:.3g}, more than {LIMITS[worst]:g}'
-            if c
-            else 'no face'
-            if not r['faces']
-            else f'{int(r["faces"])} faces'
-        )
-        out.append(
-            dict(
-                time=i,
-                use=ok,
-                confidence=round(1 - c[worst] / LIMITS[worst], 3) if ok else 0.0,
-                reason=why,
-                **({k: round(v, 4) for k, v in c.items()} if c else {}),
-            )
-        )
-    return out
+        lit, usual = _relit(torch.stack(list(self.colours.values())).float())
+        difference = (lit - usual).abs().mean(-1)
+        seen = ~difference.isnan()
+        other = ((difference > limit) & seen).sum(1)
+        return dict(zip(self.colours, (other / seen.sum(1).clamp_min(1)).tolist()))
 
 
 # %% ../../nbs/capture/75_film.ipynb #4d99f0b0
-def _where(fit, i):
+def _position(fit, i):
     "How much of the head lies beyond the border, and how far it is turned."
-    v = fit.head(**to_frame(fit.states[i], torch.zeros(1, 1, 3), fit.K, fit.head).params)[0][
-        fit.head.masks['neck'] < 0.5
-    ]
-    uv = project(v, _viewmat(fit.states[i]), fit.K.float())[0]
+    frame = fit.frame(i, torch.zeros(1, 1, 3))
+    head_verts = fit.head(**frame.params)[0][fit.head.masks['neck'] < 0.5]
+    points = project(head_verts, frame.viewmat, frame.K)[0]
     size = torch.from_numpy(fit.rows[i]['size'].copy())
-    out = ((uv < 0) | (uv > size)).any(1).float().mean()
-    return dict(outside=float(out), turned=float(_facing(fit.states[i].R).abs()[0] * 180 / math.pi))
-
-
-# %% ../../nbs/capture/75_film.ipynb #c718b798
-def _viewmat(s):
-    V = torch.eye(4)
-    V[:3, :3], V[:3, 3] = s.R, s.t
-    return V
+    outside = ((points < 0) | (points > size)).any(1).float().mean()
+    yaw = face_angles(fit.states[i].R).abs()[0]
+    return dict(outside=float(outside), turned=float(yaw * 180 / math.pi))
 
 
 # %% ../../nbs/capture/75_film.ipynb #97728aad
@@ -577,16 +349,92 @@ def film_checks(
     fit: FilmFit,
     film: Film,
     head: Head,
-) -> dict:  # index -> dict of numbers
+) -> dict:  # index -> dict of numbers, named as in LIMITS
     "All numbers a verdict needs."
-    cover, errors = Cover(head), _errors(fit)
-    for i, im in enumerate(progress(film_pictures(film), 'look', total=len(fit.rows))):
+    cover, errors = Cover(head), picture_errors(fit, fit.states)
+    for i, image in enumerate(progress(film_pictures(film), 'look', total=len(fit.rows))):
         if i in fit.states:
-            cover.look(
-                i, to_frame(fit.states[i], torch.from_numpy(im.copy()).float() / 255, fit.K, head)
-            )
+            cover.look(i, fit.frame(i, as_floats(image)))
     shares = cover.shares()
-    return {i: dict(landmarks=errors[i], covered=shares[i], **_where(fit, i)) for i in fit.states}
+    return {
+        i: dict(landmarks=errors[i], covered=shares[i], **_position(fit, i)) for i in fit.states
+    }
+
+
+# %% ../../nbs/capture/75_film.ipynb #adcb1322
+class Verdict(Enum):
+    "What becomes of a picture, and why; the last four are names in LIMITS."
+
+    USED = 'used'
+    NO_FACE = 'no face'
+    SEVERAL_FACES = 'several faces'
+    LANDMARKS = 'landmarks'
+    COVERED = 'covered'
+    OUTSIDE = 'outside'
+    TURNED = 'turned'
+
+
+LIMITS = dict(
+    landmarks=4.0,  # %
+    covered=0.12,  # share of the face
+    outside=0.3,  # share of the head beyond the border
+    turned=60.0,  # degrees
+)
+
+
+# %% ../../nbs/capture/75_film.ipynb #7b378e75
+@dataclass(frozen=True)
+class PictureVerdict:
+    "What becomes of one picture of a film."
+
+    time: int  # which picture
+    verdict: Verdict
+    reason: str = ''  # in words, for people
+    confidence: float = 0.0  # 0..1
+    checks: dict = field(default_factory=dict)  # the numbers, named as in LIMITS
+
+    @property
+    def use(self):
+        return self.verdict is Verdict.USED
+
+    def entry(self):
+        "As it stands in tracking.json."
+        numbers = {name: round(value, 4) for name, value in self.checks.items()}
+        words = dict(use=self.use, confidence=self.confidence, reason=self.reason)
+        return dict(time=self.time, **words, **numbers)
+
+
+# %% ../../nbs/capture/75_film.ipynb #4c1be112
+def _judge_picture(time, row, checks):
+    "The verdict on one picture; without checks it could not be fitted."
+    if not checks and not row['faces']:
+        return PictureVerdict(time, Verdict.NO_FACE, 'no face')
+    if not checks:
+        return PictureVerdict(time, Verdict.SEVERAL_FACES, f'{int(row["faces"])} faces')
+    worst = max(LIMITS, key=lambda name: checks[name] / LIMITS[name])
+    value, limit = checks[worst], LIMITS[worst]
+    if value <= limit:
+        confidence = round(1 - value / limit, 3)
+        return PictureVerdict(time, Verdict.USED, confidence=confidence, checks=checks)
+    reason = f'{worst} {value:.3g}, more than {limit:g}'
+    return PictureVerdict(time, Verdict(worst), reason, checks=checks)
+
+
+def verdicts(
+    checks: dict,  # index -> dict of numbers, named as in LIMITS
+    rows,
+) -> list:  # a PictureVerdict for every picture of the film
+    "What becomes of each picture."
+    return [_judge_picture(i, row, checks.get(i)) for i, row in enumerate(rows)]
+
+
+# %% ../../nbs/capture/75_film.ipynb #5c12260e
+def count_reasons(
+    table: list,  # of PictureVerdict
+) -> str:
+    "How many pictures went for which reason, in words."
+    counts = Counter(picture.verdict for picture in table if not picture.use)
+    return ', '.join(f'{count} {verdict.value}' for verdict, count in counts.items())
 
 
 # %% ../../nbs/capture/75_film.ipynb #0c0ebac6
@@ -596,50 +444,14 @@ def still_camera(
     head: Head,
 ) -> Frame:  # the same picture: the head turns instead
     "Move a fit's pose from the camera to the head."
-    p = dict(frame.params)
-    rest = head.rest(p.get('shape'), p.get('expr'))[0]
-    j = (head.J_regressor @ rest)[0]
+    params = dict(frame.params)
+    rest = head.rest(params.get('shape'), params.get('expr'))[0]
+    joint = (head.J_regressor @ rest)[0]
     R = viewmat[:3, :3].T @ frame.viewmat[:3, :3]
-    t = viewmat[:3, :3].T @ (frame.viewmat[:3, 3] - viewmat[:3, 3]) - j + R @ j
-    return replace(
-        frame,
-        viewmat=viewmat,
-        params=dict(p, rotation=mat_to_axis_angle(R)[None], translation=t[None]),
-    )
-
-
-# %% ../../nbs/capture/75_film.ipynb #5b279970
-def matte_colours(
-    frames: list,  # a few fitted frames of one film
-    head: Head,
-    longest: int = 200,
-) -> tuple:  # what `matte` takes as colours
-    "Colours of head and background, from several pictures at once."
-    import cv2
-
-    table = landmark_table(head)
-    cuts = []
-    for f in frames:
-        small = _around(f, head, f.image, longest).frame
-        a = to_uint8(small.image)
-        s = _seeds(*silhouettes(small, head, table))
-        cuts.append((a, s))
-    h = max(a.shape[0] for a, _ in cuts)
-    w = sum(a.shape[1] for a, _ in cuts)
-    image = np.zeros((h, w, 3), np.uint8)
-    seeds = np.full((h, w), cv2.GC_BGD, np.uint8)
-    x = 0
-    for a, s in cuts:
-        image[: a.shape[0], x : x + a.shape[1]] = a
-        seeds[: s.shape[0], x : x + s.shape[1]] = s
-        image[a.shape[0] :, x : x + a.shape[1]] = a[-1:]
-        x += a.shape[1]
-    known = np.zeros((1, 65)), np.zeros((1, 65))
-    cv2.setRNGSeed(0)
-    cv2.grabCut(
-        np.ascontiguousarray(image[..., ::-1]), seeds, None, *known, 5, cv2.GC_INIT_WITH_MASK
-    )
-    return known
+    shift = viewmat[:3, :3].T @ (frame.viewmat[:3, 3] - viewmat[:3, 3])
+    t = shift - joint + R @ joint
+    params |= dict(rotation=mat_to_axis_angle(R)[None], translation=t[None])
+    return replace(frame, viewmat=viewmat, params=params)
 
 
 # %% ../../nbs/capture/75_film.ipynb #0c91b1b3
@@ -648,32 +460,36 @@ def head_box(
     head: Head,
 ) -> Tensor:  # (4,) left, top, right, bottom, pixels; may lie outside
     "The head with room for hair, as far down as its neck goes."
-    uv = project(head(**frame.params)[0], frame.viewmat, frame.K)[0]
-    lo, hi = uv.amin(0), uv.amax(0)
-    w, h = hi - lo
-    return torch.stack([lo[0] - 0.2 * w, lo[1] - 0.2 * h, hi[0] + 0.2 * w, hi[1] + 0.03 * h])
+    points = project(head(**frame.params)[0], frame.viewmat, frame.K)[0]
+    low, high = points.amin(0), points.amax(0)
+    w, h = high - low
+    corners = [low[0] - 0.2 * w, low[1] - 0.2 * h, high[0] + 0.2 * w, high[1] + 0.03 * h]
+    return torch.stack(corners)
 
 
 # %% ../../nbs/capture/75_film.ipynb #d80fc775
+class Windows(NamedTuple):
+    "A window of one size that follows a head."
+
+    corners: np.ndarray  # (T,2) whole numbers: left, top
+    size: tuple  # width, height, pixels
+
+
 def windows(
     boxes: Tensor,  # (T,4) from head_box
     size: tuple,  # width, height of the film
     sigma: float = 6.0,  # frames
-) -> tuple:  # (T,2) whole numbers: left, top; (width, height)
-    "A window of one size that follows a head."
+) -> Windows:
+    "Where the clip's window lies in each picture."
     from scipy.ndimage import gaussian_filter1d
 
-    b = boxes.numpy().astype(float)
-    w, h = (int(min(np.quantile(b[:, k + 2] - b[:, k], 0.9), size[k])) for k in (0, 1))
-    centre = gaussian_filter1d((b[:, :2] + b[:, 2:]) / 2, sigma, axis=0, mode='nearest')
-    corner = np.stack(
-        [
-            np.clip(centre[:, 0] - w / 2, 0, size[0] - w),
-            np.clip(centre[:, 1] - h / 2, 0, size[1] - h),
-        ],
-        1,
-    )
-    return corner.round().astype(int), (w, h)
+    low, high = np.split(boxes.numpy().astype(float), 2, axis=1)
+    usual = np.quantile(high - low, 0.9, axis=0)
+    w, h = (int(min(usual[k], size[k])) for k in (0, 1))
+    centre = gaussian_filter1d((low + high) / 2, sigma, axis=0, mode='nearest')
+    left = np.clip(centre[:, 0] - w / 2, 0, size[0] - w)
+    top = np.clip(centre[:, 1] - h / 2, 0, size[1] - h)
+    return Windows(np.stack([left, top], 1).round().astype(int), (w, h))
 
 
 # %% ../../nbs/capture/75_film.ipynb #e48f9e4d
@@ -686,35 +502,15 @@ def cut_window(
     longest: int,  # pixels of the result
 ) -> Frame:
     "A part of a frame, shrunk if it is large; the camera follows."
-    s = min(1, longest / max(w, h))
-    W, H = round(w * s), round(h * s)
+    shrink = min(1, longest / max(w, h))
+    width, height = round(w * shrink), round(h * shrink)
 
-    def cut(a):
-        return resize(a[y0 : y0 + h, x0 : x0 + w], H, W)
+    def cut(picture):
+        return resize(picture[y0 : y0 + h, x0 : x0 + w], height, width)
 
-    K = torch.diag(torch.tensor([W / w, H / h, 1.0])) @ crop_intrinsics(frame.K, x0, y0, 1.0)
+    scale = torch.diag(torch.tensor([width / w, height / h, 1.0]))
+    K = scale @ crop_intrinsics(frame.K, x0, y0, 1.0)
     return replace(frame, image=cut(frame.image), mask=cut(frame.mask), K=K)
-
-
-# %% ../../nbs/capture/75_film.ipynb #c090466a
-class Reel:
-    "Pictures of a film by number; quick when they are asked for in order."
-
-    def __init__(self, film):
-        self.film = film
-        self.at = 0
-        self.stream = None
-        self.lock = threading.Lock()
-
-    def __getitem__(self, i):
-        with self.lock:
-            if self.stream is None or i < self.at:
-                self.at = i
-                self.stream = film_pictures(self.film, i)
-            while self.at <= i:
-                image = next(self.stream)
-                self.at += 1
-        return torch.from_numpy(image.copy()).float() / 255
 
 
 # %% ../../nbs/capture/75_film.ipynb #00929b7a
@@ -735,104 +531,163 @@ def ahead(
     return get
 
 
-# %% ../../nbs/capture/75_film.ipynb #983e4c6c
-def _print_of(film, options):
-    "What must be the same for a call to go on from an earlier one's files."
-    with film.path.open('rb') if film.path.is_file() else open(_pictures(film.path)[0], 'rb') as f:
-        data = f.read(1 << 20)
-    return hashlib.sha256(
-        data
-        + json.dumps(
-            [film.path.stat().st_size if film.path.is_file() else film.about, film.fps, options]
-        ).encode()
-    ).hexdigest()[:16]
-
-
 # %% ../../nbs/capture/75_film.ipynb #a0f1821b
-def _frames(fit, film, use, size):
-    "The clip's frames, made when asked for."
-    head = fit.head
-    reel = Reel(film)
+def _median_viewmat(fit, use):
+    "A camera in front of the head, as far away as it usually is."
     depth = float(np.median([float(fit.states[i].t[2]) for i in use]))
-    still = orbit(0, 0, depth, (0, 0, 0))
-    w, h = map(int, fit.rows['size'][0])
-    blank = torch.zeros(h, w, 3)
-    boxes = torch.stack([head_box(to_frame(fit.states[i], blank, fit.K, head), head) for i in use])
-    corner, (cw, ch) = windows(boxes, (w, h))
-    colours = matte_colours(
-        [
-            to_frame(fit.states[i], reel[i], fit.K, head)
-            for i in sorted(set(fit.keys) & set(use) or use[:1])[:4]
-        ],
-        head,
-    )
+    return orbit(0, 0, depth, (0, 0, 0))
+
+
+def _film_colours(fit, reel, use):
+    "Colours of head and background, from four pictures that differ."
+    known = sorted(set(fit.keys) & set(use) or use[:1])[:4]
+    return matte_colours([fit.frame(i, reel[i]) for i in known], fit.head)
+
+
+def _frames_of_clip(fit, film, use, size):
+    "The clip's frames, made when asked for."
+    head, reel = fit.head, Reel(film)
+    viewmat = _median_viewmat(fit, use)
+    boxes = torch.stack([head_box(fit.blank(i), head) for i in use])
+    film_size = tuple(map(int, fit.rows['size'][0]))
+    window = windows(boxes, film_size)
+    colours = _film_colours(fit, reel, use)
 
     def make(k):
-        f = to_frame(fit.states[use[k]], reel[use[k]], fit.K, head)
-        f = replace(f, mask=matte(f.image, f, head, colours, 200))
-        f = without_clothes(cut_window(f, *map(int, corner[k]), cw, ch, size), head)
-        return replace(still_camera(f, still, head), time=use[k], camera='0')
+        frame = fit.frame(use[k], reel[use[k]])
+        frame = replace(frame, mask=matte(frame.image, frame, head, colours, 200))
+        corner = map(int, window.corners[k])
+        frame = without_clothes(cut_window(frame, *corner, *window.size, size), head)
+        return replace(still_camera(frame, viewmat, head), time=use[k], camera='0')
 
     return Clip(ahead(make, len(use)), len(use))
 
 
 # %% ../../nbs/capture/75_film.ipynb #479d77f6
+def _identity_of_stretch(reel, span, judge):
+    "What a judge says of up to three pictures; None if it sees nobody."
+    some = span[:: max(1, len(span) // 3)][:3]
+    answers = [answer['identity'] for i in some if (answer := judge(reel[i]))]
+    return torch.stack(answers).float().mean(0) if answers else None
+
+
 def _same_person(fit, film, judge, least=10):
     "Refuse a film in which somebody else takes over."
-    spans = [s for s in fit.spans if len(s) >= least]
-    heads = np.flatnonzero(fit.cuts)
-    if judge is None or len(spans) < 2 or not len(heads):
+    spans = [span for span in fit.spans if len(span) >= least]
+    if judge is None or len(spans) < 2 or not fit.cuts.any():
         return
     reel = Reel(film)
     known = None
-    for s in spans:
-        answers = [a['identity'] for i in s[:: max(1, len(s) // 3)][:3] if (a := judge(reel[i]))]
-        if not answers:
+    for span in spans:
+        who = _identity_of_stretch(reel, span, judge)
+        if who is None:
             continue
-        v = torch.stack(answers).float().mean(0)
-        known = v if known is None else known
-        if (d := float((v - known).norm())) > judge.limit:
+        known = who if known is None else known
+        distance = float((who - known).norm())
+        if distance > judge.limit:
             raise InputError(
-                f'{film.path}: from {s[0] / film.fps:.1f} s on somebody else is in the picture '
-                f'(identity distance {d:.2f} by {judge.name}); cut the film to one person'
+                f'{film.path}: from {span[0] / film.fps:.1f} s on somebody else is in the picture '
+                f'(identity distance {distance:.2f} by {judge.name}); cut the film to one person'
             )
 
 
 # %% ../../nbs/capture/75_film.ipynb #2d628791
-def _fitted(film, rows, head, focal, judge, say):
+@dataclass
+class Tracking:
+    "What the passes found in a film."
+
+    fit: FilmFit
+    pictures: list  # of PictureVerdict
+    numbers: dict  # landmarks, held_out: mean errors, %
+
+    @property
+    def use(self):
+        return [picture.time for picture in self.pictures if picture.use]
+
+
+def _introduce(film, fit):
+    "What was found in the film, in words."
+    faces = int((fit.rows['faces'] == 1).sum())
+    words = f'{len(fit.rows)} pictures, {film.fps:.4g} a second; a face in {faces}'
+    return words + (f'; cuts: {int(fit.cuts.sum())}' if fit.cuts.any() else '')
+
+
+def _summary(tracking):
+    "How well it went, in words."
+    lost = len(tracking.pictures) - len(tracking.use)
+    on, off = tracking.numbers['landmarks'], tracking.numbers['held_out']
+    reasons = f' ({count_reasons(tracking.pictures)})' if lost else ''
+    fits = f'landmarks fit to {on:.2f} % of the distance between the eyes, held out {off:.2f} %'
+    return f'{fits}; {lost} pictures left out{reasons}'
+
+
+# %% ../../nbs/capture/75_film.ipynb #1295e052
+def _track_faces(film, rows, head, focal, judge, say):
     "The fit, a verdict on every picture, and two numbers."
     fit = FilmFit(film, rows, head, focal)
-    say(
-        (
-            f'{len(rows)} pictures, {film.fps:.4g} a second; a face in '
-            f'{int((rows["faces"] == 1).sum())}'
-        )
-        + (f'; cuts: {int(fit.cuts.sum())}' if fit.cuts.any() else '')
-    )
+    say(_introduce(film, fit))
     _same_person(fit, film, judge)
-    fit.shape, fit.keys = identity(fit)
-    _follow(fit)
+    fit.shape, fit.keys = film_identity(fit)
+    follow(fit)
     checks = film_checks(fit, film, head)
-    table = verdicts(checks, rows)
-    use = [r['time'] for r in table if r['use']]
-    lost = len(rows) - len(use)
+    tracking = Tracking(fit, verdicts(checks, rows), {})
+    use = tracking.use
     if len(use) < 8:
+        remedy = count_reasons(tracking.pictures) or 'film a second more'
+        found = f'only {len(use)} of {len(rows)} pictures can be used, 8 are needed'
+        raise InputError(f'{film.path}: {found}; {remedy}')
+    on = float(np.mean([checks[i]['landmarks'] for i in use]))
+    tracking.numbers = dict(landmarks=round(on, 3), held_out=round(held_out_error(fit), 3))
+    say(_summary(tracking))
+    return tracking
+
+
+# %% ../../nbs/capture/75_film.ipynb #983e4c6c
+def _film_key(film, options):
+    "What must be the same for a call to go on from an earlier one's files."
+    is_file = film.path.is_file()
+    with (film.path if is_file else picture_files(film.path)[0]).open('rb') as file:
+        beginning = file.read(1 << 20)
+    size = film.path.stat().st_size if is_file else film.about
+    settings = json.dumps([size, film.fps, options]).encode()
+    return hashlib.sha256(beginning + settings).hexdigest()[:16]
+
+
+# %% ../../nbs/capture/75_film.ipynb #c12d804b
+def _is_foreign(work, key):
+    "Whether a folder holds something else than the beginning of this run."
+    about = work / 'about.json'
+    if about.is_file():
+        return about.read_text() != key
+    return work.exists() and any(work.iterdir())
+
+
+def _fresh(work, key):
+    "A folder for what the passes find, of this film and no other."
+    if _is_foreign(work, key):
         raise InputError(
-            f'{film.path}: only {len(use)} of {len(rows)} pictures can be used, 8 are needed; '
-            f'{_reasons(table) or "film a second more"}'
+            f'{work} holds the tracking of another film or of other settings; delete it, or '
+            'choose another --out'
         )
-    numbers = dict(
-        landmarks=round(float(np.mean([checks[i]['landmarks'] for i in use])), 3),
-        held_out=round(held_out_error(fit), 3),
+    work.mkdir(parents=True, exist_ok=True)
+    (work / 'about.json').write_text(key)
+
+
+# %% ../../nbs/capture/75_film.ipynb #9c65484f
+def _write_report(path, key, film, focal, tracking):
+    "tracking.json: settings, numbers, and a verdict on every picture."
+    about = dict(
+        key=key,
+        film=film.path.name,
+        fps=film.fps,
+        focal=focal,
+        cuts=[int(i) for i in np.flatnonzero(tracking.fit.cuts)],
+        **tracking.numbers,
+        limits=LIMITS,
+        pictures=[picture.entry() for picture in tracking.pictures],
     )
-    say(
-        (
-            f'landmarks fit to {numbers["landmarks"]:.2f} % of the distance between the eyes, held '
-            f'out {numbers["held_out"]:.2f} %; {lost} pictures left out'
-        )
-        + (f' ({_reasons(table)})' if lost else '')
-    )
-    return fit, table, numbers
+    with atomic_path(path) as tmp:
+        tmp.write_text(json.dumps(about, indent=1))
 
 
 # %% ../../nbs/capture/75_film.ipynb #8d50c116
@@ -853,65 +708,18 @@ def track_video(
     out = Path(out)
     film = open_film(video, most)
     head = head or open_head()
-    key = _print_of(film, [size, focal, train])
+    key = _film_key(film, [size, focal, train])
     report = out / 'tracking.json'
     if report.is_file() and json.loads(report.read_text()).get('key') == key:
         return read_vhap(out, head=head)
     work = out.with_name(f'{out.name}.tracking')
     _fresh(work, key)
-    fit, table, numbers = _fitted(
-        film, film_faces(film, work / 'faces', model), head, focal, judge, say
-    )
-    use = [r['time'] for r in table if r['use']]
-    write_vhap(_frames(fit, film, use, size), out, head, train=train)
-    about = dict(
-        key=key,
-        film=film.path.name,
-        fps=film.fps,
-        focal=focal,
-        cuts=[int(i) for i in np.flatnonzero(fit.cuts)],
-        **numbers,
-        limits=LIMITS,
-        pictures=table,
-    )
-    with atomic_path(report) as tmp:
-        tmp.write_text(json.dumps(about, indent=1))
+    rows = film_faces(film, work / 'faces', model)
+    tracking = _track_faces(film, rows, head, focal, judge, say)
+    write_vhap(_frames_of_clip(tracking.fit, film, tracking.use, size), out, head, train=train)
+    _write_report(report, key, film, focal, tracking)
     shutil.rmtree(work)
     return read_vhap(out, head=head)
-
-
-# %% ../../nbs/capture/75_film.ipynb #c12d804b
-def _fresh(work, key):
-    "A folder for what the passes find, of this film and no other."
-    about = work / 'about.json'
-    if (
-        about.is_file()
-        and about.read_text() != key
-        or work.exists()
-        and not about.is_file()
-        and any(work.iterdir())
-    ):
-        raise InputError(
-            f'{work} holds the tracking of another film or of other settings; delete it, or '
-            'choose another --out'
-        )
-    work.mkdir(parents=True, exist_ok=True)
-    about.write_text(key)
-
-
-# %% ../../nbs/capture/75_film.ipynb #5c12260e
-def _reasons(table):
-    "How many pictures went for which reason, in words."
-    names = [
-        r['reason'].split()[0]
-        if r['reason'][:1].isalpha() and r['reason'] != 'no face'
-        else 'several faces'
-        if r['reason'] != 'no face'
-        else 'no face'
-        for r in table
-        if not r['use']
-    ]
-    return ', '.join(f'{names.count(n)} {n}' for n in dict.fromkeys(names))
 
 
 # %% ../../nbs/capture/75_film.ipynb #b3546a08
@@ -925,12 +733,12 @@ def watch(
     film = open_film(video, most)
     head = head or open_head()
     fit = FilmFit(film, film_faces(film, model=model), head)
-    fit.shape, fit.keys = identity(fit)
-    _follow(fit)
-    if lost := len(fit.rows) - len(fit.states):
-        warnings.warn(f'{lost} of {len(fit.rows)} pictures show no face, or several')
-    blank = torch.zeros(1, 1, 3)
-    return [
-        replace(to_frame(fit.states[i], blank, fit.K, head), time=i) if i in fit.states else None
-        for i in range(len(fit.rows))
-    ], film.fps
+    fit.shape, fit.keys = film_identity(fit)
+    follow(fit)
+    count = len(fit.rows)
+    if lost := count - len(fit.states):
+        message = f'{lost} of {count} pictures show no face, or several'
+        warnings.warn(message, stacklevel=2)
+    empty = torch.zeros(1, 1, 3)
+    frames = {i: replace(fit.frame(i, empty), time=i) for i in fit.states}
+    return [frames.get(i) for i in range(count)], film.fps

@@ -22,13 +22,16 @@ import torch
 from torch import Tensor
 
 # %% ../../nbs/capture/76_likeness.ipynb #3e940c37
-from ..avatar.avatar import Avatar, bleed, erode, grow_hair, look_up, see, unturned
+from ..avatar.avatar import Avatar
+from ..avatar.hair import grow_hair, unturned
+from ..avatar.warp import bleed, erode, look_up, see
 from ..ground.core import InputError, smooth
 from ..ground.geometry import project
 from ..head.head import Head, open_head
 from ..pictures.clips import Clip, Frame
 from ..splats.rasterize import rasterize
-from ..stage2.refine import RefineConfig, look, refine, start_frame
+from ..stage2.loop import refine
+from ..stage2.refine import RefineConfig, look, start_frame
 from .film import unlike
 from .photo import gates, uncovered
 from .photos import from_photos, frontal_first

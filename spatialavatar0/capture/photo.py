@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 # %% ../../nbs/capture/73_photo.ipynb #a115889e
-from ..avatar.avatar import Avatar, bleed, erode, look_up, see, texel_mask
+from ..avatar.avatar import Avatar, texel_mask
+from ..avatar.warp import bleed, erode, look_up, see
 from ..ground.core import smooth
 from ..ground.geometry import crop_intrinsics, project
 from ..pictures.clips import Clip, Frame, on_background

@@ -12,19 +12,10 @@ import torch
 from torch import Tensor
 
 # %% ../../nbs/capture/74_photos.ipynb #331a4b79
-from spatialavatar0.avatar.avatar import (
-    Avatar,
-    bake_eyes,
-    bleed,
-    complete,
-    from_frame,
-    grow_hair,
-    look_up,
-    new_avatar,
-    see,
-    sink,
-    trust,
-)
+from spatialavatar0.avatar.avatar import Avatar, new_avatar
+from spatialavatar0.avatar.hair import grow_hair
+from spatialavatar0.avatar.portrait import bake_eyes, complete, from_frame, sink
+from spatialavatar0.avatar.warp import bleed, look_up, see, trust
 
 from ..ground.core import InputError
 from ..ground.geometry import axis_angle_to_mat, rgb_to_sh0
