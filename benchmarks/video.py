@@ -25,13 +25,13 @@ import torch
 from spatialavatar0.capture.film import track_video
 from spatialavatar0.capture.landmarks import frame_landmarks
 from spatialavatar0.capture.likeness import agreed, first_likeness, refine_likeness
-from spatialavatar0.cli import _squared, turned_error, view_of
 from spatialavatar0.ground.assets import asset
 from spatialavatar0.ground.core import to_uint8
 from spatialavatar0.head.head import open_head
 from spatialavatar0.judge.evaluate import DlibJudge
 from spatialavatar0.pictures.clips import Clip, split
 from spatialavatar0.pictures.people import make_person, paint, portrait_camera
+from spatialavatar0.pipeline import _squared, turned_error, turned_view
 from spatialavatar0.stage2.loop import measure
 from spatialavatar0.stage2.refine import start_frame
 
@@ -62,7 +62,7 @@ def judged(avatar, cut, judge, clip):
     )
     out = dict(film_with_itself=round(own, 3))
     for yaw in (0, -30, 30):
-        a = judge(view_of(avatar, cut, 384, yaw, background=0.8))
+        a = judge(turned_view(avatar, cut, 384, yaw, background=0.8))
         e = turned_error(avatar, cut, yaw)
         out[str(yaw)] = dict(
             identity=None

@@ -34,7 +34,7 @@ DOOR = {
     'refine': 'stage2.loop',  # an avatar sharpened on a clip
     'paper_config': 'stage2.refine',  # the same as the paper has it
     'refine_photo': 'capture.photo',  # an avatar sharpened on one frame
-    'evaluate': 'judge.evaluate',  # its numbers by a protocol
+    'evaluate': 'judge.results',  # its numbers by a protocol
     'write_splats': 'use.export',  # a file for splat viewers
     'InputError': 'ground.core',  # what every bad input raises
     'set_seed': 'ground.core',

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import skimage.data
 from PIL import Image
-from spatialavatar0 import cli
+from spatialavatar0 import cli, pipeline
 from spatialavatar0.capture import landmarks
 from spatialavatar0.ground.core import InputError
 
@@ -72,7 +72,9 @@ def photos(tmp_path_factory):
 def built(tmp_path_factory):
     "The results of a small build, and its numbers."
     d = tmp_path_factory.mktemp('built') / 'new' / 'folder'
-    return d, cli.build_avatar(ASTRONAUT, d, cli.build_preset('tiny'), say=lambda text: None)
+    return d, pipeline.build_avatar(
+        ASTRONAUT, d, pipeline.build_preset('tiny'), say=lambda text: None
+    )
 
 
 # ---- all is well
@@ -84,18 +86,18 @@ def test_every_file_is_there_and_readable(built):
     from spatialavatar0.use.export import read_ply
 
     d, numbers = built
-    assert sorted(p.name for p in d.iterdir()) == sorted(cli.FILES.values())
-    avatar = Avatar.load(d / cli.FILES['avatar'])
-    splats = read_ply(d / cli.FILES['splats'])
+    assert sorted(p.name for p in d.iterdir()) == sorted(pipeline.FILES.values())
+    avatar = Avatar.load(d / pipeline.FILES['avatar'])
+    splats = read_ply(d / pipeline.FILES['splats'])
     assert len(avatar) == len(splats[0]) == numbers['gaussians'] > 1000
     assert avatar.info['config']['resolution'] == 64
-    assert (d / cli.FILES['page']).read_text().startswith('<!')
-    assert 5e5 < (d / cli.FILES['page']).stat().st_size < 8e6
+    assert (d / pipeline.FILES['page']).read_text().startswith('<!')
+    assert 5e5 < (d / pipeline.FILES['page']).stat().st_size < 8e6
     for name in ('tracking', 'sheet'):
-        assert min(Image.open(d / cli.FILES[name]).convert('RGB').size) >= 400
+        assert min(Image.open(d / pipeline.FILES[name]).convert('RGB').size) >= 400
     for name in ('turntable', 'speaking'):
         for kind, size in (('', 96), ('_gif', 64)):
-            frames = imageio.mimread(d / cli.FILES[name + kind])
+            frames = imageio.mimread(d / pipeline.FILES[name + kind])
             assert len(frames) == (6 if kind else 12)
             assert frames[0].shape[:2] == (size, size)
             assert (
@@ -109,18 +111,18 @@ def test_every_file_is_there_and_readable(built):
 def test_view(built, tmp_path, capfd):
     "The same page again from the avatar file; a wrong name or file is one line."
     d, _ = built
-    avatar = d / cli.FILES['avatar']
+    avatar = d / pipeline.FILES['avatar']
     code, out, err = run(capfd, 'view', avatar, '--out', tmp_path / 'me.html')
     assert code == 0 and 'me.html' in out and (tmp_path / 'me.html').stat().st_size > 5e5, err
     assert '.html' in refused(capfd, 'view', avatar, '--out', tmp_path / 'me.txt')
     assert 'not a readable avatar' in refused(
-        capfd, 'view', d / cli.FILES['sheet'], '--out', tmp_path / 'other.html'
+        capfd, 'view', d / pipeline.FILES['sheet'], '--out', tmp_path / 'other.html'
     )
 
 
 def test_numbers(built):
     d, numbers = built
-    saved = json.loads((d / cli.FILES['metrics']).read_text())
+    saved = json.loads((d / pipeline.FILES['metrics']).read_text())
     assert set(saved) == set(numbers)
     assert set(saved['landmarks_by_yaw']) == {
         '0',
@@ -143,10 +145,10 @@ def test_quality():
     "What the page promises of the laptop's avatar: front, turned views, no needles."
     from spatialavatar0.head.head import open_head
 
-    head, cfg = open_head(), cli.build_preset('laptop')
-    frame, fits = cli.track_photo(ASTRONAUT, head)
-    avatar, cut, quality = cli.avatar_from_frame(frame, head, cfg, say=lambda text: None)
-    seen = cli.judge(avatar, cut, cfg.film)
+    head, cfg = open_head(), pipeline.build_preset('laptop')
+    frame, fits = pipeline.track_photo(ASTRONAUT, head)
+    avatar, cut, quality = pipeline.avatar_from_frame(frame, head, cfg, say=lambda text: None)
+    seen = pipeline.judge_turns(avatar, cut, cfg.film)
     yaw = seen['landmarks_by_yaw']
     assert (
         quality['psnr_refined'] >= 29 and seen['aspect_999'] <= 10 and None not in yaw.values()
@@ -160,9 +162,11 @@ def test_command_builds_and_says_where(photos, tmp_path, capfd, monkeypatch):
     from dataclasses import replace
 
     small = replace(
-        cli.build_preset('tiny'), size=96, resolution=32, iters=4, film=64, seconds=0.1, gif=32
+        pipeline.build_preset('tiny'), size=96, resolution=32, iters=4, film=64, seconds=0.1, gif=32
     )
-    monkeypatch.setattr(cli, 'build_preset', lambda name, seed, device: replace(small, seed=seed))
+    monkeypatch.setattr(
+        pipeline, 'build_preset', lambda name, seed, device: replace(small, seed=seed)
+    )
     monkeypatch.chdir(tmp_path)
     code, out, err = run(
         capfd, 'build', photos / 'good.png', '--out', 'here', '--preset', 'tiny', '--seed', 3
@@ -182,9 +186,11 @@ def test_several_photos(photos, tmp_path, capfd, monkeypatch):
     from PIL import Image, ImageOps
 
     small = replace(
-        cli.build_preset('tiny'), size=96, resolution=32, iters=4, film=64, seconds=0.1, gif=32
+        pipeline.build_preset('tiny'), size=96, resolution=32, iters=4, film=64, seconds=0.1, gif=32
     )
-    monkeypatch.setattr(cli, 'build_preset', lambda name, seed, device: replace(small, seed=seed))
+    monkeypatch.setattr(
+        pipeline, 'build_preset', lambda name, seed, device: replace(small, seed=seed)
+    )
     ImageOps.mirror(Image.open(photos / 'good.png').convert('RGB')).save(tmp_path / 'mirrored.png')
     code, out, err = run(
         capfd, 'build', photos / 'good.png', tmp_path / 'mirrored.png', '--out', tmp_path / 'out'
@@ -205,9 +211,9 @@ def test_the_ruler_does_not_shrink(built):
     from spatialavatar0.avatar.avatar import Avatar
 
     d, _ = built
-    avatar = Avatar.load(d / cli.FILES['avatar'])
+    avatar = Avatar.load(d / pipeline.FILES['avatar'])
     head = avatar.head
-    frame, _ = cli.track_photo(ASTRONAUT, head)
+    frame, _ = pipeline.track_photo(ASTRONAUT, head)
     table = landmarks.landmark_table(head)
     import dataclasses
 
@@ -216,7 +222,7 @@ def test_the_ruler_does_not_shrink(built):
     def off_by_three(image, yaw):
         p = landmarks.frame_landmarks(
             dataclasses.replace(
-                frame, viewmat=cli.swung(avatar, frame, yaw), K=cli.film_camera(frame, 64)
+                frame, viewmat=pipeline.swung(avatar, frame, yaw), K=pipeline.film_camera(frame, 64)
             ),
             head,
             table,
@@ -229,7 +235,7 @@ def test_the_ruler_does_not_shrink(built):
     for yaw in (0, 45):
         with pytest.MonkeyPatch.context() as m:
             m.setattr(landmarks, 'find_face', lambda image: off_by_three(image, yaw))
-            errors.append(cli.turned_error(avatar, frame, yaw, 64))
+            errors.append(pipeline.turned_error(avatar, frame, yaw, 64))
     assert errors[0] == pytest.approx(errors[1], rel=1e-4)
     assert errors[0] > 1
 
@@ -404,7 +410,7 @@ def test_full_disk(photos, tmp_path, capfd, monkeypatch):
     def full(*a):
         raise OSError(28, 'No space left on device', str(tmp_path / 'out' / 'tracking.jpg'))
 
-    monkeypatch.setattr(cli, '_save_overlay', full)
+    monkeypatch.setattr(pipeline, '_save_overlay', full)
     assert 'No space left on device' in refused(
         capfd, 'build', photos / 'good.png', '--out', tmp_path / 'out'
     )
@@ -498,7 +504,7 @@ def test_corrupted_avatar(built, tmp_path, harm):
     from safetensors.torch import save_file
     from spatialavatar0.avatar.avatar import Avatar
 
-    good = (built[0] / cli.FILES['avatar']).read_bytes()
+    good = (built[0] / pipeline.FILES['avatar']).read_bytes()
     p = tmp_path / 'a.safetensors'
     if harm == 'other tensors':
         save_file(dict(x=torch.zeros(3)), p)
@@ -564,7 +570,7 @@ def whole(folder):
     from spatialavatar0.use.export import read_ply
 
     names = {p.name for p in folder.iterdir() if not p.name.startswith('.')}
-    assert names <= set(cli.FILES.values())
+    assert names <= set(pipeline.FILES.values())
     for n in names:
         if n.endswith(('.jpg', '.png')):
             Image.open(folder / n).load()
@@ -607,7 +613,7 @@ def test_animate(built, tmp_path, capfd):
     import imageio.v2 as imageio
 
     d, _ = built
-    avatar = d / cli.FILES['avatar']
+    avatar = d / pipeline.FILES['avatar']
     (tmp_path / 'take.csv').write_text('JawOpen,HeadYaw\n0,0\n.5,.2\n0,0\n')
     for motion, name in (('nod', 'a.mp4'), (tmp_path / 'take.csv', 'b.gif')):
         code, out, err = run(
@@ -631,7 +637,7 @@ def test_animate(built, tmp_path, capfd):
     for args, said in (
         (('dance',), 'talk, look, nod, blink'),
         (('nod', '--out', tmp_path / 'a.avi'), '.mp4 or .gif'),
-        ((d / cli.FILES['sheet'],), 'two people or more'),
+        ((d / pipeline.FILES['sheet'],), 'two people or more'),
         ((tmp_path,), 'not a clip'),
         ((avatar,), 'not a film'),
     ):
@@ -647,7 +653,7 @@ def test_animate(built, tmp_path, capfd):
 
 def test_drive_with_a_film(built, tmp_path, capfd):
     d, _ = built
-    avatar = d / cli.FILES['avatar']
+    avatar = d / pipeline.FILES['avatar']
     import imageio.v2 as imageio
 
     face = np.asarray(Image.fromarray(ASTRONAUT).resize((256, 256)))
@@ -671,7 +677,7 @@ def test_export(built, tmp_path, capfd):
     from spatialavatar0.use.gltf import read_glb
 
     d, numbers = built
-    avatar = d / cli.FILES['avatar']
+    avatar = d / pipeline.FILES['avatar']
 
     def do(*a):
         return run(capfd, 'export', avatar, *a)

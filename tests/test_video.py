@@ -29,6 +29,7 @@ from spatialavatar0.ground.core import InputError, to_uint8
 from spatialavatar0.head.head import open_head
 from spatialavatar0.pictures.clips import read_vhap
 from spatialavatar0.pictures.people import make_person, mono_clip
+from spatialavatar0.pipeline import FILES
 
 needs_mediapipe = pytest.mark.skipif(
     find_spec('mediapipe') is None, reason='needs the extra `track`'
@@ -270,7 +271,7 @@ def test_build_from_a_film(films, tmp_path, capfd):
     ), capfd.readouterr().err
     m = json.loads((out / 'metrics.json').read_text())
     assert m['refined']['head_psnr'] > m['start']['head_psnr']
-    assert set(cli.FILES.values()) < {p.name for p in out.iterdir()}
+    assert set(FILES.values()) < {p.name for p in out.iterdir()}
     assert (out / 'clip' / 'tracking.json').is_file()
     assert (
         cli.main(

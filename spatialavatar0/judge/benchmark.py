@@ -22,31 +22,37 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
+import numba
 import torch
 
-from spatialavatar0.judge.evaluate import (
-    Protocol,
-    Results,
-    evaluate,
-    frames_of,
-    judges_here,
-    protocol_of,
-    reenactments,
-    result_table,
-)
-
 # %% ../../nbs/judge/92_benchmark.ipynb #13575dea
-from ..avatar.avatar import from_frame, head_square
+from ..avatar.avatar import Avatar
+from ..avatar.portrait import from_frame, head_square
 from ..ground.core import InputError, progress
-from ..head.head import Head, load_flame, open_head
+from ..head.flame_files import load_flame
+from ..head.head import Head, open_head
 from ..pictures.clips import Clip, crop
 from ..pictures.formats import detect, load_clip
 from ..stage1.generator import from_pretrained
-from ..stage2.refine import RefineConfig, paper_config, refine, start_frame
+from ..stage2.loop import refine
+from ..stage2.refine import RefineConfig, paper_config, start_frame
 from ..use.retarget import retarget
+from .evaluate import Protocol, frames_of, reenactments, renderer
+from .results import Line, Results, evaluate, judges_here, protocol_of
 
 
 # %% ../../nbs/judge/92_benchmark.ipynb #0729aa4d
+def _is_clip(path):
+    "Whether a folder is in a format that this kit reads."
+    if not path.is_dir() or path.name.startswith('.'):
+        return False
+    try:
+        detect(path)
+        return True
+    except InputError:
+        return False
+
+
 def subjects(
     folder,  # with a folder per clip
 ) -> dict:  # name -> path, sorted
@@ -54,15 +60,7 @@ def subjects(
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f'no folder {folder}: expected one with a folder per clip')
-    found = {}
-    for p in sorted(folder.iterdir()):
-        if not p.is_dir() or p.name.startswith('.'):
-            continue
-        try:
-            detect(p)
-            found[p.name] = p
-        except InputError:
-            pass
+    found = {path.name: path for path in sorted(folder.iterdir()) if _is_clip(path)}
     if not found:
         raise InputError(
             f'{folder} holds no clip: expected a folder per person, in a format this kit reads'
@@ -71,33 +69,47 @@ def subjects(
 
 
 # %% ../../nbs/judge/92_benchmark.ipynb #61ff991c
+class _Shots:
+    "Which frames of a clip belong to which time step and camera."
+
+    def __init__(self, frames):
+        self.times, self.cameras = [], []
+        for frame in frames:
+            number = frame.camera_index
+            self.times.append(frame.time)
+            self.cameras.append(str(frame.camera if number is None else number))
+        self.steps = sorted(set(self.times))
+
+    def at(self, steps, allowed):  # indices of frames
+        wanted = {self.steps[step] for step in steps}
+        shots = enumerate(zip(self.times, self.cameras))
+        return [i for i, (time, camera) in shots if time in wanted and allowed(camera)]
+
+
+# %% ../../nbs/judge/92_benchmark.ipynb #6f02a401
 def parts(
     frames: Clip,
     p: Protocol,
 ) -> dict:  # train and test: Clips; source: Frame that stands for the person
     "A clip cut as its protocol says."
+    shots = _Shots(frames)
+    at = frames_of(p, len(shots.steps))
+    held_out = set(map(str, p.test.get('cameras', ())))
 
-    def name(f):
-        return str(
-            f.camera if f.camera_index is None else f.camera_index
-        )  # protocols count cameras; data sets name them by serial numbers
+    def is_known(camera):
+        return camera not in held_out
 
-    seen = [(f.time, name(f)) for f in frames]
-    times = sorted({t for t, _ in seen})
-    at = frames_of(p, len(times))
-    cameras = set(map(str, p.test.get('cameras', ())))
+    def is_judged(camera):
+        return not held_out or camera in held_out
 
-    def pick(steps, ok):
-        return [i for i, (t, c) in enumerate(seen) if t in {times[k] for k in steps} and ok(c)]
-
-    test = pick(at['test'], lambda c: not cameras or c in cameras)
+    test = shots.at(at['test'], is_judged)
     if not test:
         raise InputError(
             f'the clip has no frame of the cameras {p.test.get("cameras")}; {p.id} is about those'
         )
-    first = pick(at['source'] or at['train'][:1], lambda c: c not in cameras)
-    train = pick(at['train'], lambda c: c not in cameras)
-    return dict(train=frames[train], test=frames[test], source=frames[first[0]])
+    source = shots.at(at['source'] or at['train'][:1], is_known)[0]
+    train = shots.at(at['train'], is_known)
+    return dict(train=frames[train], test=frames[test], source=frames[source])
 
 
 # %% ../../nbs/judge/92_benchmark.ipynb #ccc6940e
@@ -108,8 +120,9 @@ def squares(
 ) -> Clip:
     "A clip of squares around the head; square ones stay as they are."
 
-    def cut(f):
-        return f if f.width == f.height else crop(f, *head_square(f, head), size)
+    def cut(frame):
+        is_square = frame.width == frame.height
+        return frame if is_square else crop(frame, *head_square(frame, head), size)
 
     return Clip(lambda i: cut(clip[i]), len(clip))
 
@@ -124,6 +137,9 @@ class Method:
     iters: int = 10_000
     resolution: int = 128  # texels per side of a warped start
 
+    def config(self):  # -> RefineConfig
+        return (paper_config if self.refine == 'paper' else RefineConfig)(iters=self.iters)
+
 
 # %% ../../nbs/judge/92_benchmark.ipynb #d8665946
 def method_of(
@@ -132,9 +148,9 @@ def method_of(
     resolution: int = 128,
 ) -> Method:
     "A method by name."
-    start, plus, how = (
-        name.rpartition('+') if name.endswith(('+paper', '+ours')) else (name, '', '')
-    )
+    start, how = name, ''
+    if name.endswith(('+paper', '+ours')):
+        start, _, how = name.rpartition('+')
     if start not in ('warp', 'network') and not Path(start).is_file():
         raise InputError(
             'method should be warp, network or the file of a generator, then perhaps +paper or '
@@ -144,35 +160,34 @@ def method_of(
 
 
 # %% ../../nbs/judge/92_benchmark.ipynb #b46b3d4a
+def _first_avatar(method, part, head):
+    "Where a method starts: a frame, warped, or four frames through a network."
+    train, source = part['train'], part['source']
+    if method.start == 'warp':
+        frame = train[start_frame(train)] if len(train) else source
+        return from_frame(frame, method.resolution, head=head)
+    known = [train[i * len(train) // 4] for i in range(4)] if len(train) >= 4 else [source]
+    generator = from_pretrained('toy' if method.start == 'network' else method.start, head)
+    return generator(list(squares(known, head, generator.config.image_size)))
+
+
 def avatar_by(
     method: Method,
     p: Protocol,
     part: dict,  # from parts
     head: Head,
     seed: int = 0,
-    state=None,
+    state=None,  # as for refine
     device='cpu',  # as for refine
-):  # -> Avatar
+) -> Avatar:
     "A person's avatar, made from what the protocol allows."
     if method.refine and not len(part['train']):
         raise InputError(f'{p.id} gives one picture of each person; there is nothing to refine on')
-    train = part['train']
-    known = [train[i * len(train) // 4] for i in range(4)] if len(train) >= 4 else [part['source']]
-    if method.start == 'warp':
-        avatar = from_frame(
-            train[start_frame(train)] if len(train) else part['source'],
-            method.resolution,
-            head=head,
-        )
-    else:
-        g = from_pretrained('toy' if method.start == 'network' else method.start, head)
-        avatar = g(list(squares(known, head, g.config.image_size)))
+    start = _first_avatar(method, part, head)
     if not method.refine:
-        return avatar
-    config = (paper_config if method.refine == 'paper' else RefineConfig)(iters=method.iters)
-    return refine(
-        avatar, train, method.iters, config=config, seed=seed, state=state, device=device
-    )[0]
+        return start
+    how = dict(config=method.config(), seed=seed, state=state, device=device)
+    return refine(start, part['train'], method.iters, **how)[0]
 
 
 # %% ../../nbs/judge/92_benchmark.ipynb #8eb837a5
@@ -180,10 +195,10 @@ def avatar_by(
 class Job:
     "One line of a table to be."
 
-    shown: str
-    driver: str  # names
-    shown_at: str
-    driver_at: str  # folders
+    shown: str  # who is shown, by name
+    driver: str  # whose motion it is, by name
+    shown_at: str  # folder of the clip
+    driver_at: str  # folder of the clip
     method: str
     protocol: str
     head: str = ''  # FLAME model; default: the open head
@@ -194,64 +209,77 @@ class Job:
     threads: int = 1
     state: str = ''  # folder for what an interrupted refinement has reached
 
+    @property
+    def crosses(self):
+        return self.driver != self.shown
+
+    @property
+    def key(self):  # of its line
+        return dict(
+            method=self.method,
+            protocol=protocol_of(self.protocol).id,
+            subject=self.shown,
+            driver=self.driver,
+            seed=self.seed,
+        )
+
+
+# %% ../../nbs/judge/92_benchmark.ipynb #2083bd54
+def _state_file(job):
+    "Where an interrupted refinement goes on; None to forget it."
+    if not job.state:
+        return None
+    folder = Path(job.state)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f'{job.shown}_{job.seed}.safetensors'
+
+
+def _driven(avatar, frames, head):
+    "A renderer of somebody else's motion: the poses are retargeted, one per call."
+    poses = iter(retarget([frame.pose for frame in frames], head))
+    render = renderer(avatar)
+    return lambda frame, background: render(frame, background, **next(poses))
+
 
 # %% ../../nbs/judge/92_benchmark.ipynb #26e8c195
-def run_job(job: Job) -> dict:  # a line of results
+def run_job(job: Job) -> Line:
     "Make a person's avatar and judge it; what a process of its own does."
     torch.set_num_threads(job.threads)
-    import numba
-
     numba.set_num_threads(min(job.threads, numba.config.NUMBA_NUM_THREADS))
     head = load_flame(job.head) if job.head else open_head()
     p = protocol_of(job.protocol)
     part = parts(load_clip(job.shown_at, head), p)
-    m = method_of(job.method, job.iters, job.resolution)
-    state = Path(job.state) / f'{job.shown}_{job.seed}.safetensors' if job.state else None
-    if state:
-        state.parent.mkdir(parents=True, exist_ok=True)
-    avatar = avatar_by(m, p, part, head, job.seed, state, job.device)
-    cross = job.driver != job.shown
-    test = parts(load_clip(job.driver_at, head), p)['test'] if cross else part['test']
-    poses = iter(retarget([f.pose for f in test], head)) if cross else None
-
-    def render(f, b):
-        return avatar.render(
-            f.viewmat,
-            f.K,
-            f.width,
-            f.height,
-            background=0.0 if b is None else b,
-            **(dict(f.pose, **next(poses)) if cross else f.pose),
-        )[0]
-
+    method = method_of(job.method, job.iters, job.resolution)
+    avatar = avatar_by(method, p, part, head, job.seed, _state_file(job), job.device)
+    render, test, source = renderer(avatar), part['test'], None
+    if job.crosses:
+        test = parts(load_clip(job.driver_at, head), p)['test']
+        render, source = _driven(avatar, test, head), part['source']
+    names = dict(method=job.method, subject=job.shown, driver=job.driver, seed=job.seed)
+    more = dict(iters=job.iters if method.refine else 0)
     judges = judges_here(lambda _: None)
     try:
-        return evaluate(
-            render,
-            test,
-            p,
-            method=job.method,
-            subject=job.shown,
-            driver=job.driver,
-            source=part['source'] if cross else None,
-            seed=job.seed,
-            judges=judges,
-            iters=job.iters if m.refine else 0,
-        )
+        return evaluate(render, test, p, **names, source=source, judges=judges, **more)
     finally:
-        for j in judges:
-            j.close()
+        for judge in judges:
+            judge.close()
 
 
 # %% ../../nbs/judge/92_benchmark.ipynb #b2f62d1d
-def jobs_of(folder, protocol, method, seeds=1, **more) -> list:
+def jobs_of(
+    folder,  # a folder per person inside
+    protocol: str,  # see protocol_of
+    method: str,  # see method_of
+    seeds: int = 1,  # how many
+    **more,  # of Job: head, iters, resolution, device, threads, state
+) -> list:  # of Job
     "The lines of a table: a job per person or pair, and seed."
     here = subjects(folder)
-    p = protocol_of(protocol)
+    pairs = reenactments(protocol_of(protocol), list(here))
     return [
-        Job(a, b, str(here[a]), str(here[b]), method, protocol, seed=s, **more)
+        Job(shown, driver, str(here[shown]), str(here[driver]), method, protocol, seed=s, **more)
         for s in range(seeds)
-        for a, b in reenactments(p, list(here))
+        for shown, driver in pairs
     ]
 
 
@@ -263,37 +291,28 @@ def run_all(
     say=print,
 ) -> dict:  # who failed -> why
     "Work through jobs, several at a time."
-    results, failed = Results(out), {}
-    todo = [
-        j
-        for j in jobs
-        if not results.has(
-            method=j.method,
-            protocol=protocol_of(j.protocol).id,
-            subject=j.shown,
-            driver=j.driver,
-            seed=j.seed,
-        )
-    ]
+    results = Results(out)
+    todo = [job for job in jobs if not results.has(**job.key)]
     if processes == 1:
-        done = ((j, lambda j=j: run_job(j)) for j in todo)
-        _collect(done, len(todo), results, failed, say)
-        return failed
+        done = ((job, lambda job=job: run_job(job)) for job in todo)
+        return _collect(done, len(todo), results, say)
     with ProcessPoolExecutor(processes, mp_context=mp.get_context('spawn')) as pool:
-        at = {pool.submit(run_job, j): j for j in todo}
+        futures = {pool.submit(run_job, job): job for job in todo}
+        done = ((futures[future], future.result) for future in as_completed(futures))
         try:
-            _collect(((at[f], f.result) for f in as_completed(at)), len(todo), results, failed, say)
+            return _collect(done, len(todo), results, say)
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return failed
 
 
-# %% ../../nbs/judge/92_benchmark.ipynb #d1fd757f
-def _collect(done, n, results, failed, say):
-    for job, result in progress(done, 'people', total=n):
+def _collect(done, count, results, say):  # done: jobs, and what gives or raises their result
+    "Write lines as they come; -> who failed, and why."
+    failed = {}
+    for job, result in progress(done, 'people', total=count):
         try:
             results.add(result())
         except InputError as e:
             failed[job.shown] = str(e)
             say(f'left out: {job.shown}: {e}')
+    return failed
