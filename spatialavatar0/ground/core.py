@@ -22,6 +22,7 @@ __all__ = [
 # %% ../../nbs/ground/00_core.ipynb #29198704
 import contextlib
 import io
+import itertools
 import math
 import os
 import random
@@ -59,18 +60,15 @@ def expect_tensor(
     """Raise `InputError` unless `x` is a floating-point tensor of this shape without NaN or
     infinity."""
     if not isinstance(x, torch.Tensor) or not x.is_floating_point():
-        raise InputError(
-            f'{name} should be a floating-point tensor; got {getattr(x, "dtype", type(x).__name__)}'
-        )
+        kind = getattr(x, 'dtype', type(x).__name__)
+        raise InputError(f'{name} should be a floating-point tensor; got {kind}')
     if tuple(x.shape) != tuple(shape):
-        raise InputError(
-            f'{name} should be {tuple(shape)}{", " * bool(why)}{why}; got {tuple(x.shape)}'
-        )
+        meaning = f', {why}' if why else ''
+        raise InputError(f'{name} should be {tuple(shape)}{meaning}; got {tuple(x.shape)}')
     x = x.detach()
     if not x.sum().isfinite() and not x.isfinite().all():
-        raise InputError(
-            f'{name} should be finite; got {int((~x.isfinite()).sum())} NaN or infinite values'
-        )
+        count = int((~x.isfinite()).sum())
+        raise InputError(f'{name} should be finite; got {count} NaN or infinite values')
 
 
 # %% ../../nbs/ground/00_core.ipynb #222d110c
@@ -80,11 +78,11 @@ def atomic_path(
 ):  # yields a temporary path in the same folder, with the same suffix
     "Write to a temporary file which replaces `path` only if the block succeeds."
     path = Path(path)
-    tmp = path.with_name(f'.{path.stem}.{os.getpid()}.part{path.suffix}')
+    unfinished = path.with_name(f'.{path.stem}.{os.getpid()}.part{path.suffix}')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield tmp
-        os.replace(tmp, path)
+        yield unfinished
+        os.replace(unfinished, path)
     except PermissionError as e:
         raise InputError(f'cannot write {path}: permission denied; choose another --out') from e
     except (NotADirectoryError, FileExistsError) as e:
@@ -92,7 +90,8 @@ def atomic_path(
             f'cannot write {path}: a file stands where a folder is needed; choose another --out'
         ) from e
     finally:
-        tmp.unlink(missing_ok=True) if tmp.parent.is_dir() else None
+        if unfinished.parent.is_dir():
+            unfinished.unlink(missing_ok=True)
 
 
 # %% ../../nbs/ground/00_core.ipynb #6e5bc9c9
@@ -117,13 +116,13 @@ class Timer:
     "Context manager with `.wall` and `.cpu` seconds (of this thread)."
 
     def __enter__(self):
-        self._w = time.perf_counter()
-        self._c = time.thread_time()
+        self._wall_start = time.perf_counter()
+        self._cpu_start = time.thread_time()
         return self
 
     def __exit__(self, *_):
-        self.wall = time.perf_counter() - self._w
-        self.cpu = time.thread_time() - self._c
+        self.wall = time.perf_counter() - self._wall_start
+        self.cpu = time.thread_time() - self._cpu_start
 
 
 # %% ../../nbs/ground/00_core.ipynb #4d620466
@@ -139,47 +138,50 @@ def to_uint8(
     image,  # (H,W,3) or (H,W), 0..1 (values outside are clipped), or uint8 already
 ) -> np.ndarray:  # uint8, same shape
     "Image as bytes, rounded to the nearest level."
-    a = to_numpy(image)
-    return (
-        a if a.dtype == np.uint8 else (a.astype(np.float32).clip(0, 1) * 255 + 0.5).astype(np.uint8)
-    )
+    image = to_numpy(image)
+    if image.dtype == np.uint8:
+        return image
+    return (image.astype(np.float32).clip(0, 1) * 255 + 0.5).astype(np.uint8)
 
 
 # %% ../../nbs/ground/00_core.ipynb #32a62124
+def _draw(ax, image, title, **colors):
+    "One picture of a grid; None leaves a gap."
+    ax.axis('off')
+    if image is None:
+        return
+    ax.imshow(to_uint8(image) if np.ndim(image) == 3 else to_numpy(image), **colors)
+    if title is not None:
+        ax.set_title(title, fontsize=9)
+
+
+# %% ../../nbs/ground/00_core.ipynb #4739cea7
 def show_images(
     images,  # list of (H,W,3) or (H,W), 0..1; None leaves a gap
     titles=None,  # one line above each picture
     cols: int = None,  # pictures per row; default: all in one row, at most 6
     width: float = None,  # width of the figure, inches; default 8, or less for few pictures
     alt: str = None,  # what a reader who cannot see it should hear; default: the titles
-    cmap: str = 'viridis',
-    vmin: float = None,
-    vmax: float = None,  # for (H,W) images; shared by all of them
+    cmap: str = 'viridis',  # colours of (H,W) images
+    vmin: float = None,  # value of the first colour, for all (H,W) images
+    vmax: float = None,  # value of the last colour
     quality: int = 88,  # of the JPEG
 ):  # the displayed image
     "Show a grid of pictures as one JPEG with alt text."
     import matplotlib.pyplot as plt
 
     images = list(images)
+    titles = list(titles or ())
     cols = cols or min(len(images), 6)
     rows = math.ceil(len(images) / cols)
-    first = next(to_numpy(i) for i in images if i is not None)
+    first = next(to_numpy(image) for image in images if image is not None)
     width = width or min(8, 2.7 * cols)
-    h = width / cols * first.shape[0] / first.shape[1] + (0.25 if titles else 0)
-    fig, axs = plt.subplots(
-        rows, cols, figsize=(width, h * rows), squeeze=False, layout='constrained'
-    )
-    for ax in axs.flat:
-        ax.axis('off')
-    for k, (ax, im) in enumerate(zip(axs.flat, images)):
-        if im is None:
-            continue
-        ax.imshow(
-            to_uint8(im) if np.ndim(im) == 3 else to_numpy(im), cmap=cmap, vmin=vmin, vmax=vmax
-        )
-        if titles and k < len(titles):
-            ax.set_title(titles[k], fontsize=9)
-    return show_figure(fig, alt or '; '.join(t for t in titles or ['pictures'] if t), quality)
+    height = width / cols * first.shape[0] / first.shape[1] + (0.25 if titles else 0)
+    size = width, height * rows
+    fig, axs = plt.subplots(rows, cols, figsize=size, squeeze=False, layout='constrained')
+    for ax, image, title in itertools.zip_longest(axs.flat, images, titles[: len(images)]):
+        _draw(ax, image, title, cmap=cmap, vmin=vmin, vmax=vmax)
+    return show_figure(fig, alt or '; '.join(filter(None, titles or ['pictures'])), quality)
 
 
 # %% ../../nbs/ground/00_core.ipynb #b3365c9c
@@ -192,10 +194,10 @@ def show_figure(
     import matplotlib.pyplot as plt
     from IPython.display import Image
 
-    buf = io.BytesIO()
-    fig.savefig(buf, format='jpeg', dpi=100, pil_kwargs=dict(quality=quality))
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format='jpeg', dpi=100, pil_kwargs=dict(quality=quality))
     plt.close(fig)
-    return Image(buf.getvalue(), format='jpeg', alt=alt)
+    return Image(buffer.getvalue(), format='jpeg', alt=alt)
 
 
 # %% ../../nbs/ground/00_core.ipynb #e8f04607
@@ -216,25 +218,22 @@ def check(
     tol: float = 1e-4,  # largest difference that still counts as close
 ) -> bool:  # whether it is equal or close
     "Compare an answer with the truth and say what differs."
-    a = to_numpy(yours).astype(float)
-    b = to_numpy(truth).astype(float)
-    if a.shape != b.shape:
-        print(f'shapes differ: yours {a.shape}, expected {b.shape}')
+    yours = to_numpy(yours).astype(float)
+    truth = to_numpy(truth).astype(float)
+    if yours.shape != truth.shape:
+        print(f'shapes differ: yours {yours.shape}, expected {truth.shape}')
         return False
-    if np.array_equal(a, b):
+    if np.array_equal(yours, truth):
         print('equal')
         return True
-    d = np.abs(a - b)
-    i = np.unravel_index(np.nan_to_num(d, nan=np.inf).argmax(), d.shape)
-    ok = bool(d[i] <= tol)
+    apart = np.abs(yours - truth)
+    worst = np.unravel_index(np.nan_to_num(apart, nan=np.inf).argmax(), apart.shape)
+    close = bool(apart[worst] <= tol)
     print(
-        'close:' if ok else 'not yet:',
-        (
-            f'largest difference {d[i]:.3g} at {tuple(map(int, i))}: yours {a[i]:.5g}, expected '
-            f'{b[i]:.5g}'
-        ),
+        f'{"close" if close else "not yet"}: largest difference {apart[worst]:.3g} at '
+        f'{tuple(map(int, worst))}: yours {yours[worst]:.5g}, expected {truth[worst]:.5g}'
     )
-    return ok
+    return close
 
 
 # %% ../../nbs/ground/00_core.ipynb #44bdd1cb
@@ -246,8 +245,8 @@ def test_close(
     "Assert that no element of `a` differs from `b` by more than `eps`."
     a = to_numpy(a).astype(float)
     b = to_numpy(b).astype(float)
-    d = np.abs(a - b)
-    worst = d.max() if d.size else 0.0
+    apart = np.abs(a - b)
+    worst = apart.max() if apart.size else 0.0
     assert worst <= eps, f'largest difference {worst:.3g} > {eps:.3g}\n{a}\n{b}'
 
 
