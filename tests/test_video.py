@@ -15,16 +15,16 @@ import torch
 
 from spatialavatar0 import cli
 from spatialavatar0.capture.film import (
-    ROW,
-    film_pictures,
-    open_film,
+    LIMITS,
+    Verdict,
+    count_reasons,
     still_camera,
-    stretches,
     track_video,
     unlike,
     verdicts,
     windows,
 )
+from spatialavatar0.capture.footage import ROW, film_pictures, open_film, stretches
 from spatialavatar0.ground.core import InputError, to_uint8
 from spatialavatar0.head.head import open_head
 from spatialavatar0.pictures.clips import read_vhap
@@ -63,17 +63,8 @@ def films(tmp_path_factory, acted):
     b = [to_uint8(f.image) for f in mono_clip(make_person(20), 20, 224, seed=2, background=0.2)]
     ffmpeg('-display_rotation', 90, '-i', a, '-c', 'copy', d / 'sideways.mp4')
     ffmpeg('-i', a, '-vf', 'select=lt(mod(n\\,5)\\,3)', '-fps_mode', 'vfr', d / 'uneven.mp4')
-    ffmpeg(
-        '-i',
-        a,
-        '-vf',
-        'scale=3840:2160:force_original_aspect_ratio=decrease,pad=3840:2160:-1:-1',
-        '-frames:v',
-        12,
-        '-preset',
-        'ultrafast',
-        d / '4k.mp4',
-    )
+    large = 'scale=3840:2160:force_original_aspect_ratio=decrease,pad=3840:2160:-1:-1'
+    ffmpeg('-i', a, '-vf', large, '-frames:v', 12, '-preset', 'ultrafast', d / '4k.mp4')
     ffmpeg('-f', 'lavfi', '-i', 'sine=d=1', d / 'sound.mp3')
     write(d / 'two.mp4', [np.concatenate([x, y], 1) for x, y in zip(acted, b * 2)])
     write(d / 'cut.mp4', acted[:20] + b)
@@ -92,17 +83,20 @@ def films(tmp_path_factory, acted):
 
 
 def test_upright_even_and_not_too_large(films):
-    def n(name, **k):
-        return [f.shape for f in film_pictures(open_film(films / name, **k))]
+    def shapes(name, **options):
+        return [picture.shape for picture in film_pictures(open_film(films / name, **options))]
 
-    assert n('plain.mp4') == [(224, 224, 3)] * 40
-    assert len(n('plain.mp4', most=10.0)) in (16, 17)
-    assert set(n('4k.mp4')) == {(1152, 2048, 3)}
-    up, side = (next(film_pictures(open_film(films / f))) for f in ('plain.mp4', 'sideways.mp4'))
-    assert np.abs(np.rot90(side, -1).astype(float) - up).mean() < 1
+    def first(name):
+        return next(film_pictures(open_film(films / name)))
+
+    assert shapes('plain.mp4') == [(224, 224, 3)] * 40
+    assert len(shapes('plain.mp4', most=10.0)) in (16, 17)
+    assert set(shapes('4k.mp4')) == {(1152, 2048, 3)}
+    turned = np.rot90(first('sideways.mp4'), -1).astype(float)
+    assert np.abs(turned - first('plain.mp4')).mean() < 1
     even = open_film(films / 'uneven.mp4')
     assert 12 < even.fps < 20
-    assert abs(len(n('uneven.mp4')) - even.about) <= 2
+    assert abs(len(shapes('uneven.mp4')) - even.about) <= 2
 
 
 def test_folder_of_pictures(tmp_path, acted):
@@ -130,10 +124,10 @@ BAD = {
 @needs_mediapipe
 @pytest.mark.parametrize('name', BAD)
 def test_one_clear_line(films, tmp_path, name, capfd):
-    assert (
-        cli.main(['track', str(films / name), '--out', str(tmp_path / 'clip'), '--size', '96']) == 1
-    )
-    lines = [l for l in capfd.readouterr().err.splitlines() if not l.startswith('note: ')]
+    words = ['track', str(films / name), '--out', str(tmp_path / 'clip'), '--size', '96']
+    assert cli.main(words) == 1
+    said = capfd.readouterr().err.splitlines()
+    lines = [line for line in said if not line.startswith('note: ')]
     assert len(lines) == 1 and lines[0].startswith('error: ') and BAD[name] in lines[0], lines
     assert not (tmp_path / 'clip').exists()
 
@@ -160,17 +154,17 @@ def test_a_cut_to_somebody_else(films, tmp_path):
 # rows, stretches, verdicts
 
 
-def test_stretches_are_runs(rng=np.random.default_rng(0)):
+def test_stretches_are_runs():
+    rng = np.random.default_rng(0)
     for _ in range(200):
         good = rng.random(20) < 0.8
         cuts = rng.random(20) < 0.1
-        s = stretches(good, cuts)
-        assert sorted(i for x in s for i in x) == list(np.flatnonzero(good))
-        assert all((np.diff(x) == 1).all() and not cuts[x[1:]].any() for x in s)
-        assert all(
-            b[0] > a[-1] + 1 or cuts[b[0]] or not good[a[-1] + 1 : b[0]].all()
-            for a, b in zip(s, s[1:])
-        )
+        runs = stretches(good, cuts)
+        assert sorted(i for run in runs for i in run) == list(np.flatnonzero(good))
+        assert all((np.diff(run) == 1).all() and not cuts[run[1:]].any() for run in runs)
+        for before, after in zip(runs, runs[1:]):
+            gap = good[before[-1] + 1 : after[0]]
+            assert after[0] > before[-1] + 1 or cuts[after[0]] or not gap.all()
 
 
 def test_verdicts_name_the_worst():
@@ -178,9 +172,17 @@ def test_verdicts_name_the_worst():
     rows['faces'] = 1, 1, 0, 2
     fine = dict(landmarks=1.0, covered=0.0, outside=0.0, turned=5.0)
     t = verdicts({0: fine, 1: dict(fine, turned=75.0, covered=0.13)}, rows)
-    assert [r['use'] for r in t] == [True, False, False, False]
-    assert [r['reason'] for r in t] == ['', 'turned 75, more than 60', 'no face', '2 faces']
-    assert t[0]['confidence'] == 0.75
+    assert [r.verdict for r in t] == [
+        Verdict.USED,
+        Verdict.TURNED,
+        Verdict.NO_FACE,
+        Verdict.SEVERAL_FACES,
+    ]
+    assert [r.reason for r in t] == ['', 'turned 75, more than 60', 'no face', '2 faces']
+    assert t[0].confidence == 0.75
+    assert t[0].entry() == dict(time=0, use=True, confidence=0.75, reason='', **fine)
+    assert count_reasons(t) == '1 turned, 1 no face, 1 several faces'
+    assert {v.value for v in Verdict} > set(LIMITS)
 
 
 def test_unlike_spreads():
@@ -209,39 +211,33 @@ def test_windows_stay_inside():
 @needs_mediapipe
 def test_killed_at_any_time(films, tmp_path):
     env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'}
+    program = 'import sys; from spatialavatar0.cli import main; sys.exit(main())'
+    film = str(films / 'brief.mp4')
 
     def run(out, seconds=None):
-        p = subprocess.Popen(
-            [
-                sys.executable,
-                '-c',
-                'import sys; from spatialavatar0.cli import main; sys.exit(main())',
-                'track',
-                str(films / 'brief.mp4'),
-                '--out',
-                str(out),
-                '--size',
-                '128',
-            ],
+        "Whether the command came to its end before it was killed."
+        words = ['track', film, '--out', str(out), '--size', '128']
+        process = subprocess.Popen(
+            [sys.executable, '-c', program, *words],
             env=env,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
         )
         try:
-            _, err = p.communicate(timeout=seconds)
+            _, err = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
-            p.kill()
-            p.wait()
-            return None
-        assert p.returncode == 0, err.decode()[-1500:]
+            process.kill()
+            process.wait()
+            return False
+        assert process.returncode == 0, err.decode()[-1500:]
         return True
 
-    t = time.time()
+    began = time.time()
     run(tmp_path / 'whole')
-    whole = time.time() - t
+    whole = time.time() - began
     killed = 0
     for share in (0.7, 0.9):
-        killed += run(tmp_path / 'killed', share * whole) is None
+        killed += not run(tmp_path / 'killed', share * whole)
     run(tmp_path / 'killed')
     assert killed
     a, b = (read_vhap(tmp_path / n) for n in ('whole', 'killed'))
@@ -265,26 +261,15 @@ def test_another_film_is_refused(films, tmp_path):
 
 @needs_mediapipe
 def test_build_from_a_film(films, tmp_path, capfd):
-    out = tmp_path / 'me'
-    assert (
-        cli.main(['build', str(films / 'plain.mp4'), '--out', str(out), '--preset', 'tiny']) == 0
-    ), capfd.readouterr().err
-    m = json.loads((out / 'metrics.json').read_text())
-    assert m['refined']['head_psnr'] > m['start']['head_psnr']
+    out, film = tmp_path / 'me', str(films / 'plain.mp4')
+    code = cli.main(['build', film, '--out', str(out), '--preset', 'tiny'])
+    assert code == 0, capfd.readouterr().err
+    metrics = json.loads((out / 'metrics.json').read_text())
+    assert metrics['refined']['head_psnr'] > metrics['start']['head_psnr']
     assert set(FILES.values()) < {p.name for p in out.iterdir()}
     assert (out / 'clip' / 'tracking.json').is_file()
-    assert (
-        cli.main(
-            [
-                'build',
-                str(films / 'plain.mp4'),
-                str(films / 'cut.mp4'),
-                '--out',
-                str(tmp_path / 'two'),
-            ]
-        )
-        == 2
-    )
+    words = ['build', film, str(films / 'cut.mp4'), '--out', str(tmp_path / 'two')]
+    assert cli.main(words) == 2
 
 
 def test_still_camera_keeps_every_pixel():
