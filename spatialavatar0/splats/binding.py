@@ -10,8 +10,8 @@ __all__ = [
     'bind_points',
     'triangle_frames',
     'TriangleFrames',
-    'WorldSplats',
     'bind_frames',
+    'WorldSplats',
     'place',
     'to_world',
     'texel_steps',
@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor
 
 from ..ground.core import InputError
@@ -34,19 +35,19 @@ from ..ground.geometry import mat_to_quat, quat_mul, quat_rotate
 
 
 # %% ../../nbs/splats/20_binding.ipynb #baecf58c
+def _cross_2d(u, v):
+    return u[..., 0] * v[..., 1] - u[..., 1] * v[..., 0]
+
+
 def barycentric(
     p: Tensor,  # (...,2) points
     tri: Tensor,  # (...,3,2) corners
 ) -> Tensor:  # (...,3) weights, rows sum to 1; nan for a triangle without area
     "Barycentric coordinates of points in 2D triangles."
     a, b, c = tri.unbind(-2)
-
-    def cross(u, v):
-        return u[..., 0] * v[..., 1] - u[..., 1] * v[..., 0]
-
-    area = cross(b - a, c - a)
-    w1 = cross(p - a, c - a) / area
-    w2 = cross(b - a, p - a) / area
+    area = _cross_2d(b - a, c - a)
+    w1 = _cross_2d(p - a, c - a) / area
+    w2 = _cross_2d(b - a, p - a) / area
     return torch.stack([1 - w1 - w2, w1, w2], -1)
 
 
@@ -58,11 +59,11 @@ def _box_pairs(
     "All (face, texel) pairs where the texel centre lies in the face's bounding box."
     lo = (tri.amin(1) - 0.5).ceil().clamp(0, resolution).long()
     hi = (tri.amax(1) - 0.5).floor().clamp(-1, resolution - 1).long()
-    w, h = (hi - lo + 1).clamp_min(0).unbind(-1)
-    n = w * h
-    f = torch.repeat_interleave(torch.arange(len(tri)), n)
-    k = torch.arange(len(f)) - (n.cumsum(0) - n)[f]
-    return f, lo[f] + torch.stack([k % w[f], k // w[f]], -1)
+    width, height = (hi - lo + 1).clamp_min(0).unbind(-1)
+    count = width * height
+    face = torch.repeat_interleave(torch.arange(len(tri)), count)
+    k = torch.arange(len(face)) - (count.cumsum(0) - count)[face]  # 0, 1, ... in each box
+    return face, lo[face] + torch.stack([k % width[face], k // width[face]], -1)
 
 
 # %% ../../nbs/splats/20_binding.ipynb #c69d240f
@@ -79,34 +80,46 @@ class Binding:
     def __len__(self):
         return len(self.face_ids)
 
-    def to(self, device):  # the same, where its tensors are on that device already
-        return (
-            self
-            if self.faces.device == torch.device(device)
-            else replace(
-                self,
-                **{k: getattr(self, k).to(device) for k in ('face_ids', 'bary', 'texels', 'faces')},
-            )
+    def to(self, device):
+        "The same on a device; itself where its tensors are there already."
+        if self.faces.device == torch.device(device):
+            return self
+        moved = {k: getattr(self, k).to(device) for k in ('face_ids', 'bary', 'texels', 'faces')}
+        return replace(self, **moved)
+
+
+# %% ../../nbs/splats/20_binding.ipynb #d3fa438c
+@patch
+def need_layout(self: Binding):
+    "InputError where there is no UV grid."
+    if not self.resolution:
+        raise InputError(
+            f'these {len(self):,} Gaussians have no UV layout: cloning and pruning gave it '
+            'up; use an avatar made by from_frame or refine'
         )
 
-    def need_layout(self):  # InputError where there is no UV grid
-        if not self.resolution:
-            raise InputError(
-                f'these {len(self):,} Gaussians have no UV layout: cloning and pruning gave it '
-                'up; use an avatar made by from_frame or refine'
-            )
 
-    def to_map(self, values, fill=0.0):  # (N,...) per Gaussian -> (R,R,...) picture of the UV grid
-        "Lay values out on the UV grid."
-        self.need_layout()
-        m = values.new_full((self.resolution, self.resolution, *values.shape[1:]), fill)
-        m[self.texels[:, 0], self.texels[:, 1]] = values
-        return m
+@patch
+def to_map(
+    self: Binding,
+    values: Tensor,  # (N,...) one row per Gaussian
+    fill: float = 0.0,  # where no Gaussian is
+) -> Tensor:  # (R,R,...)
+    "Lay values out on the UV grid."
+    self.need_layout()
+    grid = values.new_full((self.resolution, self.resolution, *values.shape[1:]), fill)
+    grid[self.texels[:, 0], self.texels[:, 1]] = values
+    return grid
 
-    def from_map(self, grid):  # (R,R,...) -> (N,...)
-        "Read values off the UV grid."
-        self.need_layout()
-        return grid[self.texels[:, 0], self.texels[:, 1]]
+
+@patch
+def from_map(
+    self: Binding,
+    grid: Tensor,  # (R,R,...)
+) -> Tensor:  # (N,...)
+    "Read values off the UV grid."
+    self.need_layout()
+    return grid[self.texels[:, 0], self.texels[:, 1]]
 
 
 # %% ../../nbs/splats/20_binding.ipynb #bbbd0d3d
@@ -114,21 +127,19 @@ def bind_uv(
     head,  # a Head with uv (U,2), uv_faces (F,3), faces (F,3)
     resolution: int,  # texels per side of the UV grid
 ) -> Binding:  # one Gaussian per texel whose centre is covered, in row order
-    "Bind one Gaussian to every covered UV texel (the paper's layout)."
+    "Bind one Gaussian to every covered UV texel: the paper's layout (Sec. 3.1, A.1)."
     if resolution < 1:
         raise ValueError(f'resolution should be at least 1; got {resolution}')
     tri = head.uv.double()[head.uv_faces] * resolution
-    f, xy = _box_pairs(tri, resolution)
-    b = barycentric(xy + 0.5, tri[f])
-    inside = (b >= 0).all(-1)
-    f = f[inside]
-    xy = xy[inside]
-    b = b[inside]
-    key = xy[:, 1] * resolution + xy[:, 0]
+    face, texel = _box_pairs(tri, resolution)
+    bary = barycentric(texel + 0.5, tri[face])
+    inside = (bary >= 0).all(-1)
+    face, texel, bary = face[inside], texel[inside], bary[inside]
+    key = texel[:, 1] * resolution + texel[:, 0]
     order = torch.argsort(key, stable=True)  # a texel on a shared edge goes to the first face
     key = key[order]
     first = order[F.pad(key[1:] != key[:-1], (1, 0), value=True)]
-    return Binding(f[first], b[first].float(), xy[first].flip(-1), head.faces, resolution)
+    return Binding(face[first], bary[first].float(), texel[first].flip(-1), head.faces, resolution)
 
 
 # %% ../../nbs/splats/20_binding.ipynb #03f45826
@@ -136,10 +147,9 @@ def bind_points(
     verts: Tensor,  # (...,V,3) posed mesh, metres
     binding: Binding,
 ) -> Tensor:  # (...,N,3) metres
-    "The point of the surface under each Gaussian."
-    return (verts[..., binding.faces[binding.face_ids], :] * binding.bary.to(verts)[..., None]).sum(
-        -2
-    )
+    "The point of the surface under each Gaussian (A.1)."
+    corners = verts[..., binding.faces[binding.face_ids], :]
+    return (corners * binding.bary.to(verts)[..., None]).sum(-2)
 
 
 # %% ../../nbs/splats/20_binding.ipynb #de618b22
@@ -147,13 +157,13 @@ def triangle_frames(
     verts: Tensor,  # (...,V,3) metres
     faces: Tensor,  # (F,3)
 ) -> tuple:  # rotations (...,F,3,3) with det +1; scales (...,F) metres
-    "Orthonormal frame and size of every triangle (the paper's, with det +1)."
+    "Orthonormal frame R_f and size s_f of every triangle (Eq. 8, with det +1)."
     v0, v1, v2 = verts[..., faces, :].unbind(-2)
     a0 = F.normalize(v1 - v0, dim=-1, eps=1e-10)
     a1 = F.normalize(torch.linalg.cross(a0, v2 - v0), dim=-1, eps=1e-10)
     a2 = torch.linalg.cross(a0, a1)
-    scale = ((v1 - v0).norm(dim=-1) + (a2 * (v2 - v0)).sum(-1).abs()) / 2
-    return torch.stack([a0, a1, a2], -1), scale
+    s_f = ((v1 - v0).norm(dim=-1) + (a2 * (v2 - v0)).sum(-1).abs()) / 2
+    return torch.stack([a0, a1, a2], -1), s_f
 
 
 # %% ../../nbs/splats/20_binding.ipynb #d4794175
@@ -166,6 +176,18 @@ class TriangleFrames:
     scales: Tensor  # (...,N) triangle sizes, metres
 
 
+def bind_frames(
+    binding: Binding,
+    verts: Tensor,  # (...,V,3) posed mesh, metres
+) -> TriangleFrames:
+    "Surface point, rotation and size (Eq. 8) under every Gaussian; differentiable in `verts`."
+    R_f, s_f = triangle_frames(verts, binding.faces)
+    points = bind_points(verts, binding)
+    quats = mat_to_quat(R_f)[..., binding.face_ids, :]
+    return TriangleFrames(points, quats, s_f[..., binding.face_ids])
+
+
+# %% ../../nbs/splats/20_binding.ipynb #678914f3
 class WorldSplats(NamedTuple):
     "Gaussians in the world."
 
@@ -174,34 +196,17 @@ class WorldSplats(NamedTuple):
     scales: Tensor  # (...,N,3) standard deviations, metres
 
 
-# %% ../../nbs/splats/20_binding.ipynb #516f0cd8
-def bind_frames(
-    binding: Binding,
-    verts: Tensor,  # (...,V,3) posed mesh, metres
-) -> TriangleFrames:
-    "Surface point, rotation and size (Eq. 8) under every Gaussian; differentiable in `verts`."
-    R, s = triangle_frames(verts, binding.faces)
-    return TriangleFrames(
-        bind_points(verts, binding),
-        mat_to_quat(R)[..., binding.face_ids, :],
-        s[..., binding.face_ids],
-    )
-
-
-# %% ../../nbs/splats/20_binding.ipynb #678914f3
 def place(
     splats: dict,  # offsets (N,3) and quats (N,4) in the triangle's frame, log_scales (N,3)
     frames: TriangleFrames,  # from bind_frames
 ) -> WorldSplats:
-    "Gaussians in the world (Eq. 1): any device, float type and batch."
-    means = frames.points + frames.scales[..., None] * quat_rotate(
-        frames.quats, splats['offsets'].expand_as(frames.points)
-    )
+    "Gaussians in the world: the local half put into the frames (Eq. 1)."
+    s_f = frames.scales[..., None]
+    offsets = quat_rotate(frames.quats, splats['offsets'].expand_as(frames.points))
     quats = quat_mul(frames.quats, F.normalize(splats['quats'], dim=-1))
-    return WorldSplats(means, quats, frames.scales[..., None] * splats['log_scales'].exp())
+    return WorldSplats(frames.points + s_f * offsets, quats, s_f * splats['log_scales'].exp())
 
 
-# %% ../../nbs/splats/20_binding.ipynb #30b6d7d2
 def to_world(
     splats: dict,  # raw local attributes, see `new_splats`
     binding: Binding,
@@ -212,6 +217,11 @@ def to_world(
 
 
 # %% ../../nbs/splats/20_binding.ipynb #755f6875
+def _two_edges(corners):
+    "The edges of triangles from their first corner, as columns: (F,3,D) -> (F,D,2)."
+    return torch.stack([corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]], -1)
+
+
 def texel_steps(
     binding: Binding,
     head,  # the head it was made for
@@ -219,15 +229,11 @@ def texel_steps(
 ) -> Tensor:  # (N,2,2) metres: columns t_u, t_v in the coordinates (a0, a2) of the triangle's frame
     "How far one texel goes on the surface, to the right and down."
     R, _ = triangle_frames(verts, head.faces)
-
-    def edges(x):
-        return torch.stack([x[:, 1] - x[:, 0], x[:, 2] - x[:, 0]], -1)
-
-    flat = R[..., [0, 2]].mT @ edges(verts[head.faces])  # (F,2,2) edges in the triangle's plane
-    uv = edges(head.uv[head.uv_faces] * binding.resolution)  # (F,2,2) the same edges, in texels
+    on_skin = R[..., [0, 2]].mT @ _two_edges(verts[head.faces])  # (F,2,2) in the triangle's plane
+    in_uv = _two_edges(head.uv[head.uv_faces] * binding.resolution)  # (F,2,2) in texels
     owned = binding.face_ids.unique()
-    steps = flat.new_zeros(flat.shape)
-    steps[owned] = flat[owned] @ torch.linalg.inv(uv[owned])
+    steps = on_skin.new_zeros(on_skin.shape)
+    steps[owned] = on_skin[owned] @ torch.linalg.inv(in_uv[owned])
     return steps[binding.face_ids]
 
 
@@ -240,6 +246,13 @@ def at_seam(
     return binding.from_map(1 + F.max_pool2d(-F.pad(full, (1, 1, 1, 1)), 3, 1)[0, 0])
 
 
+def _off_real_edges(binding, head):
+    "1, but 0 on the face and the neck's rim: there an edge of the atlas is an edge of the head."
+    masks = [head.masks[k][:, None] for k in ('rim', 'face') if k in head.masks]
+    real = [bind_points(m, binding)[:, 0] for m in masks] or [torch.zeros(len(binding))]
+    return 1 - torch.stack(real).amax(0)
+
+
 # %% ../../nbs/splats/20_binding.ipynb #adcf6aff
 def new_splats(
     binding: Binding,
@@ -249,29 +262,21 @@ def new_splats(
     thickness: float = 0.25,  # along the normal, relative to the mean of the other two
     stretch: float = 3.0,  # the longer axis is at most this many times the shorter, at equal area
     opacity: float = 0.95,
-) -> dict:  # offsets (N,3), quats (N,4), log_scales (N,3), logit_opacities (N,), sh0 (N,3): grey, on the skin
-    "Flat grey Gaussians that just cover the surface."
+) -> dict:  # offsets (N,3), quats (N,4), log_scales (N,3), logit_opacities (N,), sh0 (N,3): grey
+    "Flat grey Gaussians on the skin that just cover it."
     n = len(binding)
-    inner = 1 - torch.stack(
-        [
-            bind_points(head.masks[k][:, None], binding)[:, 0]
-            for k in ('rim', 'face')
-            if k in head.masks
-        ]
-        or [torch.zeros(n)]
-    ).amax(0)
+    wider = 1 + 0.5 * at_seam(binding) * _off_real_edges(binding, head)
     U, S, _ = torch.linalg.svd(texel_steps(binding, head, verts))
     S = S / bind_frames(binding, verts).scales[:, None]
-    size = S.clamp_min(1e-5).prod(-1).sqrt() * (1 + 0.5 * at_seam(binding) * inner)
+    size = S.clamp_min(1e-5).prod(-1).sqrt() * wider
     root = (S[:, 0] / S[:, 1].clamp_min(1e-8)).clamp_max(stretch).sqrt()
+    scales = width * size[:, None] * torch.stack([root, torch.full((n,), thickness), 1 / root], -1)
     half = torch.atan2(-U[:, 1, 0], U[:, 0, 0]) / 2
     o = torch.zeros(n)  # a turn about the normal a1 brings a0 onto the long axis
     return dict(
         offsets=torch.zeros(n, 3),
         quats=torch.stack([half.cos(), o, half.sin(), o], -1),
-        log_scales=(
-            width * size[:, None] * torch.stack([root, torch.full((n,), thickness), 1 / root], -1)
-        ).log(),
+        log_scales=scales.log(),
         logit_opacities=torch.full((n,), math.log(opacity / (1 - opacity))),
         sh0=torch.zeros(n, 3),
     )
@@ -284,11 +289,11 @@ def to_local(
     scales: Tensor,  # (N,3) metres
     frames: TriangleFrames,  # of the mesh the Gaussians sit on
 ) -> dict:  # offsets, quats, log_scales: see new_splats
-    "The inverse of `place`."
-    inv = frames.quats * frames.quats.new_tensor([1, -1, -1, -1])
-    s = frames.scales[..., None]
+    "The inverse of `place` (Eq. 1)."
+    back = frames.quats * frames.quats.new_tensor([1, -1, -1, -1])
+    s_f = frames.scales[..., None]
     return dict(
-        offsets=quat_rotate(inv, means - frames.points) / s,
-        quats=quat_mul(inv, quats),
-        log_scales=(scales / s).log(),
+        offsets=quat_rotate(back, means - frames.points) / s_f,
+        quats=quat_mul(back, quats),
+        log_scales=(scales / s_f).log(),
     )
