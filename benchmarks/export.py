@@ -24,7 +24,7 @@ from spatialavatar0.ground.geometry import intrinsics, orbit, quat_mul, quat_rot
 from spatialavatar0.head.head import open_head
 from spatialavatar0.pictures.metrics import psnr
 from spatialavatar0.pictures.people import face_centre, make_person, paint
-from spatialavatar0.splats.rasterize import rasterize
+from spatialavatar0.splats.renderers import rasterize
 from spatialavatar0.use.export import write_sequence, write_splats
 from spatialavatar0.use.gaussian_avatars import write_gaussian_avatar
 from spatialavatar0.use.gltf import corners_of, write_glb

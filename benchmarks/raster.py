@@ -21,9 +21,10 @@ import numba as nb
 import torch
 import torch.nn.functional as F
 from common import SIZES, machine, save, scene, set_threads
+
 from spatialavatar0.pictures.metrics import SSIM_WINDOW, ssim, ssim_map
-from spatialavatar0.splats import rasterize as render
-from spatialavatar0.splats.rasterize import rasterize
+from spatialavatar0.splats import renderers as render
+from spatialavatar0.splats.renderers import rasterize
 
 HERE = Path(__file__).resolve()
 GATES = (  # name, what is measured, the promise

@@ -27,7 +27,7 @@ from spatialavatar0.pictures.clips import Clip, split, write_vhap
 from spatialavatar0.pictures.formats import load_clip
 from spatialavatar0.pictures.metrics import ssim
 from spatialavatar0.pictures.people import make_person, mono_clip, novel_views
-from spatialavatar0.splats.rasterize import rasterize
+from spatialavatar0.splats.renderers import rasterize
 from spatialavatar0.stage1.generator import from_pretrained
 from spatialavatar0.stage2.loop import NotFinite, Refinement, calm, measure, refine
 from spatialavatar0.stage2.refine import RefineConfig, paper_config, start_frame

@@ -16,7 +16,7 @@ from spatialavatar0.head.head import open_head
 from spatialavatar0.pictures.metrics import l1, ssim, ssim_map
 from spatialavatar0.splats.binding import Binding, bind_uv, new_splats
 from spatialavatar0.splats.kernels import fast_frames, fast_place
-from spatialavatar0.splats.rasterize import rasterize
+from spatialavatar0.splats.renderers import rasterize
 
 LOCAL = ('offsets', 'quats', 'log_scales')
 

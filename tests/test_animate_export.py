@@ -9,6 +9,7 @@ import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
+
 from spatialavatar0.avatar.avatar import new_avatar
 from spatialavatar0.ground.core import InputError
 from spatialavatar0.ground.geometry import intrinsics, orbit, quat_to_mat
@@ -302,7 +303,7 @@ def test_ply_round_trip(tmp_path, n):
 
 def test_same_picture(avatar, tmp_path):
     from spatialavatar0.pictures.metrics import psnr
-    from spatialavatar0.splats.rasterize import rasterize
+    from spatialavatar0.splats.renderers import rasterize
 
     h = avatar.head
     s = avatar.world(**h.arkit(both(jawOpen=0.5)))

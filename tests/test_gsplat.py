@@ -12,9 +12,10 @@ from scenes import KINDS, make
 
 from spatialavatar0.ground.core import InputError
 from spatialavatar0.ground.geometry import quat_to_mat
-from spatialavatar0.splats import rasterize as render
+from spatialavatar0.splats import renderers as render
 from spatialavatar0.splats.kernels import project_splats
-from spatialavatar0.splats.rasterize import rasterize
+from spatialavatar0.splats.rasterize import near_to_far, tile_lists
+from spatialavatar0.splats.renderers import rasterize
 
 RUNGS = list(render._BACKENDS)
 EXACT = [b for b in RUNGS if b in ('dense', 'torch')]  # these follow the float type of their input
@@ -192,8 +193,8 @@ def lists_torch(s, projection):
     """The lists of the PyTorch rung for camera 0: a tile's splats, as rows of the input, near to
     far."""
     means2d, depths, _, reach, half = [x[0] for x in projection]
-    order = render._near_to_far(depths, reach)
-    offsets, ids = render.tile_lists(means2d[order], half[order], s.width, s.height)
+    order = near_to_far(depths, reach)
+    offsets, ids = tile_lists(means2d[order], half[order], s.width, s.height)
     return [order[ids[a:b]].tolist() for a, b in zip(offsets, offsets[1:])]
 
 
@@ -211,9 +212,7 @@ def lists_numba(s, projection):
         np.zeros((len(depths), 4), np.float32),
         0,
     )
-    offsets, ids = render.bin_tiles(
-        *render.tile_spans(splats, s.width, s.height), s.width, s.height
-    )
+    offsets, ids = render.exact_lists(splats, s.width, s.height)
     return [order[ids[a:b]].tolist() for a, b in zip(offsets, offsets[1:])]
 
 

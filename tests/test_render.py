@@ -6,9 +6,11 @@ import math
 
 import pytest
 import torch
+
 from spatialavatar0.ground.core import InputError
-from spatialavatar0.splats import rasterize as render
-from spatialavatar0.splats.rasterize import rasterize
+from spatialavatar0.splats import renderers as render
+from spatialavatar0.splats.projection import covs_to_conics, project_gaussians
+from spatialavatar0.splats.renderers import rasterize
 
 W, H = 61, 45
 NAMES = ('means', 'quats', 'scales', 'opacities', 'colors', 'backgrounds')
@@ -247,10 +249,10 @@ def test_projection_is_gsplats():
     (m, q, s, *_), views, Ks = scene('plain', 9)
     covs, _ = twin._quat_scale_to_covar_preci(q, s, True, False)
     _, m2, d, conics, _ = twin._fully_fused_projection(m, covs, views, Ks, W, H)
-    ours = render.project_gaussians(m, q, s, views[0], Ks[0], W, H)
+    ours = project_gaussians(m, q, s, views[0], Ks[0], W, H)
     assert torch.allclose(ours[0], m2[0])
     assert torch.allclose(ours[1], d[0])
-    assert torch.allclose(render.covs_to_conics(ours[2]), conics[0])
+    assert torch.allclose(covs_to_conics(ours[2]), conics[0])
 
 
 def test_finite_differences():

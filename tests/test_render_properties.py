@@ -10,10 +10,11 @@ import torch
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from scenes import Scene
+
 from spatialavatar0.ground.core import InputError
-from spatialavatar0.splats import rasterize as render
+from spatialavatar0.splats import renderers as render
 from spatialavatar0.splats.projection import covs_to_conics, project_gaussians
-from spatialavatar0.splats.rasterize import rasterize
+from spatialavatar0.splats.renderers import rasterize
 
 RUNGS = list(render._BACKENDS)
 MODES = ('RGB', 'D', 'ED', 'RGB+D', 'RGB+ED')

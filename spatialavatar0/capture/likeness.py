@@ -29,7 +29,7 @@ from ..ground.core import InputError, smooth
 from ..ground.geometry import project
 from ..head.head import Head, open_head
 from ..pictures.clips import Clip, Frame
-from ..splats.rasterize import rasterize
+from ..splats.renderers import rasterize
 from ..stage2.loop import refine
 from ..stage2.refine import RefineConfig, look, start_frame
 from .film import unlike

@@ -67,7 +67,7 @@ from ..ground.core import InputError, atomic_path, smooth, to_uint8
 from ..ground.geometry import intrinsics, orbit, quat_to_mat, sh0_to_rgb
 from ..splats.kernels import fast_log_aspects
 from ..splats.mesh import shade_mesh
-from ..splats.rasterize import rasterize
+from ..splats.renderers import rasterize
 
 
 # %% ../../nbs/use/82_viewer.ipynb #80d80459

@@ -13,7 +13,8 @@ if not torch.cuda.is_available():
 from conftest import ROOT
 from gsplat_reference import reference
 from scenes import KINDS, make
-from spatialavatar0.splats.rasterize import gsplat_max_alpha, rasterize
+
+from spatialavatar0.splats.renderers import gsplat_max_alpha, rasterize
 
 pytestmark = pytest.mark.cuda
 MODES = ('RGB', 'D', 'ED', 'RGB+D', 'RGB+ED')
