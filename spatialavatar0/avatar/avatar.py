@@ -38,7 +38,7 @@ from ..ground.geometry import sh0_to_rgb
 from ..head.head import Head, open_head
 from ..splats.binding import Binding, TriangleFrames, bind_points, bind_uv, new_splats
 from ..splats.kernels import fast_frames, fast_place
-from ..splats.rasterize import rasterize
+from ..splats.renderers import rasterize
 
 
 # %% ../../nbs/avatar/40_avatar.ipynb #b328355b
@@ -88,7 +88,7 @@ def open_splats(
     return OpenSplats(means, quats, scales, opacities, colors)
 
 
-# %% ../../nbs/avatar/40_avatar.ipynb #5580d966
+# %% ../../nbs/avatar/40_avatar.ipynb #d202b00c
 def render_avatar(
     avatar: Avatar,
     viewmat: Tensor,  # (4,4) world -> camera
