@@ -9,17 +9,17 @@ __all__ = [
     'ring_lookup',
     'rigid',
     'unturned',
-    'Reach',
     'skull_middle',
     'soften',
     'hair_ring',
+    'Reach',
     'reach',
     'grow_hair',
     'hair_waves',
     'strands',
 ]
 
-# %% ../../nbs/avatar/42_hair.ipynb #369ec93c
+# %% ../../nbs/avatar/42_hair.ipynb #eca1664e
 import math
 from dataclasses import replace
 from typing import NamedTuple
@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# %% ../../nbs/avatar/42_hair.ipynb #a48bb6aa
+# %% ../../nbs/avatar/42_hair.ipynb #00c6563e
 from ..ground.geometry import axis_angle_to_mat, project
 from ..head.head import Head
 from ..pictures.clips import Frame
@@ -99,14 +99,6 @@ def unturned(
 
 
 # %% ../../nbs/avatar/42_hair.ipynb #af529d85
-class Reach(NamedTuple):
-    "How far one picture's matte stands off the skull."
-
-    fraction: Tensor  # (V,) of the skull's radius, in the direction of each vertex
-    weight: Tensor  # (V,) 0..1, how much the picture says about it
-    crown: Tensor  # () the fraction above the head
-
-
 def skull_middle(head, verts):  # (3,) metres
     "The mean of the scalp, in the middle plane."
     return verts[head.masks['scalp'] > 0.5].mean(0) * torch.tensor([0.0, 1, 1])
@@ -121,7 +113,7 @@ def soften(
     return ring
 
 
-# %% ../../nbs/avatar/42_hair.ipynb #a97e3bf7
+# %% ../../nbs/avatar/42_hair.ipynb #7e0482b2
 def hair_ring(
     frame: Frame,
     center: Tensor,  # (2,) pixels, the middle of the skull
@@ -137,7 +129,15 @@ def hair_ring(
     return soften(ratio).clamp(0, limit), soften(inside.all(1).float())
 
 
-# %% ../../nbs/avatar/42_hair.ipynb #242a3523
+# %% ../../nbs/avatar/42_hair.ipynb #795da2a5
+class Reach(NamedTuple):
+    "How far one picture's matte stands off the skull."
+
+    fraction: Tensor  # (V,) of the skull's radius, in the direction of each vertex
+    weight: Tensor  # (V,) 0..1, how much the picture says about it
+    crown: Tensor  # () the fraction above the head
+
+
 def reach(
     head: Head,
     frame: Frame,
@@ -200,7 +200,7 @@ def hair_waves(
     return 0.6 * streaks.sum(-1) + 0.4 * wisps.sum(-1)
 
 
-# %% ../../nbs/avatar/42_hair.ipynb #576ec786
+# %% ../../nbs/avatar/42_hair.ipynb #a673e6e8
 def strands(
     rgb: Tensor,  # (N,3) filled colours
     known: Tensor,  # (N,) 0..1 trust

@@ -24,7 +24,7 @@ __all__ = [
     'without_clothes',
 ]
 
-# %% ../../nbs/avatar/43_portrait.ipynb #6e27b550
+# %% ../../nbs/avatar/43_portrait.ipynb #f8d75f27
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -39,7 +39,7 @@ from ..splats.binding import bind_points
 from ..splats.kernels import fast_frames
 from ..splats.mesh import rasterize_mesh
 
-# %% ../../nbs/avatar/43_portrait.ipynb #8832e683
+# %% ../../nbs/avatar/43_portrait.ipynb #5333f0cd
 from .avatar import Avatar, new_avatar, part_is, texel_mask
 from .hair import grow_hair, strands
 from .warp import Seen, bleed, borrow, fill, look_up, mirror_texels, see, trust
@@ -85,7 +85,7 @@ def bake_eyes(
     return rgb * (ball > 0)[:, None]
 
 
-# %% ../../nbs/avatar/43_portrait.ipynb #a9f1bf5b
+# %% ../../nbs/avatar/43_portrait.ipynb #2c5157b5
 def fill_apart(
     rgb: Tensor,  # (N,3)
     known: Tensor,  # (N,) 0..1 trust
@@ -106,7 +106,7 @@ def fill_apart(
     return rgb
 
 
-# %% ../../nbs/avatar/43_portrait.ipynb #10330303
+# %% ../../nbs/avatar/43_portrait.ipynb #61a9a1dd
 INSIDE = dict(
     mouth=(0.16, 0.05, 0.05),
     tongue=(0.5, 0.22, 0.22),
@@ -260,7 +260,7 @@ def below_chin(
     return (rows > chin - 0.02 * frame.height).expand(frame.height, frame.width)
 
 
-# %% ../../nbs/avatar/43_portrait.ipynb #5bdd44dc
+# %% ../../nbs/avatar/43_portrait.ipynb #a765b761
 def face_pixels(
     frame: Frame,
     head: Head,
