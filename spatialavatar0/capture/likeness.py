@@ -30,8 +30,8 @@ from ..ground.geometry import project
 from ..head.head import Head, open_head
 from ..pictures.clips import Clip, Frame
 from ..splats.renderers import rasterize
-from ..stage2.loop import refine
-from ..stage2.refine import RefineConfig, look, start_frame
+from ..stage2.loop import look, refine
+from ..stage2.refine import RefineConfig, start_frame
 from .film import unlike
 from .photo import gates, uncovered
 from .photos import from_photos, frontal_first
