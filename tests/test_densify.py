@@ -14,12 +14,13 @@ from spatialavatar0.pictures.people import make_person, mono_clip
 from spatialavatar0.stage2.densify import (
     Densification,
     DensifyConfig,
+    Growth,
     carry_over,
+    clone_and_split,
     densify,
-    doomed,
-    grow,
     same_layout,
-    wants,
+    select_growth,
+    select_pruned,
 )
 from spatialavatar0.stage2.loop import measure, refine
 from spatialavatar0.stage2.refine import RAW, paper_config
@@ -36,13 +37,17 @@ def start(clip):
 
 
 def some(n=4, seed=0):
-    g = torch.Generator().manual_seed(seed)
+    dice = torch.Generator().manual_seed(seed)
 
-    def r(*s):
-        return torch.randn(*s, generator=g)
+    def normal(*shape):
+        return torch.randn(*shape, generator=dice)
 
     return dict(
-        offsets=r(n, 3), quats=r(n, 4), log_scales=0.3 * r(n, 3), logit_opacities=r(n), sh0=r(n, 3)
+        offsets=normal(n, 3),
+        quats=normal(n, 4),
+        log_scales=0.3 * normal(n, 3),
+        logit_opacities=normal(n),
+        sh0=normal(n, 3),
     )
 
 
@@ -50,180 +55,188 @@ def marks(*on, n=4):
     return torch.isin(torch.arange(n), torch.tensor(on, dtype=torch.long))
 
 
-def covariance(x):
-    R = quat_to_mat(torch.nn.functional.normalize(x['quats'], dim=-1))
-    s = x['log_scales'].exp()
-    return R @ torch.diag_embed(s * s) @ R.mT
+def growth(clone=(), split=()):
+    return Growth(marks(*clone), marks(*split))
+
+
+def copied(splats):
+    return {k: v.clone() for k, v in splats.items()}
+
+
+def covariance(splats):
+    R = quat_to_mat(torch.nn.functional.normalize(splats['quats'], dim=-1))
+    scales = splats['log_scales'].exp()
+    return R @ torch.diag_embed(scales * scales) @ R.mT
 
 
 def test_a_clone_is_the_same_once_more():
-    x = some()
-    y, rows, fresh = grow(x, marks(1), marks())
+    old = some()
+    new, rows, fresh = clone_and_split(old, growth(clone=[1]))
     assert rows.tolist() == [0, 1, 2, 3, 1]
     assert fresh.tolist() == [False] * 4 + [True]
-    for k, v in x.items():
-        assert torch.equal(y[k][:4], v)
-        assert torch.equal(y[k][4], v[1])
+    for k, v in old.items():
+        assert torch.equal(new[k][:4], v)
+        assert torch.equal(new[k][4], v[1])
 
 
 def test_a_split_shrinks_the_covariance_and_keeps_its_axes():
-    x = some()
-    y, rows, fresh = grow(x, marks(), marks(2), torch.Generator().manual_seed(0))
+    old = some()
+    dice = torch.Generator().manual_seed(0)
+    new, rows, fresh = clone_and_split(old, growth(split=[2]), dice)
     assert rows.tolist() == [0, 1, 3, 2, 2]
     assert fresh.tolist() == [False] * 3 + [True] * 2
-    torch.testing.assert_close(covariance(y)[3:], (covariance(x)[2] / 1.6**2).expand(2, 3, 3))
+    shrunk = covariance(old)[2] / 1.6**2
+    torch.testing.assert_close(covariance(new)[3:], shrunk.expand(2, 3, 3))
     for k in ('quats', 'logit_opacities', 'sh0'):
-        assert torch.equal(y[k][3:], x[k][[2, 2]])
+        assert torch.equal(new[k][3:], old[k][[2, 2]])
 
 
 def test_children_are_drawn_from_their_parent():
-    x = {k: v[:1].expand(20_000, *v.shape[1:]) for k, v in some().items()}
+    one = {k: v[:1].expand(20_000, *v.shape[1:]) for k, v in some().items()}
     every = torch.ones(20_000, dtype=torch.bool)
-    y, *_ = grow(x, ~every, every, torch.Generator().manual_seed(1))
-    d = y['offsets'] - x['offsets'][0]
-    torch.testing.assert_close(d.T @ d / len(d), covariance(x)[0], atol=0.03, rtol=0.03)
+    dice = torch.Generator().manual_seed(1)
+    new = clone_and_split(one, Growth(~every, every), dice).splats
+    moved = new['offsets'] - one['offsets'][0]
+    wanted = covariance(one)[0]
+    torch.testing.assert_close(moved.T @ moved / len(moved), wanted, atol=0.03, rtol=0.03)
 
 
-def test_grow_leaves_its_input_alone():
-    x = some()
-    before = {k: v.clone() for k, v in x.items()}
-    grow(x, marks(0), marks(1))
-    assert all(torch.equal(x[k], before[k]) for k in x)
+def test_growth_leaves_its_input_alone():
+    old = some()
+    before = copied(old)
+    clone_and_split(old, growth(clone=[0], split=[1]))
+    assert all(torch.equal(old[k], before[k]) for k in old)
 
 
-def test_nobody_asks_nobody_grows():
-    x = some()
-    y, rows, fresh = grow(x, marks(), marks())
+def test_nothing_selected_nothing_grows():
+    old = some()
+    new, rows, fresh = clone_and_split(old, growth())
     assert rows.tolist() == [0, 1, 2, 3]
     assert not fresh.any()
-    assert all(torch.equal(x[k], y[k]) for k in x)
+    assert all(torch.equal(old[k], new[k]) for k in old)
 
 
 def test_small_ones_are_cloned_large_ones_split():
     cfg = DensifyConfig()
     scales = torch.tensor([0.001, 0.02, 0.001, 0.02])[:, None].repeat(1, 3)
-    clone, split = wants(torch.tensor([1, 1, 0, 0]) * 2 * cfg.grad, scales, cfg)
+    clone, split = select_growth(torch.tensor([1, 1, 0, 0]) * 2 * cfg.grad, scales, cfg)
     assert clone.tolist() == [True, False, False, False]
-    assert split.tolist() == [
-        False,
-        True,
-        False,
-        False,
-    ]
+    assert split.tolist() == [False, True, False, False]
 
 
 def test_the_faint_and_the_huge_go_but_no_triangle_is_left_bare():
-    o = torch.tensor([0.9, 0.001, 0.9, 0.001, 0.001, 0.001])
-    s = torch.full((6, 3), 0.001)
-    s[2, 0] = 1.0
-    out = doomed(o, s, torch.tensor([0, 0, 0, 1, 2, 2]), DensifyConfig())
+    opacities = torch.tensor([0.9, 0.001, 0.9, 0.001, 0.001, 0.001])
+    scales = torch.full((6, 3), 0.001)
+    scales[2, 0] = 1.0
+    face_ids = torch.tensor([0, 0, 0, 1, 2, 2])
+    out = select_pruned(opacities, scales, face_ids, DensifyConfig())
     assert out.tolist() == [False, True, True, False, False, False]
 
 
 def test_optimiser_goes_on_for_the_kept_and_begins_anew_for_the_new():
-    p = torch.zeros(3, 2, requires_grad=True)
-    opt = torch.optim.Adam([dict(params=[p], lr=0.1, name='x')], fused=True)
+    old = torch.zeros(3, 2, requires_grad=True)
+    opt = torch.optim.Adam([dict(params=[old], lr=0.1, name='x')], fused=True)
     for _ in range(3):
-        p.grad = torch.arange(6.0).reshape(3, 2)
+        old.grad = torch.arange(6.0).reshape(3, 2)
         opt.step()
-    old = {k: v.clone() for k, v in opt.state[p].items()}
-    q = torch.zeros(4, 2, requires_grad=True)
-    carry_over(
-        opt, dict(x=q), torch.tensor([2, 0, 1, 1]), torch.tensor([False, False, False, True])
-    )
-    assert list(opt.state) == [q]
-    assert opt.param_groups[0]['params'][0] is q
-    assert opt.state[q]['step'] == 3
+    before = copied(opt.state[old])
+    new = torch.zeros(4, 2, requires_grad=True)
+    rows, fresh = torch.tensor([2, 0, 1, 1]), torch.tensor([False, False, False, True])
+    carry_over(opt, dict(x=new), rows, fresh)
+    assert list(opt.state) == [new]
+    assert opt.param_groups[0]['params'][0] is new
+    assert opt.state[new]['step'] == 3
     for k in ('exp_avg', 'exp_avg_sq'):
-        assert torch.equal(opt.state[q][k][:3], old[k][[2, 0, 1]])
-        assert not opt.state[q][k][3].any()
-    q.grad = torch.ones(4, 2)
+        assert torch.equal(opt.state[new][k][:3], before[k][[2, 0, 1]])
+        assert not opt.state[new][k][3].any()
+    new.grad = torch.ones(4, 2)
     opt.step()
-    assert torch.isfinite(q).all() and (q < 0).all()
+    assert torch.isfinite(new).all() and (new < 0).all()
 
 
 def test_carrying_over_nothing_changes_nothing():
     def walk(stop):
-        p = torch.ones(3, requires_grad=True)
-        opt = torch.optim.Adam([dict(params=[p], lr=0.1, name='x')])
+        at = torch.ones(3, requires_grad=True)
+        opt = torch.optim.Adam([dict(params=[at], lr=0.1, name='x')])
         for t in range(6):
             if t == stop:
-                q = p.detach().clone().requires_grad_()
-                carry_over(opt, dict(x=q), torch.arange(3), torch.zeros(3, dtype=torch.bool))
-                p = q
-            p.grad = (p.detach() * torch.tensor([1.0, 2, 3])).sin()
+                same = at.detach().clone().requires_grad_()
+                carry_over(opt, dict(x=same), torch.arange(3), torch.zeros(3, dtype=torch.bool))
+                at = same
+            at.grad = (at.detach() * torch.tensor([1.0, 2, 3])).sin()
             opt.step()
-        return p.detach()
+        return at.detach()
 
     assert torch.equal(walk(None), walk(3))
 
 
 @pytest.fixture(scope='module')
 def run(start, clip):
-    r = Densification(start, clip, DensifyConfig(begin=0.2, every=0.1, reset=9.0), 40)
-    r.rows = [r.step() for _ in range(30)]
-    return r
+    run = Densification(start, clip, DensifyConfig(begin=0.2, every=0.1, reset=9.0), 40)
+    run.rows = [run.step() for _ in range(30)]
+    return run
 
 
 def test_counts_add_up(run, start):
     assert run.rows[0]['count'] == len(start)
     assert run.rows[-1]['count'] == len(run.root) == len(run.result()) > len(start)
     assert all(len(t) == len(run.root) for d in (run.start, run.delta) for t in d.values())
-    for p in run.delta.values():
-        assert all(run.opt.state[p][k].shape == p.shape for k in ('exp_avg', 'exp_avg_sq'))
+    for way in run.delta.values():
+        assert all(run.opt.state[way][k].shape == way.shape for k in ('exp_avg', 'exp_avg_sq'))
 
 
 def test_children_sit_on_their_parents_triangle(run, start):
-    b, root = run.result().binding, run.root
-    assert torch.equal(b.face_ids, start.binding.face_ids[root])
-    assert torch.equal(b.bary, start.binding.bary[root])
-    assert set(b.face_ids.tolist()) == set(start.binding.face_ids.tolist())  # none left bare
+    binding, root = run.result().binding, run.root
+    assert torch.equal(binding.face_ids, start.binding.face_ids[root])
+    assert torch.equal(binding.bary, start.binding.bary[root])
+    assert set(binding.face_ids.tolist()) == set(start.binding.face_ids.tolist())  # none left bare
 
 
 def test_the_result_is_what_the_loop_renders(run, clip):
-    f = clip[0]
-    view = run.view(0)
-    bg = torch.tensor([0.2, 0.5, 0.8])
+    frame = clip[0]
+    wall = torch.tensor([0.2, 0.5, 0.8])
     with torch.no_grad():
-        a = run.result().render(f.viewmat, f.K, 64, 64, background=bg, **f.pose)[0]
-    torch.testing.assert_close(run.loss(view, bg)[1], a, atol=1e-5, rtol=0)
+        camera = frame.viewmat, frame.K, 64, 64
+        rgb, _ = run.result().render(*camera, background=wall, **frame.pose)
+    torch.testing.assert_close(run.loss(run.view(0), wall).rgb, rgb, atol=1e-5, rtol=0)
 
 
-def test_fading_caps_opacity_and_forgets_its_moments(start, clip):
-    r = Densification(start, clip, DensifyConfig(begin=2.0), 40)
+def test_a_reset_caps_opacity_and_forgets_its_moments(start, clip):
+    run = Densification(start, clip, DensifyConfig(begin=2.0), 40)
     for _ in range(3):
-        r.step()
-    before = {k: v.detach().clone() for k, v in r.splats().items()}
-    r.fade()
-    after = r.splats()
+        run.step()
+    before = copied(run.splats())
+    run.reset_opacities()
+    after = run.splats()
     assert after['logit_opacities'].sigmoid().max() <= 0.01 + 1e-6
     assert all(torch.equal(before[k], after[k]) for k in RAW if k != 'logit_opacities')
     for k in RAW:
-        s = r.opt.state[r.delta[k]]
-        assert s['step'] == 3
-        assert bool(s['exp_avg_sq'].any()) == (k != 'logit_opacities')
+        state = run.opt.state[run.delta[k]]
+        assert state['step'] == 3
+        assert bool(state['exp_avg_sq'].any()) == (k != 'logit_opacities')
 
 
 def test_schedule(start, clip, monkeypatch):
-    seen = dict(multiply=[], fade=[])
-    for k in seen:
-        monkeypatch.setattr(Densification, k, lambda self, k=k: seen[k].append(self.step_number))
+    seen = dict(grow_and_prune=[], reset_opacities=[])
+    for name, steps in seen.items():
+        monkeypatch.setattr(Densification, name, lambda self, s=steps: s.append(self.step_number))
     densify(start, clip, 24, config=DensifyConfig(begin=1 / 4, every=1 / 8, reset=1 / 3))
-    assert seen == dict(multiply=[6, 9, 12, 15, 18, 21], fade=[8, 16])
+    assert seen == dict(grow_and_prune=[6, 9, 12, 15, 18, 21], reset_opacities=[8, 16])
 
 
 def test_same_seed_same_result(start, clip):
     cfg = DensifyConfig(begin=0.2, every=0.2)
-    (a, la), (b, _), (c, _) = [densify(start, clip, 12, config=cfg, seed=s) for s in (1, 1, 2)]
-    assert len(a) == len(b)
-    assert all(torch.equal(a.splats[k], b.splats[k]) for k in RAW)
-    assert la[-1]['count'] <= len(a) * 2
-    assert len(a) != len(c) or not torch.equal(a.splats['sh0'], c.splats['sh0'])
-    assert set(la[0]) == {'step', 'loss', 'psnr', 'count', 'seconds'}
+    runs = [densify(start, clip, 12, config=cfg, seed=seed) for seed in (1, 1, 2)]
+    (one, log), (again, _), (other, _) = runs
+    assert len(one) == len(again)
+    assert all(torch.equal(one.splats[k], again.splats[k]) for k in RAW)
+    assert log[-1]['count'] <= len(one) * 2
+    assert len(one) != len(other) or not torch.equal(one.splats['sh0'], other.splats['sh0'])
+    assert set(log[0]) == {'step', 'loss', 'psnr', 'count', 'seconds'}
 
 
 def test_start_is_left_as_it_was(start, clip):
-    before = {k: v.clone() for k, v in start.splats.items()}
+    before = copied(start.splats)
     densify(start, clip, 8, config=DensifyConfig(begin=0.2, every=0.2))
     assert all(torch.equal(start.splats[k], before[k]) for k in before)
 
@@ -232,24 +245,31 @@ def test_budget_ends_a_run(start, clip):
     assert densify(start, clip, 10_000, budget_seconds=0)[1][-1]['step'] == 0
 
 
+def test_cannot_be_resumed(run, tmp_path):
+    for method in (run.save, run.load):
+        with pytest.raises(InputError, match='cannot be stopped and resumed'):
+            method(tmp_path / 'state.safetensors')
+
+
 def test_saved_measured_and_loaded(run, clip, tmp_path):
-    a = run.result()
-    a.save(tmp_path / 'a.safetensors')
-    b = Avatar.load(tmp_path / 'a.safetensors')
-    assert len(a) == len(b)
-    assert measure(a, clip[:2]) == measure(b, clip[:2])
+    made = run.result()
+    made.save(tmp_path / 'a.safetensors')
+    back = Avatar.load(tmp_path / 'a.safetensors')
+    assert len(made) == len(back)
+    assert measure(made, clip[:2]) == measure(back, clip[:2])
 
 
 def test_who_needs_the_layout_says_so(run, start, clip):
-    a = run.result()
-    assert a.binding.resolution == 0
-    assert not same_layout(a.binding, start.binding)
+    made = run.result()
+    assert made.binding.resolution == 0
+    assert not same_layout(made.binding, start.binding)
     assert same_layout(start.binding, start.binding)
     with pytest.raises(InputError, match='no UV layout'):
-        a.binding.to_map(a.seen)
+        made.binding.to_map(made.seen)
     with pytest.raises(InputError, match='no UV layout'):
-        refine(a, clip, 2)
-    assert len(refine(a, clip, 2, config=paper_config())[0]) == len(a)  # the paper's own needs none
+        refine(made, clip, 2)
+    refined, _ = refine(made, clip, 2, config=paper_config())  # the paper's own needs none
+    assert len(refined) == len(made)
 
 
 def test_empty_clip(start):
@@ -259,14 +279,16 @@ def test_empty_clip(start):
 
 def test_other_backgrounds_do_not_grow_more(start, clip):
     "A frame that the avatar explains perfectly asks for no growth."
-    f = clip[0]
-    rgb, alpha = [x.detach() for x in start.render(f.viewmat, f.K, 64, 64, **f.pose)]
-    perfect = replace(f, image=(rgb / alpha[..., None].clamp_min(1e-3)).clamp(0, 1), mask=alpha)
-    r = Densification(
-        start, Clip([perfect]), DensifyConfig(begin=9.0, reset=9.0, large=0.0, far=0.0), 40
-    )
-    r.step()
-    few = int((r.pull > 2e-4).sum())
-    r = Densification(start, Clip([f]), DensifyConfig(begin=9.0, reset=9.0, large=0.0, far=0.0), 40)
-    r.step()
-    assert few < 0.5 * int((r.pull > 2e-4).sum())
+    frame = clip[0]
+    camera = frame.viewmat, frame.K, 64, 64
+    rgb, alpha = [x.detach() for x in start.render(*camera, **frame.pose)]
+    person = (rgb / alpha[..., None].clamp_min(1e-3)).clamp(0, 1)
+    perfect = replace(frame, image=person, mask=alpha)
+
+    def pulled(frame):
+        cfg = DensifyConfig(begin=9.0, reset=9.0, large=0.0, far=0.0)
+        run = Densification(start, Clip([frame]), cfg, 40)
+        run.step()
+        return int((run.pull > 2e-4).sum())
+
+    assert pulled(perfect) < 0.5 * pulled(frame)
