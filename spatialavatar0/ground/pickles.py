@@ -54,9 +54,7 @@ NAMES = {
     ('numpy.core.multiarray', 'scalar'),
     ('numpy.core.numeric', '_frombuffer'),
     ('_codecs', 'encode'),
-    ('builtins', 'set'),
-    ('builtins', 'bytes'),
-    ('builtins', 'object'),
+    *(('builtins', name) for name in ('set', 'bytes', 'object')),
     ('copy_reg', '_reconstructor'),
     *SPARSE,
     *CHUMPY,
@@ -64,6 +62,7 @@ NAMES = {
 }
 
 
+# %% ../../nbs/ground/03_pickles.ipynb #824cdf3a
 class Name(NamedTuple):
     "A name the file mentions. It is text: there is nothing behind it to call."
 
@@ -71,7 +70,6 @@ class Name(NamedTuple):
     name: str
 
 
-# %% ../../nbs/ground/03_pickles.ipynb #824cdf3a
 class Thing:
     """Something the file wants made: its kind, what it is made from, and the state the file gives
     it."""
@@ -96,10 +94,14 @@ def printable(
 
 
 # %% ../../nbs/ground/03_pickles.ipynb #41da0584
-_KEEP = """MARK STOP POP POP_MARK DUP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT
-    STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8
+_KEEP = """
+    MARK STOP POP POP_MARK DUP NONE NEWTRUE NEWFALSE
+    INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT
+    STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8
+    BINBYTES SHORT_BINBYTES BINBYTES8
     LIST EMPTY_LIST APPEND APPENDS TUPLE EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT EMPTY_SET
-    GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE PROTO FRAME GLOBAL STACK_GLOBAL""".split()
+    GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE PROTO FRAME GLOBAL STACK_GLOBAL
+""".split()
 
 
 # %% ../../nbs/ground/03_pickles.ipynb #aac85a8b
@@ -113,19 +115,20 @@ class _Table(dict):
 
 
 # %% ../../nbs/ground/03_pickles.ipynb #528a3611
+def _code(instruction):
+    "The byte of an instruction."
+    return ord(getattr(pickle, instruction))
+
+
 class Reader(pickle._Unpickler):
     "Python's pickle machine without its hands: it fetches nothing and calls nothing."
 
-    dispatch = _Table(
-        {
-            ord(getattr(pickle, op)): pickle._Unpickler.dispatch[ord(getattr(pickle, op))]
-            for op in _KEEP
-        }
-    )
+    dispatch = _Table({_code(op): pickle._Unpickler.dispatch[_code(op)] for op in _KEEP})
 
     def __init__(self, data, limit):
         super().__init__(io.BytesIO(data), encoding='latin1')
-        self.left, self.size = limit, len(data)
+        self.left = limit
+        self.size = len(data)
 
     def find_class(self, module, name):
         known = Name(_MOVED.get(module, module), name)
@@ -133,7 +136,8 @@ class Reader(pickle._Unpickler):
             raise Refused(f'{module}.{name}')
         return known
 
-    def spend(self, n):  # before anything is copied or made larger than it is in the file
+    def spend(self, n):
+        "Count bytes before anything is copied or made larger than it is in the file."
         self.left -= n
         if self.left < 0:
             raise Refused('more memory than the limit')
@@ -141,20 +145,26 @@ class Reader(pickle._Unpickler):
 
 
 # %% ../../nbs/ground/03_pickles.ipynb #148e6b22
-def _does(op):  # register a method of the machine in its own table
-    def add(f):
-        Reader.dispatch[ord(op)] = f
-        return f
+def _does(op):
+    "Register a method of the machine in its own table."
+
+    def add(method):
+        Reader.dispatch[ord(op)] = method
+        return method
 
     return add
 
 
 # %% ../../nbs/ground/03_pickles.ipynb #dc04521a
-def _costs(
-    op, bytes=256
-):  # a container in memory is larger than the one byte that asks for it: count it
-    make = Reader.dispatch[ord(getattr(pickle, op))]
-    Reader.dispatch[ord(getattr(pickle, op))] = lambda self: (self.spend(bytes), make(self))[1]
+def _costs(op, bytes=256):
+    "Let an instruction count the memory of the container it makes."
+    make = Reader.dispatch[_code(op)]
+
+    def counted(self):
+        self.spend(bytes)
+        make(self)
+
+    Reader.dispatch[_code(op)] = counted
 
 
 for _op in 'LIST EMPTY_LIST TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT EMPTY_SET'.split():
@@ -183,27 +193,30 @@ def _build(self):
 
 
 # %% ../../nbs/ground/03_pickles.ipynb #5a1281a1
+def _is_old_object(name, args):
+    "Whether a call makes an object of a known class as Python 2 did."
+    base = ('builtins', 'object'), None
+    known = name.name == '_reconstructor' and len(args) == 3
+    return known and args[0] in CHUMPY + SPARSE and args[1:] == base
+
+
+def _is_encoding(name, args):
+    "Whether a call turns text into bytes."
+    known = name.name == 'encode' and len(args) == 2
+    return known and type(args[0]) is str and args[1] in ('latin1', 'latin-1')
+
+
 def _make(self, name, args):
     "What a call of a known name stands for."
     if name in CHUMPY + SPARSE and args == ():
         return Thing(name)
-    if (
-        name.name == '_reconstructor'
-        and len(args) == 3
-        and args[0] in CHUMPY + SPARSE
-        and args[1:] == (('builtins', 'object'), None)
-    ):
+    if _is_old_object(name, args):
         return Thing(args[0])
     if name.name == '_reconstruct' and args[:1] == (('numpy', 'ndarray'),):
         return Thing(args[0])
     if name.name in ('dtype', 'scalar', '_frombuffer') or name in TORCH:
         return Thing(name, args)
-    if (
-        name.name == 'encode'
-        and len(args) == 2
-        and type(args[0]) is str
-        and args[1] in ('latin1', 'latin-1')
-    ):
+    if _is_encoding(name, args):
         self.spend(len(args[0]))
         return args[0].encode('latin1')  # how Python 3 writes bytes for Python 2
     if name.name == 'bytes' and args == ():
@@ -262,32 +275,38 @@ def _bytearray8(self):
 
 
 # %% ../../nbs/ground/03_pickles.ipynb #49cadc39
+def _is_plain(code, state):
+    "Whether numpy's code and state are those of a plain number or text."
+    known = re.fullmatch(r'b1|[iu][1248]|f[248]|[SU]\d{1,5}', code)
+    return known and state[1] in ('<', '>', '|', '=') and all(x is None for x in state[2:5])
+
+
 def _dtype(thing):
     "numpy's type for a pickled one; None for 'any object'."
     if type(thing) is not Thing or thing.kind != ('numpy', 'dtype'):
         raise Refused('an array without a type')
-    code, state = thing.args[0], thing.state or (3, '|')
+    code = thing.args[0]
+    state = thing.state or (3, '|')
     if type(code) is not str or type(state) is not tuple or len(state) < 2:
         raise Refused('an odd array type')
     if re.fullmatch('O8?|O4', code):
         return None
-    if (
-        not re.fullmatch(r'b1|[iu][1248]|f[248]|[SU]\d{1,5}', code)
-        or state[1] not in ('<', '>', '|', '=')
-        or any(x is not None for x in state[2:5])
-    ):
+    if not _is_plain(code, state):
         raise Refused(f'an array type {code!r}')
     return np.dtype(code).newbyteorder(state[1])
 
 
 # %% ../../nbs/ground/03_pickles.ipynb #4973f5eb
+def _is_shape(shape):
+    "Whether something can be the shape of an array."
+    if type(shape) is not tuple or len(shape) > 8:
+        return False
+    return all(type(n) is int and 0 <= n < 2**48 for n in shape)
+
+
 def _array(self, dtype, shape, data, fortran=False):
     "Bytes of the file as an array (read-only, not copied)."
-    if (
-        type(shape) is not tuple
-        or not all(type(n) is int and 0 <= n < 2**48 for n in shape)
-        or len(shape) > 8
-    ):
+    if not _is_shape(shape):
         raise Refused('an odd array shape')
     if type(data) is str:
         self.spend(len(data))
@@ -302,9 +321,10 @@ def _array(self, dtype, shape, data, fortran=False):
 def _ndarray(self, thing):
     if type(thing.state) is not tuple or len(thing.state) not in (4, 5):
         raise Refused('an array without numbers')
-    shape, dtype, fortran, data = thing.state[-4:]
-    if (dt := _dtype(dtype)) is not None:
-        return _array(self, dt, shape, data, fortran)
+    shape, kind, fortran, data = thing.state[-4:]
+    dtype = _dtype(kind)
+    if dtype is not None:
+        return _array(self, dtype, shape, data, fortran)
     if type(data) is not list or type(shape) is not tuple or math.prod(shape) != len(data):
         raise Refused('an odd array of objects')
     items = [self.value(x) for x in data]
@@ -323,26 +343,26 @@ def _frombuffer(self, thing):  # how protocol 5 writes arrays
 
 
 # %% ../../nbs/ground/03_pickles.ipynb #2f285f67
+def _adds_up(starts, other, data, major):
+    "Whether the parts of a sparse matrix can belong together."
+    if len(starts) != major + 1 or starts[0] != 0 or (np.diff(starts) < 0).any():
+        return False
+    return len(other) == len(data) == starts[-1] and not (other < 0).any()
+
+
 def _sparse(self, thing):
-    s = {k: self.value(v) for k, v in thing.state.items()}
-    rows, cols = map(int, s['_shape'] if '_shape' in s else s['shape'])
+    state = {name: self.value(x) for name, x in thing.state.items()}
+    rows, cols = map(int, state['_shape'] if '_shape' in state else state['shape'])
     by_column = thing.kind == SPARSE[0]
     major = cols if by_column else rows
-    starts = np.asarray(s['indptr'], np.int64)
-    other = np.asarray(s['indices'], np.int64)
-    if (
-        min(rows, cols) < 0
-        or len(starts) != major + 1
-        or starts[0] != 0
-        or (np.diff(starts) < 0).any()
-        or not len(other) == len(s['data']) == starts[-1]
-        or (other < 0).any()
-    ):
+    starts = np.asarray(state['indptr'], np.int64)
+    other = np.asarray(state['indices'], np.int64)
+    if min(rows, cols) < 0 or not _adds_up(starts, other, state['data'], major):
         raise Refused('a sparse matrix that does not add up')
     self.spend(rows * cols * 8)
     at = np.repeat(np.arange(major), np.diff(starts))
     dense = np.zeros((rows, cols))
-    np.add.at(dense, (other, at) if by_column else (at, other), s['data'])
+    np.add.at(dense, (other, at) if by_column else (at, other), state['data'])
     return dense
 
 
@@ -350,10 +370,11 @@ def _sparse(self, thing):
 def _chumpy(self, thing):
     if thing.kind == CHUMPY[0]:
         return self.value(thing.state['x'])
-    a = np.asarray(self.value(thing.state['a'])).ravel()
+    numbers = np.asarray(self.value(thing.state['a'])).ravel()
     places = np.asarray(self.value(thing.state['idxs'])).ravel()
-    self.spend(a.itemsize * len(places))
-    return a[places].reshape([int(n) for n in self.value(thing.state['preferred_shape'])])
+    self.spend(numbers.itemsize * len(places))
+    shape = [int(n) for n in self.value(thing.state['preferred_shape'])]
+    return numbers[places].reshape(shape)
 
 
 # %% ../../nbs/ground/03_pickles.ipynb #f68ece78
@@ -361,10 +382,10 @@ _MEANING = {
     ('numpy', 'ndarray'): _ndarray,
     ('numpy.core.multiarray', 'scalar'): _scalar,
     ('numpy.core.numeric', '_frombuffer'): _frombuffer,
-    ('numpy', 'dtype'): lambda self, t: str(t.args[0]),
+    ('numpy', 'dtype'): lambda self, thing: str(thing.args[0]),
     **dict.fromkeys(SPARSE, _sparse),
     **dict.fromkeys(CHUMPY, _chumpy),
-    **dict.fromkeys(TORCH, lambda self, t: None),
+    **dict.fromkeys(TORCH, lambda self, thing: None),
 }
 
 
@@ -380,9 +401,9 @@ def _value(self, x):
         if type(x) is Thing:
             done[id(x)] = _MEANING[x.kind](self, x)
         elif type(x) is dict:
-            done[id(x)] = {k: self.value(v) for k, v in x.items()}
+            done[id(x)] = {key: self.value(item) for key, item in x.items()}
         else:
-            done[id(x)] = type(x)(self.value(v) for v in x)
+            done[id(x)] = type(x)(self.value(item) for item in x)
     return done[id(x)]
 
 
@@ -419,43 +440,47 @@ def unpickle(
 
 
 # %% ../../nbs/ground/03_pickles.ipynb #ca9b011e
+def _instead(data):
+    "What a file's first bytes say it is instead, and what to do; '' for a file that may be right."
+    start = data[:200].lstrip().lower()
+    if not start:
+        return 'is empty: the download failed, fetch it again'
+    if start.startswith(b'version https://git-lfs'):
+        return 'is a git-lfs pointer, not the file itself: run `git lfs pull` where it came from'
+    if start.startswith((b'<!doctype', b'<html', b'<?xml')):
+        return 'is a web page, perhaps of a login: log in and download the file again'
+    if start[:2] == b'\x1f\x8b':
+        return 'is packed with gzip: unpack it first'
+    return ''
+
+
 def _bytes_of(path, limit):
     "A file's bytes, or one sentence about what it is instead."
     path = Path(path)
     if not path.is_file():
         raise InputError(f'{path}: there is no such file')
-    if (n := path.stat().st_size) > limit:
-        raise InputError(f'{path} has {n:,} bytes; at most {limit:,} were expected')
+    if (size := path.stat().st_size) > limit:
+        raise InputError(f'{path} has {size:,} bytes; at most {limit:,} were expected')
     data = path.read_bytes()
-    start = data[:200].lstrip().lower()
-    if not start:
-        raise InputError(f'{path} is empty: the download failed, fetch it again')
-    if start.startswith(b'version https://git-lfs'):
-        raise InputError(
-            f'{path} is a git-lfs pointer, not the file itself: run `git lfs pull` where it came '
-            'from'
-        )
-    if start.startswith((b'<!doctype', b'<html', b'<?xml')):
-        raise InputError(
-            f'{path} is a web page, perhaps of a login: log in and download the file again'
-        )
-    if start[:2] == b'\x1f\x8b':
-        raise InputError(f'{path} is packed with gzip: unpack it first')
+    if trouble := _instead(data):
+        raise InputError(f'{path} {trouble}')
     return data
 
 
 # %% ../../nbs/ground/03_pickles.ipynb #a02a74ae
+_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+
+
 def _npy(f, size, where, limit):
     "One array in numpy's own format, from an open file of `size` bytes."
     version = np.lib.format.read_magic(f)
-    if version not in ((1, 0), (2, 0)):
+    if version not in _HEADERS:
         raise InputError(f'{where}: numpy format {version} is unknown here')
-    shape, fortran, dtype = (
-        np.lib.format.read_array_header_1_0
-        if version == (1, 0)
-        else np.lib.format.read_array_header_2_0
-    )(f)
-    if dtype == object:
+    shape, fortran, dtype = _HEADERS[version](f)
+    if dtype.kind == 'O':
         return unpickle(f.read(), where, limit)
     if dtype.kind not in 'biufSU':
         raise InputError(f'{where}: holds {dtype}; plain numbers were expected')
@@ -470,25 +495,25 @@ def _npy(f, size, where, limit):
 
 
 # %% ../../nbs/ground/03_pickles.ipynb #1c72f0f9
+def _is_wanted(name, keys):
+    "Whether a file of the zip is an array that was asked for."
+    return name.endswith('.npy') and (keys is None or name[:-4] in keys)
+
+
 def _npz(data, where, limit, keys):
-    with zipfile.ZipFile(io.BytesIO(data)) as z:
-        members = [
-            m
-            for m in z.infolist()
-            if m.filename.endswith('.npy') and (keys is None or m.filename[:-4] in keys)
-        ]
+    with zipfile.ZipFile(io.BytesIO(data)) as package:
+        members = [m for m in package.infolist() if _is_wanted(m.filename, keys)]
         total = sum(m.file_size for m in members)
         if not members:
-            raise InputError(
-                f'{where} is a zip without {"arrays" if keys is None else " or ".join(keys)}; an '
-                '.npz of numpy was expected'
-            )
+            wanted = 'arrays' if keys is None else ' or '.join(keys)
+            raise InputError(f'{where} is a zip without {wanted}; an .npz of numpy was expected')
         if total > limit:
             raise InputError(f'{where} unfolds to {total:,} bytes; at most {limit:,} were expected')
-        return {
-            m.filename[:-4]: _npy(z.open(m), m.file_size, f'{where}: {m.filename[:-4]}', limit)
-            for m in members
-        }
+        arrays = {}
+        for m in members:
+            name = m.filename[:-4]
+            arrays[name] = _npy(package.open(m), m.file_size, f'{where}: {name}', limit)
+        return arrays
 
 
 # %% ../../nbs/ground/03_pickles.ipynb #6e6f8082
