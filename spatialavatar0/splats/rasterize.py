@@ -32,7 +32,7 @@ from ..ground.geometry import mat_to_quat
 from .projection import covs_to_conics, project_gaussians
 
 
-# %% ../../nbs/splats/22_rasterize.ipynb #c683117a
+# %% ../../nbs/splats/22_rasterize.ipynb #8bfd1108
 class Gaussians(NamedTuple):
     "A cloud of 3D Gaussians, in the order in which a renderer takes them."
 
@@ -115,7 +115,7 @@ def blend(
     return weights.mT @ values, T[..., -1, :]
 
 
-# %% ../../nbs/splats/22_rasterize.ipynb #30bb9d21
+# %% ../../nbs/splats/22_rasterize.ipynb #c49f47bf
 class FlatSplats(NamedTuple):
     "Gaussians on the screen of a camera, a row each."
 
@@ -250,7 +250,7 @@ def _tile_pixels(tiles, width, means2d):
     return corners[:, None, None] + pixel_centres(TILE, TILE).to(means2d)
 
 
-# %% ../../nbs/splats/22_rasterize.ipynb #802473e5
+# %% ../../nbs/splats/22_rasterize.ipynb #323fe9d9
 def draw_tiles(
     splats: FlatSplats,  # of one camera
     opacities: Tensor,  # (N,)
@@ -281,7 +281,7 @@ def draw_tiles(
     return _tiles_to_image(images[back], width, height), T
 
 
-# %% ../../nbs/splats/22_rasterize.ipynb #e4c4425e
+# %% ../../nbs/splats/22_rasterize.ipynb #bcadfb93
 def blend_backward(
     alphas: Tensor,  # (N,P) front to back
     values: Tensor,  # (N,D)
