@@ -23,8 +23,8 @@ import numpy as np
 import torch
 
 from spatialavatar0.capture.film import track_video
+from spatialavatar0.capture.film_avatar import agreed, first_likeness, refine_likeness
 from spatialavatar0.capture.landmarks import frame_landmarks
-from spatialavatar0.capture.likeness import agreed, first_likeness, refine_likeness
 from spatialavatar0.ground.assets import asset
 from spatialavatar0.ground.core import to_uint8
 from spatialavatar0.head.head import open_head

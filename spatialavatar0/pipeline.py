@@ -67,6 +67,14 @@ from spatialavatar0.capture.landmarks import (
     load_photo,
     overlay,
 )
+from spatialavatar0.capture.photo import (
+    added,
+    fit_together,
+    from_photos,
+    front_psnr,
+    frontal_first,
+    refine_photo,
+)
 from spatialavatar0.judge.benchmark import (
     avatar_by,
     jobs_of,
@@ -102,9 +110,7 @@ from .avatar.avatar import Avatar, load_avatar, new_avatar
 from .avatar.hair import unturned
 from .avatar.portrait import from_frame, head_square, without_clothes
 from .capture.film import track_video, watch
-from .capture.likeness import agreed, first_likeness, refine_likeness
-from .capture.photo import front_psnr, refine_photo
-from .capture.photos import added, fit_together, from_photos, frontal_first
+from .capture.film_avatar import agreed, first_likeness, refine_likeness
 from .capture.track import fit
 from .ground.core import InputError, atomic_path, progress, set_seed, to_uint8
 from .ground.geometry import crop_intrinsics
@@ -115,8 +121,9 @@ from .judge.results import Results, evaluate, judges_here, protocol_of, result_t
 from .pictures.domains import held_out, mono, multi, people
 from .pictures.formats import load_clip, train_test
 from .stage1.generator import from_preset
-from .stage1.schedule import Shelf, Trainer, laptop_schedule, paper_schedule
-from .stage1.schedule import evaluate as evaluate_generator
+from .stage1.schedule import laptop_schedule, paper_schedule
+from .stage1.trainer import Shelf, Trainer
+from .stage1.trainer import evaluate as evaluate_generator
 from .stage2.loop import measure, refine, screen_aspect
 from .stage2.refine import RefineConfig, paper_config, start_frame
 from .use.export import write_ply, write_sequence, write_splats
