@@ -1,9 +1,11 @@
-"""How fast a long clip opens, how much memory that takes, and whether it streams: 2,000 frames in each of the five formats.
+"""How fast a long clip opens, how much memory that takes, and whether it streams: 2,000 frames in
+each of the five formats.
 
     python benchmarks/clips.py [--frames 2000] [--size 512] [--out results/clips.json]
 
-VHAP frames are written at full size by the kit; the other four by the tests' hand-made writers, at 80 x 60. Each folder is opened in a
-process of its own: seconds and growth of its memory until `load_clip` returns, then frames per second and the peak while all are read.
+VHAP frames are written at full size by the kit; the other four by the tests' hand-made writers, at
+80 x 60. Each folder is opened in a process of its own: seconds and growth of its memory until
+`load_clip` returns, then frames per second and the peak while all are read.
 """
 
 import argparse
@@ -12,24 +14,45 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import common  # first: waiting threads shall sleep
+
 from spatialavatar0.pictures.clips import Clip, write_vhap
 from spatialavatar0.pictures.people import make_person, mono_clip
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'tests'))
 
+FORMATS = 'vhap', 'imavatar', 'insta', 'flashavatar', 'gagavatar'
+
 WATCH = """
-import json, re, resource, sys, time, warnings
+import json, re, sys, time, warnings
 warnings.simplefilter('ignore')
-import spatialavatar0.pictures.formats as f
+import spatialavatar0.pictures.formats as formats
 from spatialavatar0.head.head import open_head
-def now(): return int(re.search(r'VmRSS:\\s+(\\d+)', open('/proc/self/status').read())[1])/1e3
-f.load_clip; open_head(); before = now(); start = time.perf_counter()
-clip = f.load_clip(sys.argv[1], format=sys.argv[2]); opened = time.perf_counter()-start; held = now()-before; most = 0; start = time.perf_counter()
-for i,frame in enumerate(clip): most = max(most, now()-before) if i%20==0 else most
-print(json.dumps(dict(frames=len(clip), open_s=round(opened,2), open_mb=round(held), frames_per_s=round(len(clip)/(time.perf_counter()-start)), peak_mb=round(max(most,now()-before)))))
+
+def megabytes():
+    status = open('/proc/self/status').read()
+    return int(re.search(r'VmRSS:\\s+(\\d+)', status)[1]) / 1e3
+
+formats.load_clip
+open_head()
+before = megabytes()
+start = time.perf_counter()
+clip = formats.load_clip(sys.argv[1], format=sys.argv[2])
+opened = time.perf_counter() - start
+held = megabytes() - before
+peak = 0
+start = time.perf_counter()
+for i, frame in enumerate(clip):
+    if i % 20 == 0:
+        peak = max(peak, megabytes() - before)
+rate = round(len(clip) / (time.perf_counter() - start))
+peak = round(max(peak, megabytes() - before))
+print(json.dumps(dict(
+    frames=len(clip), open_s=round(opened, 2), open_mb=round(held), frames_per_s=rate, peak_mb=peak
+)))
 """
 
 
@@ -45,35 +68,43 @@ def watched(folder, format):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def main():
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    for name, default in dict(frames=2000, size=512).items():
-        p.add_argument(f'--{name}', type=int, default=default)
-    p.add_argument('--out', default='results/clips.json')
-    a = p.parse_args()
-    out = {}
+def write_all(home, frames, size):
+    "One folder of each format."
     import test_formats  # hand-made folders of the foreign formats
 
+    few = mono_clip(make_person(3), 20, size).frames
+    long = Clip(lambda i: replace(few[i % 20], time=i), frames)
+    write_vhap(long, home / 'vhap')
+    for name in FORMATS[1:]:
+        if name != 'flashavatar':
+            (home / name).mkdir()
+        test_formats.MAKE[name](home / name, T=frames)
+
+
+def options():
+    "What the command line asks for."
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--frames', type=int, default=2000)
+    parser.add_argument('--size', type=int, default=512)
+    parser.add_argument('--out', default='results/clips.json')
+    return parser.parse_args()
+
+
+def main():
+    given = options()
+    rows = {}
     with tempfile.TemporaryDirectory() as home:
         home = Path(home)
-        few = mono_clip(make_person(3), 20, a.size).frames
-        from dataclasses import replace
-
-        write_vhap(Clip(lambda i: replace(few[i % 20], time=i), a.frames), home / 'vhap')
-        for name in ('imavatar', 'insta', 'flashavatar', 'gagavatar'):
-            if name != 'flashavatar':
-                (home / name).mkdir()
-            test_formats.MAKE[name](home / name, T=a.frames)
+        write_all(home, given.frames, given.size)
         print(f'{"format":12}{"frames":>8}{"opens, s":>10}{"MB":>6}{"frames/s":>10}{"peak MB":>9}')
-        for name in ('vhap', 'imavatar', 'insta', 'flashavatar', 'gagavatar'):
-            r = out[name] = watched(home / name, name)
-            print(
-                f'{name:12}{r["frames"]:8}{r["open_s"]:10.2f}{r["open_mb"]:6}{r["frames_per_s"]:10}{r["peak_mb"]:9}',
-                flush=True,
-            )
-    common.save(a.out, dict(size=a.size, formats=out, machine=common.machine()))
+        for name in FORMATS:
+            row = rows[name] = watched(home / name, name)
+            opened = f'{row["frames"]:8}{row["open_s"]:10.2f}{row["open_mb"]:6}'
+            read = f'{row["frames_per_s"]:10}{row["peak_mb"]:9}'
+            print(f'{name:12}{opened}{read}', flush=True)
+    common.save(given.out, dict(size=given.size, formats=rows, machine=common.machine()))
 
 
 if __name__ == '__main__':
