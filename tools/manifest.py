@@ -13,16 +13,17 @@ def refresh(text):
     is left as it is."""
     entries = re.split(r'(?m)^(?=- id: )', text)
     for i, entry in enumerate(entries):
-        if not (m := re.search(r'- package: (\S+)', entry)):
+        found = re.search(r'- package: (\S+)', entry)
+        if not found:
             continue
-        if not (path := ROOT / 'spatialavatar0' / m[1]).exists():
-            print(f'{m[1]} is not built yet')
+        path = ROOT / 'spatialavatar0' / found[1]
+        if not path.exists():
+            print(f'{found[1]} is not built yet')
             continue
         data = path.read_bytes()
+        sha256 = hashlib.sha256(data).hexdigest()
         entry = re.sub(r'(?m)^  bytes: .*$', f'  bytes: {len(data)}', entry)
-        entries[i] = re.sub(
-            r'(?m)^  sha256: .*$', f'  sha256: {hashlib.sha256(data).hexdigest()}', entry
-        )
+        entries[i] = re.sub(r'(?m)^  sha256: .*$', f'  sha256: {sha256}', entry)
     return ''.join(entries)
 
 
