@@ -1,10 +1,13 @@
-"""How quick the notebook's panel and the browser page are, and whether the page shows what our renderer shows.
+"""How quick the notebook's panel and the browser page are, and whether the page shows what our
+renderer shows.
 
-    python benchmarks/viewer.py [--resolution 128] [--size 256] [--threads 2] [--out results/viewer.json]
+    python benchmarks/viewer.py [--resolution 128] [--size 256] [--threads 2]
+                                [--out results/viewer.json]
 
-Panel: from a slider's new value to the JPEG in the widget, the median of 30 moves, per kind of picture. Page: its own work per frame
-(skinning, binding, sorting) in headless Chromium, the median over 120 poses, and PSNR on the head against our renderer at the same
-poses and cameras. Drawing is the graphics card's part: a browser without one draws in software, and that is not counted.
+Panel: from a slider's new value to the JPEG in the widget, the median of 30 moves, per kind of
+picture. Page: its own work per frame (skinning, binding, sorting) in headless Chromium, the median
+over 120 poses, and PSNR on the head against our renderer at the same poses and cameras. Drawing is
+the graphics card's part: a browser without one draws in software, and that is not counted.
 """
 
 import argparse
@@ -44,77 +47,90 @@ POSES = dict(
 
 def panel(avatar, size):
     "Milliseconds from a slider to the picture, by what is shown."
-    e, out = Explorer(avatar, size), {}
-    e.settle = lambda: None  # the picture of the moving slider alone
-    e.quick = lambda: size  # in full size
+    explorer = Explorer(avatar, size)
+    explorer.settle = lambda: None  # the picture of the moving slider alone
+    explorer.quick = lambda: size  # in full size
+    medians = {}
     for show in SHOW:
-        e.show.value = show
+        explorer.show.value = show
         took = []
         for i in range(32):
             start = time.perf_counter()
-            e.sliders['jawOpen'].value = (i + 1) / 40
+            explorer.sliders['jawOpen'].value = (i + 1) / 40
             took.append(1e3 * (time.perf_counter() - start))
-        out[show] = round(statistics.median(took[2:]), 1)
-    return out
+        medians[show] = round(statistics.median(took[2:]), 1)
+    return medians
+
+
+def agreement(avatar, tab, home, values, size):
+    "Decibels on the head between the page in a browser tab and our renderer, at one pose."
+    viewmat, K = view_of(home, values, size, size)
+    pose = pose_of(avatar.head, values)
+    with torch.no_grad():
+        rgb, alpha = avatar.render(viewmat, K, size, size, background=1.0, **pose)
+    moves = {name: value for name, value in values.items() if name not in VIEW}
+    theirs = page_picture(tab, viewmat, K, size, size, moves)
+    return round(float(psnr(rgb.clamp(0, 1), theirs, (alpha > 0.5).float())), 1)
 
 
 def browser(avatar, file, size):
     "Milliseconds of the page's work, and decibels against ours."
-    home, dB = home_view(avatar), {}
+    home = home_view(avatar)
+    dB = {}
 
     def visit(tab):
-        for name, v in POSES.items():
-            V, K = view_of(home, v, size, size)
-            pose = pose_of(avatar.head, v)
-            with torch.no_grad():
-                rgb, alpha = avatar.render(V, K, size, size, background=1.0, **pose)
-            theirs = page_picture(
-                tab, V, K, size, size, {k: x for k, x in v.items() if k not in VIEW}
-            )
-            dB[name] = round(float(psnr(rgb.clamp(0, 1), theirs, (alpha > 0.5).float())), 1)
+        for name, values in POSES.items():
+            dB[name] = agreement(avatar, tab, home, values, size)
         tab.evaluate('avatar.camera(); avatar.reset()')
         return tab.evaluate('avatar.measure(120)')
 
     ms = in_browser(file, visit)
-    return {k: round(ms[k], 2) for k in ('skin', 'bind', 'sort', 'work')}, dB
+    return {part: round(ms[part], 2) for part in ('skin', 'bind', 'sort', 'work')}, dB
 
 
-def main():
-    p = argparse.ArgumentParser(
+def page_numbers(avatar, size):
+    "Megabytes, milliseconds and decibels of the page for browsers."
+    with tempfile.TemporaryDirectory() as folder:
+        file = page(avatar, Path(folder) / 'head.html')
+        megabytes = round(file.stat().st_size / 1e6, 2)
+        ms, dB = browser(avatar, file, size)
+    print(f'page of {megabytes} MB, ms per frame: {listed(ms)}; dB on the head: {listed(dB)}')
+    return dict(page_mb=megabytes, page_ms=ms, page_dB=dB)
+
+
+def listed(numbers):
+    "A dict as one line of text."
+    return ', '.join(f'{name} {value}' for name, value in numbers.items())
+
+
+def options():
+    "What the command line asks for."
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for name, default in dict(resolution=128, size=256, threads=2).items():
-        p.add_argument(f'--{name}', type=int, default=default)
-    p.add_argument('--out', default='results/viewer.json')
-    a = p.parse_args()
-    common.set_threads(a.threads)
-    avatar = from_frame(
-        paint(make_person(12), *portrait_camera(open_head(), 256), 256), a.resolution
-    )
-    out = dict(
-        gaussians=len(avatar), size=a.size, panel_ms=panel(avatar, a.size), machine=common.machine()
-    )
-    print(
-        f'{len(avatar):,} Gaussians; slider to picture at {a.size} x {a.size}, ms: '
-        + ', '.join(f'{k} {v}' for k, v in out['panel_ms'].items())
-    )
+        parser.add_argument(f'--{name}', type=int, default=default)
+    parser.add_argument('--out', default='results/viewer.json')
+    return parser.parse_args()
+
+
+def main():
+    given = options()
+    size = given.size
+    common.set_threads(given.threads)
+    picture = paint(make_person(12), *portrait_camera(open_head(), 256), 256)
+    avatar = from_frame(picture, given.resolution)
+    ms = panel(avatar, size)
+    result = dict(gaussians=len(avatar), size=size, panel_ms=ms, machine=common.machine())
+    print(f'{len(avatar):,} Gaussians; slider to picture at {size} x {size}, ms: {listed(ms)}')
     if find_browser():
-        with tempfile.TemporaryDirectory() as folder:
-            file = page(avatar, Path(folder) / 'head.html')
-            out['page_mb'] = round(file.stat().st_size / 1e6, 2)
-            out['page_ms'], out['page_dB'] = browser(avatar, file, a.size)
-        print(
-            f'page of {out["page_mb"]} MB, ms per frame: '
-            + ', '.join(f'{k} {v}' for k, v in out['page_ms'].items())
-            + '; dB on the head: '
-            + ', '.join(f'{k} {v}' for k, v in out['page_dB'].items())
-        )
+        result |= page_numbers(avatar, size)
     else:
         print(
             'no browser here (apt-get install chromium; pip install playwright): the page was '
             'not measured'
         )
-    common.save(a.out, out)
+    common.save(given.out, result)
 
 
 if __name__ == '__main__':
