@@ -18,17 +18,11 @@ from pathlib import Path
 
 import common  # first: waiting threads shall sleep
 import torch
+
 from spatialavatar0.pictures.domains import held_out, mono, multi, people
 from spatialavatar0.stage1.generator import from_preset, from_pretrained
-from spatialavatar0.stage1.schedule import (
-    LAPTOP,
-    MultiPhase,
-    Shelf,
-    Trainer,
-    evaluate,
-    laptop_schedule,
-    looked,
-)
+from spatialavatar0.stage1.schedule import LAPTOP, MultiPhase, laptop_schedule
+from spatialavatar0.stage1.trainer import Shelf, Trainer, evaluate, looked
 
 TESTS = ('mono', 'multi', 'shifted')
 

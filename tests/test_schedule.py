@@ -12,42 +12,41 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from spatialavatar0.ground.core import InputError
 from spatialavatar0.ground.geometry import intrinsics
 from spatialavatar0.head.head import open_head
 from spatialavatar0.pictures.clips import Clip
 from spatialavatar0.pictures.domains import Trial, mono, multi, people
 from spatialavatar0.pictures.metrics import blur_matrix, ms_ssim, open_lpips
+from spatialavatar0.stage1.backbone import layer_scales
 from spatialavatar0.stage1.generator import from_preset
-from spatialavatar0.stage1.schedule import (
-    LAPTOP,
-    BadBatch,
-    MonoPhase,
-    MultiPhase,
-    Roll,
-    Shelf,
-    Trainer,
+from spatialavatar0.stage1.objective import (
     Weights,
     box_l1,
-    choose,
-    dissimilarity,
-    draw_mono,
-    draw_multi,
-    evaluate,
     face_box,
     l2_sp,
-    laptop_schedule,
-    layer_scales,
-    looked,
-    paper_schedule,
     pull_home,
     signs,
-    source_chances,
-    temperature,
     texel_pairs,
     uv_tv,
     view_jacobian,
 )
+from spatialavatar0.stage1.schedule import (
+    LAPTOP,
+    MonoPhase,
+    MultiPhase,
+    Roll,
+    choose,
+    dissimilarity,
+    draw_mono,
+    draw_multi,
+    laptop_schedule,
+    paper_schedule,
+    source_chances,
+    temperature,
+)
+from spatialavatar0.stage1.trainer import BadBatch, Shelf, Trainer, evaluate, looked
 
 FULL = replace(LAPTOP, face=1.0, jacobian=0.1, ms_ssim=0.5)
 HEAD = open_head()
@@ -416,7 +415,8 @@ RUN = """
 import sys, torch
 from spatialavatar0.pictures.domains import mono, multi, people
 from spatialavatar0.stage1.generator import from_preset
-from spatialavatar0.stage1.schedule import Shelf, Trainer, laptop_schedule
+from spatialavatar0.stage1.schedule import laptop_schedule
+from spatialavatar0.stage1.trainer import Shelf, Trainer
 torch.set_num_threads(1); g = from_preset('tiny', seed=0)
 data = [Shelf(people(mono(64, instants=6), 3), g), Shelf(people(multi(64, instants=5, cameras=5), 2), g)]
 t = Trainer(g, laptop_schedule(4, 3, 2), data, 3)
@@ -610,7 +610,8 @@ torch.set_num_threads(1)
 from accelerate import Accelerator
 from spatialavatar0.pictures.domains import mono, people
 from spatialavatar0.stage1.generator import from_preset
-from spatialavatar0.stage1.schedule import LAPTOP, Shelf, Trainer, laptop_schedule
+from spatialavatar0.stage1.schedule import LAPTOP, laptop_schedule
+from spatialavatar0.stage1.trainer import Shelf, Trainer
 from dataclasses import replace
 g = from_preset('tiny', seed=0); acc = Accelerator(cpu=True)
 t = Trainer(g, laptop_schedule(3, 0, 4, weights=replace(LAPTOP, jacobian=.1, face=1.)), [Shelf(people(mono(64, instants=6), 3), g)], 3, accelerator=acc)

@@ -5,16 +5,8 @@
 # %% auto #0
 __all__ = [
     'CHANNELS',
-    'SCHEMA',
     'GeneratorConfig',
     'config',
-    'shell_points',
-    'soft_visibility',
-    'Look',
-    'sample',
-    'check_frame',
-    'Encoder',
-    'DptEncoder',
     'pool_visible',
     'pool_plain',
     'AttentionPool',
@@ -28,47 +20,44 @@ __all__ = [
     'Decoded',
     'Generator',
     'from_preset',
+    'Warped',
+    'Pooled',
+    'Rendered',
     'from_pretrained',
 ]
 
 # %% ../../nbs/stage1/51_generator.ipynb #e958cc37
-import json
 import math
 from dataclasses import asdict, dataclass, fields, replace
+from importlib.resources import files
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-
-# %% ../../nbs/stage1/51_generator.ipynb #d9cc2ebe
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from spatialavatar0.avatar.avatar import (
-    Avatar,
-    head_id,
-    mirror_texels,
-    new_avatar,
-    open_splats,
-    part_is,
-    sink,
-    texel_mask,
-)
-from spatialavatar0.ground.geometry import (
-    axis_angle_to_mat,
-    crop_intrinsics,
-    project,
-    quat_mul,
-    rgb_to_sh0,
+from spatialavatar0.stage1.backbone import (
+    Look,
+    double,
+    look_at,
+    make_encoder,
+    sample,
+    shell_heights,
 )
 
-from ..ground.core import InputError, atomic_path, smooth
+from ..avatar.avatar import Avatar, head_id, new_avatar, open_splats
+from ..avatar.portrait import sink
+from ..avatar.warp import mirror_texels
+from ..ground.core import InputError
+from ..ground.files import FileKind, read_tensors, write_tensors
+from ..ground.geometry import quat_mul, rgb_to_sh0
 from ..head.head import Head, open_head
-from ..pictures.clips import Frame, resize
-from ..splats.binding import Binding, bind_frames, bind_points, texel_steps
-from ..splats.mesh import rasterize_mesh, vertex_normals, visible_points
-from ..splats.rasterize import rasterize
+from ..pictures.clips import Frame
+from ..splats.binding import Binding, texel_steps
+from ..splats.kernels import fast_frames
+from ..splats.renderers import rasterize
 
 
 # %% ../../nbs/stage1/51_generator.ipynb #196411e0
@@ -87,45 +76,39 @@ class GeneratorConfig:
     features: int = 32  # channels of the UV network's map (the paper's 32)
     hidden: int = 16  # channels inside each head
     base: int = 8  # learned maps that tell texels apart
-    shells: tuple = (
-        0.0,
-        0.01,
-        0.025,
-        0.045,
-    )  # metres above the skin where pictures are read; 0 first
+    shells: tuple = (0.0, 0.01, 0.025, 0.045)  # metres above the skin where pictures are read
     pool: str = 'visible'  # visible, plain or attention
     mirror: bool = True  # also show the network each texel's mirror image
-    residual: bool = True  # the FLAME-conditioned head
-    view: bool = True  # the 27 numbers of the target's direction
+    residual: bool = True  # the FLAME-conditioned head (Eq. 7)
+    view: bool = True  # the 27 numbers of the target's direction (Eq. 6)
 
 
 # %% ../../nbs/stage1/51_generator.ipynb #73c9e9d9
-_PRESETS = dict(
-    tiny=GeneratorConfig(
-        image_size=64,
-        resolution=32,
-        encoder=(8, 16, 24, 32),
-        source_features=8,
-        token=32,
-        unet=(16, 32, 48, 64),
-        features=16,
-        hidden=12,
-        base=4,
-    ),
-    laptop=GeneratorConfig(),
-    paper=GeneratorConfig(
-        image_size=512,
-        resolution=256,
-        encoder=(),
-        backbone='vit_base_patch16_dinov3.lvd1689m',
-        source_features=64,
-        token=768,
-        unet=(64, 128, 256, 384, 512),
-        hidden=32,
-    ),
+_TINY = GeneratorConfig(
+    image_size=64,
+    resolution=32,
+    encoder=(8, 16, 24, 32),
+    source_features=8,
+    token=32,
+    unet=(16, 32, 48, 64),
+    features=16,
+    hidden=12,
+    base=4,
 )
+_PAPER = GeneratorConfig(
+    image_size=512,
+    resolution=256,
+    encoder=(),
+    backbone='vit_base_patch16_dinov3.lvd1689m',
+    source_features=64,
+    token=768,
+    unet=(64, 128, 256, 384, 512),
+    hidden=32,
+)
+_PRESETS = dict(tiny=_TINY, laptop=GeneratorConfig(), paper=_PAPER)
 
 
+# %% ../../nbs/stage1/51_generator.ipynb #a6c02d6d
 def config(
     name: str,  # tiny, laptop or paper
 ) -> GeneratorConfig:
@@ -135,247 +118,6 @@ def config(
     return _PRESETS[name]
 
 
-# %% ../../nbs/stage1/51_generator.ipynb #955c2188
-def shell_points(
-    binding: Binding,
-    verts: Tensor,  # (V,3) posed mesh, metres
-    heights: Tensor,  # (S,N) metres above the skin
-) -> tuple:  # (S,N,3) metres, (N,3) normals
-    "Points on and above the skin under every Gaussian."
-    n = F.normalize(bind_points(vertex_normals(verts, binding.faces), binding), dim=-1)
-    return bind_points(verts, binding) + heights[..., None] * n, n
-
-
-# %% ../../nbs/stage1/51_generator.ipynb #9bd6331d
-def soft_visibility(
-    points: Tensor,  # (S,N,3) from shell_points
-    normals: Tensor,  # (N,3)
-    verts: Tensor,  # (V,3)
-    faces: Tensor,  # (F,3)
-    frame: Frame,
-) -> Tensor:  # (S,N) 0..1
-    """1 where a point is in the picture with nothing before it; on the skin also facing the camera
-    and inside the matte."""
-    K = crop_intrinsics(frame.K, 0, 0, 2)
-    depth = rasterize_mesh(verts, faces, frame.viewmat, K, 2 * frame.width, 2 * frame.height)[2]
-    seen = (
-        visible_points(points.flatten(0, 1), depth, frame.viewmat, K, 0.004)
-        .view(points.shape[:2])
-        .float()
-    )
-    eye = -frame.viewmat[:3, :3].T @ frame.viewmat[:3, 3]
-    cosine = (normals * F.normalize(eye - points[0], dim=-1)).sum(-1)
-    seen[0] *= smooth(cosine, 0.05, 0.5)
-    return seen
-
-
-# %% ../../nbs/stage1/51_generator.ipynb #6a439512
-@dataclass
-class Look:
-    "What a generator needs of one picture, small enough to keep thousands."
-
-    image: Tensor  # (4,S,S) uint8: colour and matte
-    uv: Tensor  # (shells,N,2) float16, where each point falls in the picture: -1..1
-    weight: Tensor  # (shells,N) uint8, soft visibility
-    viewmat: Tensor  # (4,4)
-    K: Tensor  # (3,3) pixels of `image`
-    params: dict  # of the head
-
-    @property
-    def size(self):
-        return self.image.shape[-1]
-
-    @property
-    def direction(self):  # (3,) the camera's view axis as the skull sees it: the head may turn, too
-        d = F.normalize(self.viewmat[2, :3], dim=0)
-        for k in ('rotation', 'neck'):
-            d = d @ axis_angle_to_mat(self.params[k])[0] if k in self.params else d
-        return d
-
-    def code(self, head):  # (C,) expression, neck, jaw and eyes
-        "What the residual head listens to."
-        sizes = dict(expr=head.num_expr, neck=3, jaw=3, eyes=6)
-        return torch.cat(
-            [
-                F.pad(x, (0, n - len(x)))
-                for k, n in sizes.items()
-                for x in [self.params[k][0] if k in self.params else torch.zeros(n)]
-            ]
-        )
-
-    def target(self, background):  # (3,) -> picture (S,S,3), matte (S,S)
-        "The person on another background."
-        x = self.image.float() / 255
-        m = x[3]
-        return (m * x[:3] + (1 - m) * torch.as_tensor(background).float().view(3, 1, 1)).permute(
-            1, 2, 0
-        ), m
-
-
-# %% ../../nbs/stage1/51_generator.ipynb #df262224
-def sample(
-    images: Tensor,  # (B,C,H,W)
-    uv: Tensor,  # (B,P,2) -1..1
-) -> Tensor:  # (B,P,C)
-    "Bilinear look-up."
-    return F.grid_sample(images, uv[:, None], align_corners=False)[:, :, 0].mT
-
-
-# %% ../../nbs/stage1/51_generator.ipynb #66d2cc3d
-def check_frame(frame, name='frame'):
-    "One clear error for a frame that cannot be used."
-    if not isinstance(frame, Frame):
-        raise InputError(
-            f'{name} should be a Frame: picture, matte, camera, head parameters; got '
-            f'{type(frame).__name__}'
-        )
-    for k in ('viewmat', 'K'):
-        x = getattr(frame, k)
-        if not torch.isfinite(x).all() or not x.any():
-            raise InputError(
-                f'{name} has no camera ({k} is empty or not finite): track the picture first'
-            )
-    for k in ('image', 'mask'):
-        if not torch.isfinite(getattr(frame, k)).all():
-            raise InputError(f'{name} has NaN or infinite values in its {k}')
-    for k, v in frame.params.items():
-        if not torch.isfinite(v).all():
-            raise InputError(f'{name} has NaN or infinite values in its params: {k}')
-
-
-# %% ../../nbs/stage1/51_generator.ipynb #64c98a41
-class _Block(nn.Sequential):
-    "3x3 convolution, norm, SiLU."
-
-    def __init__(self, i, o, stride=1):
-        super().__init__(nn.Conv2d(i, o, 3, stride, 1), nn.GroupNorm(4, o), nn.SiLU())
-
-
-def _up(x):
-    return F.interpolate(x, scale_factor=2, mode='bilinear', align_corners=False)
-
-
-# %% ../../nbs/stage1/51_generator.ipynb #803faa4c
-class Encoder(nn.Module):
-    """A small picture encoder: down four times, up three times; features at half the picture's
-    size, and a token."""
-
-    def __init__(self, widths, features, token, lateral=32):
-        super().__init__()
-        self.down = nn.ModuleList([_Block(i, o, 2) for i, o in zip((4, *widths), widths)])
-        sizes = [features] + [lateral] * (len(widths) - 1)
-        self.lateral = nn.ModuleList([nn.Conv2d(c, o, 1) for c, o in zip(widths, sizes)])
-        self.lift = nn.ModuleList([nn.Conv2d(i, o, 1) for i, o in zip(sizes[1:], sizes)])
-        self.fine = nn.Conv2d(features, features, 3, 1, 1)
-        self.token = nn.Linear(widths[-1], token)
-
-    def forward(self, images):  # (B,4,S,S) 0..1 -> (B,features,S/2,S/2), (B,token)
-        x, maps = 2 * images - 1, []
-        for down in self.down:
-            x = down(x)
-            maps.append(x)
-        y = self.lateral[-1](x)
-        for lift, lateral, m in zip(self.lift[::-1], self.lateral[-2::-1], maps[-2::-1]):
-            y = F.silu(_up(lift(y)) + lateral(m))
-        return self.fine(y), self.token(x.mean((2, 3)))
-
-
-# %% ../../nbs/stage1/51_generator.ipynb #be366076
-def _backbone(name, weights, size):
-    "A vision transformer through timm, which is imported here alone."
-    try:
-        import timm
-    except ImportError as e:
-        raise InputError(
-            f"the backbone {name} needs timm: pip install 'spatialavatar0[train]', or use the "
-            "preset 'laptop'"
-        ) from e
-    if not timm.is_model(name.split('.')[0]):
-        raise InputError(
-            f'timm {timm.__version__} has no model {name!r}: update timm, or use another backbone'
-        )
-
-    def make(pretrained):
-        return timm.create_model(name, pretrained=pretrained, num_classes=0, dynamic_img_size=True)
-
-    if not weights:
-        return make(False)
-    try:
-        return make(True)
-    except Exception as e:
-        raise InputError(
-            f'the weights of {name} cannot be had here ({type(e).__name__}): go online once, accept their licence at huggingface.co/timm/{name} and log in '
-            '(huggingface-cli login); weights=False builds it untrained'
-        ) from e
-
-
-# %% ../../nbs/stage1/51_generator.ipynb #f3bf542e
-class _Fuse(nn.Module):
-    "One step of DPT's ladder: refine, add the finer level, refine, double."
-
-    def __init__(self, c, coarsest=False):
-        super().__init__()
-
-        def unit():
-            return nn.Sequential(
-                nn.ReLU(), nn.Conv2d(c, c, 3, 1, 1), nn.ReLU(), nn.Conv2d(c, c, 3, 1, 1)
-            )
-
-        self.side = None if coarsest else unit()
-        self.main = unit()
-        self.out = nn.Conv2d(c, c, 1)
-
-    def forward(self, x, finer=None):
-        if finer is not None:
-            x = x + finer + self.side(finer)
-        return self.out(_up(x + self.main(x)))
-
-
-# %% ../../nbs/stage1/51_generator.ipynb #28d3bac9
-class DptEncoder(nn.Module):
-    """A frozen vision transformer, and a DPT head that turns four of its layers into a feature map
-    at half the picture's size."""
-
-    def __init__(self, c, weights, width=128):
-        super().__init__()
-        self.backbone = _backbone(c.backbone, weights, c.image_size).requires_grad_(not c.frozen)
-        self.frozen = c.frozen
-        dim = self.backbone.embed_dim
-        depth = len(self.backbone.blocks)
-        self.layers = [depth * (k + 1) // 4 - 1 for k in range(4)]
-        self.project = nn.ModuleList([nn.Conv2d(dim, width, 1) for _ in range(4)])
-        self.resize = nn.ModuleList(
-            [
-                nn.ConvTranspose2d(width, width, 4, 4),
-                nn.ConvTranspose2d(width, width, 2, 2),
-                nn.Identity(),
-                nn.Conv2d(width, width, 3, 2, 1),
-            ]
-        )
-        self.fuse = nn.ModuleList([_Fuse(width, k == 3) for k in range(4)])
-        self.fine = nn.Conv2d(width, c.source_features, 3, 1, 1)
-        self.token = nn.Identity() if dim == c.token else nn.Linear(dim, c.token)
-        for k, v in dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225]).items():
-            self.register_buffer(k, torch.tensor(v).view(3, 1, 1), persistent=False)
-
-    def forward(self, images):  # (B,4,S,S) 0..1 -> (B,features,S/2,S/2), (B,token)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            final, maps = self.backbone.forward_intermediates(
-                (images[:, :3] - self.mean) / self.std, indices=self.layers, norm=True
-            )
-        y = None
-        for project, size, fuse, m in list(zip(self.project, self.resize, self.fuse, maps))[::-1]:
-            m = size(project(m))
-            y = fuse(m) if y is None else fuse(y, m)
-        return self.fine(y), self.token(final[:, 0])
-
-    def train(self, mode=True):
-        super().train(mode)
-        if self.frozen:
-            self.backbone.eval()
-        return self
-
-
 # %% ../../nbs/stage1/51_generator.ipynb #45c6a421
 def pool_visible(x, w):  # (K,N,C), (K,N) -> (N,C), (N,)
     "Mean over sources weighted by visibility; and how well the best of them saw a texel."
@@ -383,25 +125,25 @@ def pool_visible(x, w):  # (K,N,C), (K,N) -> (N,C), (N,)
 
 
 def pool_plain(x, w):
-    "The paper's mean: every source counts the same, seen or not."
+    "The paper's mean (Sec. 3.2): every source counts the same, seen or not."
     return x.mean(0), w.mean(0)
 
 
 # %% ../../nbs/stage1/51_generator.ipynb #df4dc879
 class AttentionPool(nn.Module):
-    "For comparison: a learned weight per source and texel."
+    "For comparison (row G of the ablation): a learned weight per source and texel."
 
     def __init__(self, channels, token):
         super().__init__()
         self.score = nn.Linear(channels, 1)
         self.token_score = nn.Linear(token, 1)
 
-    def forward(self, x, w):  # (K,N,C), (K,N)
-        a = (self.score(x)[..., 0] + w.clamp_min(1e-4).log()).softmax(0)
-        return (a[..., None] * x).sum(0), w.amax(0)
+    def forward(self, x, w):  # (K,N,C), (K,N) -> (N,C), (N,)
+        attention = (self.score(x)[..., 0] + w.clamp_min(1e-4).log()).softmax(0)
+        return (attention[..., None] * x).sum(0), w.amax(0)
 
-    def tokens(self, t):
-        return (self.token_score(t).softmax(0) * t).sum(0)  # (K,T) -> (T,)
+    def tokens(self, tokens):  # (K,T) -> (T,)
+        return (self.token_score(tokens).softmax(0) * tokens).sum(0)
 
 
 # %% ../../nbs/stage1/51_generator.ipynb #d047c8d5
@@ -412,53 +154,53 @@ def pull_push(
     "Fill what has no weight with ever coarser averages of what has."
     if values.shape[-1] < 2:
         return weight * values + (1 - weight) * 0.5
-    w = F.avg_pool2d(weight, 2)
-    v = F.avg_pool2d(values * weight, 2) / w.clamp_min(1e-6)
-    coarse = pull_push(v, (4 * w).clamp_max(1))
-    return weight * values + (1 - weight) * F.interpolate(
-        coarse, values.shape[-2:], mode='bilinear', align_corners=False
-    )
+    mass = F.avg_pool2d(weight, 2)
+    mean = F.avg_pool2d(values * weight, 2) / mass.clamp_min(1e-6)
+    coarse = pull_push(mean, (4 * mass).clamp_max(1))
+    size = values.shape[-2:]
+    filled = F.interpolate(coarse, size, mode='bilinear', align_corners=False)
+    return weight * values + (1 - weight) * filled
 
 
 # %% ../../nbs/stage1/51_generator.ipynb #5fb5d630
 class Sft(nn.Module):
     """Convolution, norm, then a scale and shift per channel that the global token decides (spatial
-    feature transform)."""
+    feature transform, Sec. 3.2)."""
 
-    def __init__(self, i, o, token, stride=1):
+    def __init__(self, channels_in, channels_out, token, stride=1):
         super().__init__()
-        self.conv = nn.Conv2d(i, o, 3, stride, 1)
-        self.norm = nn.GroupNorm(4, o)
-        self.film = nn.Linear(token, 2 * o)
+        self.conv = nn.Conv2d(channels_in, channels_out, 3, stride, 1)
+        self.norm = nn.GroupNorm(4, channels_out)
+        self.film = nn.Linear(token, 2 * channels_out)
         nn.init.zeros_(self.film.weight)
         nn.init.zeros_(self.film.bias)
 
-    def forward(self, x, token):
-        a, b = self.film(token)[:, :, None, None].chunk(2, 1)
-        return F.silu(self.norm(self.conv(x)) * (1 + a) + b)
+    def forward(self, h, token):
+        gamma, beta = self.film(token)[:, :, None, None].chunk(2, 1)
+        return F.silu(self.norm(self.conv(h)) * (1 + gamma) + beta)
 
 
 # %% ../../nbs/stage1/51_generator.ipynb #a5915a29
 class UVNet(nn.Module):
-    "StyleUNet: a U-Net over the UV grid whose every layer listens to the token."
+    "StyleUNet: a U-Net over the UV grid whose every layer listens to the token (Sec. 3.2)."
 
     def __init__(self, widths, features, token):
         super().__init__()
         pairs = list(zip(widths, widths[1:]))
         self.down = nn.ModuleList([Sft(i, o, token, 2) for i, o in pairs])
         self.flat = nn.ModuleList([Sft(o, o, token) for _, o in pairs])
-        self.lift = nn.ModuleList([nn.Conv2d(o, i, 1) for i, o in zip(widths, widths[1:])])
-        self.up = nn.ModuleList([Sft(c, c, token) for c in widths[1:-1]])
+        self.lift = nn.ModuleList([nn.Conv2d(o, i, 1) for i, o in pairs])
+        self.up = nn.ModuleList([Sft(i, i, token) for i in widths[1:-1]])
         self.out = Sft(widths[0], features, token)
 
-    def forward(self, x, token):  # (B,widths[0],R,R), (B,token) -> (B,features,R,R)
-        skips = [x]
+    def forward(self, grid, token):  # (B,widths[0],R,R), (B,token) -> (B,features,R,R)
+        levels = [grid]
         for down, flat in zip(self.down, self.flat):
-            x = flat(down(x, token), token)
-            skips.append(x)
-        for lift, up, s in zip(self.lift[:0:-1], self.up[::-1], skips[-2:0:-1]):
-            x = up(_up(lift(x)) + s, token)
-        return self.out(_up(self.lift[0](x)) + skips[0], token)
+            levels.append(flat(down(levels[-1], token), token))
+        h = levels[-1]
+        for lift, up, skip in zip(self.lift[:0:-1], self.up[::-1], levels[-2:0:-1]):
+            h = up(double(lift(h)) + skip, token)
+        return self.out(double(self.lift[0](h)) + grid, token)
 
 
 # %% ../../nbs/stage1/51_generator.ipynb #6f1a1ef7
@@ -466,74 +208,82 @@ def harmonics(
     d: Tensor,  # (B,3) unit
     bands: int = 4,
 ) -> Tensor:  # (B,27)
-    "The paper's gamma(d): d, and sines and cosines of its multiples."
-    waves = [f(2**k * math.pi * d) for k in range(bands) for f in (torch.sin, torch.cos)]
+    "gamma(d) of Eq. 6: d, and sines and cosines of its multiples."
+    waves = [wave(2**k * math.pi * d) for k in range(bands) for wave in (torch.sin, torch.cos)]
     return torch.cat([d, *waves], -1)
 
 
-# %% ../../nbs/stage1/51_generator.ipynb #86a6f640
+# %% ../../nbs/stage1/51_generator.ipynb #d878b8cb
 CHANNELS = dict(position=3, rotation=4, scale=3, color=3, opacity=1)
 
 
-# %% ../../nbs/stage1/51_generator.ipynb #d878b8cb
 class Heads(nn.Module):
     """Five small heads side by side, and a chooser of shells; each sees the UV map, what was seen,
-    and the view."""
+    and the view (Sec. 3.2)."""
 
     def __init__(self, inputs, hidden, view, shells):
         super().__init__()
         self.first = nn.Linear(inputs, hidden * len(CHANNELS))
         self.view = nn.Linear(27, hidden * len(CHANNELS), bias=False) if view else None
-        self.last = nn.ModuleDict({k: nn.Linear(hidden, c) for k, c in CHANNELS.items()})
-        for m in self.last.values():
-            nn.init.normal_(m.weight, std=0.01)
-            nn.init.zeros_(m.bias)
+        self.last = nn.ModuleDict({name: nn.Linear(hidden, n) for name, n in CHANNELS.items()})
+        for layer in self.last.values():
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)
         self.shell = nn.Linear(inputs, shells) if shells else None
         if shells:
             nn.init.zeros_(self.shell.weight)
             nn.init.constant_(self.shell.bias, -2.0)
 
-    def forward(self, x, gamma):  # (B,N,inputs), (B,27) -> dict of (B,N,c)
-        h = self.first(x)
+    def forward(self, inputs, gamma):  # (B,N,inputs), (B,27) -> dict of (B,N,c)
+        hidden = self.first(inputs)
         if self.view is not None:
-            h = h + self.view(gamma)[:, None]
-        return {k: self.last[k](p) for k, p in zip(CHANNELS, F.silu(h).chunk(len(CHANNELS), -1))}
+            hidden = hidden + self.view(gamma)[:, None]
+        parts = F.silu(hidden).chunk(len(CHANNELS), -1)
+        return {name: self.last[name](part) for name, part in zip(CHANNELS, parts)}
 
-    def climb(self, x, rgb, above, near):  # (B,N,inputs), (B,N,3), (B,N,4S), (B,N,S) -> (B,N,3)
-        "Take the colour from a shell where hair stands that high."
-        if self.shell is None:
-            return rgb
-        for share, c, w in zip(
-            self.shell(x).sigmoid().unbind(-1), above.split(4, -1), near.unbind(-1)
-        ):
-            rgb = torch.lerp(
-                rgb, c[..., :3] / c[..., 3:].clamp_min(0.05), (share * w * c[..., 3])[..., None]
-            )
+
+# %% ../../nbs/stage1/51_generator.ipynb #8df405c2
+@patch
+def climb(
+    self: Heads,
+    inputs: Tensor,  # (B,N,inputs) what the heads see
+    rgb: Tensor,  # (B,N,3) colour of the skin
+    above: Tensor,  # (B,N,4S) colour and matte on the S shells
+    near: Tensor,  # (B,N,S) how well each shell was seen
+) -> Tensor:  # (B,N,3)
+    "Take the colour from a shell where hair stands that high (ours)."
+    if self.shell is None:
         return rgb
+    shares = self.shell(inputs).sigmoid()
+    for share, rgba, seen in zip(shares.unbind(-1), above.split(4, -1), near.unbind(-1)):
+        matte = rgba[..., 3]
+        hair = rgba[..., :3] / matte[..., None].clamp_min(0.05)
+        rgb = torch.lerp(rgb, hair, (share * seen * matte)[..., None])
+    return rgb
 
 
 # %% ../../nbs/stage1/51_generator.ipynb #d09e16d8
 class ResidualHead(nn.Module):
-    "What expression and pose add to position, rotation, scale and colour; starts as nothing."
+    "Eq. 7: what expression and pose add to all but opacity; starts as nothing."
 
     def __init__(self, inputs, code, hidden=64):
         super().__init__()
-        self.names = [k for k in CHANNELS if k != 'opacity']
-        self.mlp = nn.Sequential(
-            nn.Linear(code, hidden), nn.SiLU(), nn.Linear(hidden, 2 * inputs * len(self.names))
-        )
-        self.out = nn.ModuleDict({k: nn.Linear(inputs, CHANNELS[k]) for k in self.names})
-        for m in self.out.values():
-            nn.init.zeros_(m.weight)
-            nn.init.zeros_(m.bias)
+        self.names = [name for name in CHANNELS if name != 'opacity']
+        first = nn.Linear(code, hidden)
+        last = nn.Linear(hidden, 2 * inputs * len(self.names))
+        self.mlp = nn.Sequential(first, nn.SiLU(), last)
+        self.out = nn.ModuleDict({name: nn.Linear(inputs, CHANNELS[name]) for name in self.names})
+        for layer in self.out.values():
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
-    def forward(self, x, code):  # (B,N,inputs), (B,code) -> dict of (B,N,c)
+    def forward(self, m, code):  # (B,N,inputs), (B,code) -> dict of (B,N,c)
         films = self.mlp(code)[:, None].chunk(len(self.names), -1)
-        return {
-            k: self.out[k](x * (1 + a) + b)
-            for k, f in zip(self.names, films)
-            for a, b in [f.chunk(2, -1)]
-        }
+        delta = {}
+        for name, film in zip(self.names, films):
+            gamma, beta = film.chunk(2, -1)
+            delta[name] = self.out[name](m * (1 + gamma) + beta)
+        return delta
 
 
 # %% ../../nbs/stage1/51_generator.ipynb #6ab1961b
@@ -548,7 +298,6 @@ class Code:
     map: Tensor  # (B,N,features) of the UV network
 
 
-# %% ../../nbs/stage1/51_generator.ipynb #c281de96
 @dataclass
 class Decoded:
     "Gaussians of B people, and the maps that losses look at."
@@ -561,58 +310,47 @@ class Decoded:
 # %% ../../nbs/stage1/51_generator.ipynb #bd22c9f3
 def _rest_offsets(avatar):
     "(N,3) Gaussians sunk under the skin, also for a head without the open head's regions."
-    if all(k in avatar.head.masks for k in ('lips', 'lids', 'lid_rims', 'inner_mouth', 'sockets')):
+    regions = 'lips', 'lids', 'lid_rims', 'inner_mouth', 'sockets'
+    if all(name in avatar.head.masks for name in regions):
         return sink(avatar)
-    d = 2.5 * avatar.splats['log_scales'][:, 1].exp()
-    return torch.stack([0 * d, -d, 0 * d], -1)
+    depth = 2.5 * avatar.splats['log_scales'][:, 1].exp()
+    return torch.stack([0 * depth, -depth, 0 * depth], -1)
 
 
 def _texel_axes(avatar, verts, unit=0.02):
     """(N,3,3) from the directions of the UV grid (right, out of the skin, down), in units of `unit`
     metres, to the triangle's frame."""
-    b = avatar.binding
-    t = F.normalize(texel_steps(b, avatar.head, verts)[:, :, 0], dim=-1)
-    o, l = torch.zeros(len(b)), torch.ones(len(b))
-    axes = torch.stack(
-        [
-            torch.stack([t[:, 0], o, t[:, 1]], -1),
-            torch.stack([o, l, o], -1),
-            torch.stack([-t[:, 1], o, t[:, 0]], -1),
-        ],
-        -1,
-    )
-    return unit * axes / bind_frames(b, verts).scales[:, None, None]
+    binding = avatar.binding
+    steps = F.normalize(texel_steps(binding, avatar.head, verts)[:, :, 0], dim=-1)
+    none, one = torch.zeros(len(binding)), torch.ones(len(binding))
+    right = torch.stack([steps[:, 0], none, steps[:, 1]], -1)
+    out = torch.stack([none, one, none], -1)
+    down = torch.stack([-steps[:, 1], none, steps[:, 0]], -1)
+    sizes = fast_frames(binding, verts).scales
+    return unit * torch.stack([right, out, down], -1) / sizes[:, None, None]
 
 
-# %% ../../nbs/stage1/51_generator.ipynb #359e5776
-def _shell_heights(head, binding, shells):
-    "(S,N) metres: shells rise over the hair and, less, over the rest of the skin."
-    rise = (
-        part_is(head, binding, 'skin').float()
-        if 'skin' in head.part_names
-        else torch.ones(len(binding))
-    )
-    if 'scalp' in head.masks:
-        rise = rise * texel_mask(head, 'scalp', binding).clamp(0, 1)
-    return torch.tensor(shells)[:, None] * rise
-
-
-def _neighbours(binding):
-    "(2,P) pairs of Gaussians that are next to each other on the UV grid."
-    ids = F.pad(binding.to_map(torch.arange(len(binding)), fill=-1), (0, 1, 0, 1), value=-1)
-    pairs = torch.cat(
-        [
-            torch.stack([ids[:-1, :-1], ids[:-1, 1:]]).flatten(1),
-            torch.stack([ids[:-1, :-1], ids[1:, :-1]]).flatten(1),
-        ],
-        1,
-    )
-    return pairs[:, (pairs >= 0).all(0)]
+# %% ../../nbs/stage1/51_generator.ipynb #8e821d74
+def _check_config(config):
+    "One clear error for sizes that do not fit together."
+    if config.pool not in ('visible', 'plain', 'attention'):
+        raise InputError(f"pool should be 'visible', 'plain' or 'attention'; got {config.pool!r}")
+    if not config.shells or config.shells[0] != 0:
+        raise InputError(f'shells should start at 0, the skin; got {config.shells}')
+    halved = 2 ** (len(config.unet) - 1)
+    if config.resolution % halved:
+        raise InputError(
+            f'resolution should be a multiple of {halved}, once halved per level of the UV '
+            f'network; got {config.resolution}'
+        )
+    halved = 2 ** len(config.encoder)
+    if not config.backbone and config.image_size % halved:
+        raise InputError(f'image_size should be a multiple of {halved}; got {config.image_size}')
 
 
 # %% ../../nbs/stage1/51_generator.ipynb #bc00c4f4
 class Generator(nn.Module):
-    "K portraits in, one avatar out."
+    "K portraits in, one avatar out (Stage 1, Sec. 3.2)."
 
     def __init__(
         self,
@@ -622,115 +360,85 @@ class Generator(nn.Module):
     ):
         super().__init__()
         _check_config(config)
-        self.config = c = config
-        self.head_ = [
-            head or open_head()
-        ]  # in a list: a head is data, not a part that is trained or saved
-        self.avatar_ = [new_avatar(self.head, c.resolution)]
+        self.config = config
+        self.head_ = [head or open_head()]  # in a list: a head is not trained and not saved
+        self.avatar_ = [new_avatar(self.head, config.resolution)]
         self._lay_out()
-        self.encoder = _make_encoder(c, weights)
-        self.attention = (
-            AttentionPool(c.source_features + 4, c.token) if c.pool == 'attention' else None
-        )
-        pooled = c.source_features + 5 + 5 * (len(c.shells) - 1)
-        self.base = nn.Parameter(0.1 * torch.randn(len(self.binding), c.base))
-        self.mean = nn.Parameter(torch.zeros(len(self.binding), sum(CHANNELS.values())))
-        self.stem = nn.Linear((1 + c.mirror) * pooled + c.base + 3, c.unet[0])
-        self.uvnet = UVNet(c.unet, c.features, c.token)
-        self.heads = Heads(c.features + c.base + 5, c.hidden, c.view, len(c.shells) - 1)
-        self.residual = ResidualHead(c.features, self.code_size) if c.residual else None
+        self._make_networks(weights)
 
     head = property(lambda self: self.head_[0])
     binding = property(lambda self: self.avatar_[0].binding)
     code_size = property(lambda self: self.head.num_expr + 12, doc='expression, neck and jaw, eyes')
 
 
+# %% ../../nbs/stage1/51_generator.ipynb #e5afd96d
+@patch
+def _make_networks(self: Generator, weights):
+    "All that is learned."
+    c = self.config
+    texels, shells = len(self.binding), len(c.shells) - 1
+    self.encoder = make_encoder(c, weights)
+    self.attention = None
+    if c.pool == 'attention':
+        self.attention = AttentionPool(c.source_features + 4, c.token)
+    pooled = c.source_features + 5 + 5 * shells
+    self.base = nn.Parameter(0.1 * torch.randn(texels, c.base))
+    self.mean = nn.Parameter(torch.zeros(texels, sum(CHANNELS.values())))
+    self.stem = nn.Linear((1 + c.mirror) * pooled + c.base + 3, c.unet[0])
+    self.uvnet = UVNet(c.unet, c.features, c.token)
+    self.heads = Heads(c.features + c.base + 5, c.hidden, c.view, shells)
+    self.residual = ResidualHead(c.features, self.code_size) if c.residual else None
+
+
+# %% ../../nbs/stage1/51_generator.ipynb #9a030e0e
+def from_preset(
+    name: str,  # tiny, laptop or paper
+    head: Head = None,  # default: the open head
+    seed: int = 0,  # of the first weights
+    weights: bool = True,  # fetch those of the paper preset's backbone
+    **changes,  # fields of GeneratorConfig
+) -> Generator:
+    "An untrained generator."
+    wrong = set(changes) - {field.name for field in fields(GeneratorConfig)}
+    if wrong:
+        raise InputError(f'not in a GeneratorConfig: {", ".join(sorted(wrong))}')
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Generator(replace(config(name), **changes), head, weights)
+
+
+Generator.from_preset = staticmethod(from_preset)
+
+
 # %% ../../nbs/stage1/51_generator.ipynb #df4025dd
 @patch
 def _lay_out(self: Generator):
     "Constants of the head: they follow the module to its device, and are not saved."
-    a, verts = self.avatar_[0], self.head()[0]
-    b = a.binding
-
-    def keep(k, v):
-        return self.register_buffer(k, v, persistent=False)
-
-    keep('texel', b.texels[:, 0] * b.resolution + b.texels[:, 1])
-    keep('axes', _texel_axes(a, verts))
-    keep('heights', _shell_heights(self.head, b, self.config.shells))
-    i, near = mirror_texels(b, self.head)
-    keep('partner', i)
-    keep('has_partner', near.float())
-    keep('neighbours', _neighbours(b))
-    for k, v in {**a.splats, 'offsets': _rest_offsets(a)}.items():
-        keep('rest_' + k, v)
+    avatar, binding = self.avatar_[0], self.binding
+    partner, near = mirror_texels(binding, self.head)
+    rest = {**avatar.splats, 'offsets': _rest_offsets(avatar)}
+    constants = dict(
+        texel=binding.texels[:, 0] * binding.resolution + binding.texels[:, 1],
+        axes=_texel_axes(avatar, self.head()[0]),
+        heights=shell_heights(self.head, binding, self.config.shells),
+        partner=partner,
+        has_partner=near.float(),
+        **{'rest_' + name: values for name, values in rest.items()},
+    )
+    for name, values in constants.items():
+        self.register_buffer(name, values, persistent=False)
 
 
-# %% ../../nbs/stage1/51_generator.ipynb #8e821d74
-def _check_config(c):
-    "One clear error for sizes that do not fit together."
-    if c.pool not in ('visible', 'plain', 'attention'):
-        raise InputError(f"pool should be 'visible', 'plain' or 'attention'; got {c.pool!r}")
-    if not c.shells or c.shells[0] != 0:
-        raise InputError(f'shells should start at 0, the skin; got {c.shells}')
-    if c.resolution % 2 ** (len(c.unet) - 1):
-        raise InputError(
-            f'resolution should be a multiple of {2 ** (len(c.unet) - 1)}, once halved per level '
-            f'of the UV network; got {c.resolution}'
-        )
-    if not c.backbone and c.image_size % 2 ** len(c.encoder):
-        raise InputError(
-            f'image_size should be a multiple of {2 ** len(c.encoder)}; got {c.image_size}'
-        )
-
-
-def _make_encoder(c, weights):
-    return DptEncoder(c, weights) if c.backbone else Encoder(c.encoder, c.source_features, c.token)
-
-
-# %% ../../nbs/stage1/51_generator.ipynb #314ed7e9
+# %% ../../nbs/stage1/51_generator.ipynb #6b0d8649
 @patch
 def look(
     self: Generator,
     frame: Frame,  # picture, matte, camera and head parameters
 ) -> Look:
     "All of a picture that can be computed before training."
-    check_frame(frame)
-    s = self.config.image_size
-    if frame.width != frame.height:
-        raise InputError(
-            f'sources should be square; got {frame.width} x {frame.height}: cut one with '
-            'clips.crop and avatar.head_square'
-        )
-    if frame.width != s:
-        frame = replace(
-            frame,
-            image=resize(frame.image, s, s),
-            mask=resize(frame.mask, s, s),
-            K=crop_intrinsics(frame.K, 0, 0, s / frame.width),
-        )
-    params = {
-        k: v for k, v in frame.params.items() if k != 'static_offset'
-    }  # a tracker does not know the hair
-    with torch.no_grad():
-        b, verts = self.binding, self.head(**params)[0]
-        points, normals = shell_points(b, verts, self.heights.cpu())
-        w = soft_visibility(points, normals, verts, self.head.faces, frame)
-        uv = project(points.flatten(0, 1), frame.viewmat, frame.K)[0].view(*w.shape, 2) / s * 2 - 1
-        uv = uv.nan_to_num(9.0).clamp(-9, 9)
-        w[0] *= smooth(sample(frame.mask[None, None], uv[:1])[0, :, 0], 0.5, 0.95)
-    image = torch.cat([frame.image, frame.mask[..., None]], -1).permute(2, 0, 1).clamp(0, 1)
-    return Look(
-        (image * 255).round().byte(),
-        uv.half(),
-        (w * 255).round().byte(),
-        frame.viewmat,
-        frame.K,
-        params,
-    )
+    return look_at(frame, self.head, self.binding, self.heights.cpu(), self.config.image_size)
 
 
-# %% ../../nbs/stage1/51_generator.ipynb #6b0d8649
 @patch
 def looks(
     self: Generator,
@@ -743,56 +451,88 @@ def looks(
         raise InputError(
             f'sources should share one size; got {sizes}: cut and resize them with clips.crop'
         )
-    return [self.look(f) for f in frames]
+    return [self.look(frame) for frame in frames]
+
+
+# %% ../../nbs/stage1/51_generator.ipynb #1ee46d71
+@patch
+def as_looks(self: Generator, items):
+    "Looks as they are; frames are looked at."
+    items = list(items)
+    new = iter(self.looks(item for item in items if not isinstance(item, Look)))
+    looks = [item if isinstance(item, Look) else next(new) for item in items]
+    wanted = (len(self.config.shells), len(self.binding), self.config.image_size)
+    for look in looks:
+        if (found := (*look.uv.shape[:2], look.size)) != wanted:
+            raise InputError(
+                f'a look should have (shells, Gaussians, pixels) {wanted}; got {found}: it was '
+                'made for another generator'
+            )
+    return looks
 
 
 # %% ../../nbs/stage1/51_generator.ipynb #bce79136
+class Warped(NamedTuple):
+    "n pictures, read at the points on and above the skin under every Gaussian."
+
+    skin: Tensor  # (n,N,C) features, colour, matte
+    shells: Tensor  # (n,(S-1)N,4) colour and matte
+    weights: Tensor  # (n,S,N) soft visibility
+    tokens: Tensor  # (n,token)
+
+
+# %% ../../nbs/stage1/51_generator.ipynb #11248027
 @patch
 def warp(
     self: Generator,
     looks: list,  # of n pictures
-) -> tuple:  # skin (n,N,C); shells (n,(S-1)N,4); weights (n,S,N); tokens (n,token)
-    "Encode pictures and read them at the points on and above the skin under every Gaussian."
-    dev = self.base.device
+) -> Warped:
+    "Encode pictures and read them at the points of every Gaussian (A.1)."
 
-    def stack(k):
-        return torch.stack([getattr(l, k) for l in looks]).to(dev).float()
+    def stack(name):
+        return torch.stack([getattr(look, name) for look in looks]).to(self.base.device).float()
 
-    image = stack('image') / 255
-    uv = stack('uv')
-    w = stack('weight') / 255
+    image, uv, weights = stack('image') / 255, stack('uv'), stack('weight') / 255
     image = torch.cat([image[:, :3] * image[:, 3:], image[:, 3:]], 1)  # black around the person
-    features, token = self.encoder(image.contiguous(memory_format=torch.channels_last))
+    features, tokens = self.encoder(image.contiguous(memory_format=torch.channels_last))
     rgba = sample(image, uv.flatten(1, 2))
-    n = w.shape[-1]
-    rgb = rgba[:, :n, :3] / rgba[:, :n, 3:].clamp_min(0.05)  # the skin's colour without that black
-    return torch.cat([sample(features, uv[:, 0]), rgb, rgba[:, :n, 3:]], -1), rgba[:, n:], w, token
+    N = weights.shape[-1]
+    matte = rgba[:, :N, 3:]
+    rgb = rgba[:, :N, :3] / matte.clamp_min(0.05)  # the skin's colour without that black
+    skin = torch.cat([sample(features, uv[:, 0]), rgb, matte], -1)
+    return Warped(skin, rgba[:, N:], weights, tokens)
 
 
 # %% ../../nbs/stage1/51_generator.ipynb #1da4a96e
+class Pooled(NamedTuple):
+    "What K sources say of one person."
+
+    values: Tensor  # (N,C) features, colour, matte, seen; shells and how well they were seen
+    seen: Tensor  # (N,) 0..1
+    token: Tensor  # (T,)
+
+
 @patch
 def gather(
     self: Generator,
-    skin,
-    shells,
-    weights,
-    tokens,  # of the K sources of one person, from `warp`
-) -> tuple:  # pooled (N,C), seen (N,), token (T,)
-    "Pool K sources. Nothing here knows K or the order."
+    skin: Tensor,
+    shells: Tensor,
+    weights: Tensor,
+    tokens: Tensor,  # of the K sources of one person, from `warp`
+) -> Pooled:
+    "Pool K sources (Sec. 3.2). Nothing here knows K or the order."
     pool = pool_plain if self.config.pool == 'plain' else pool_visible
     x, seen = (self.attention or pool)(skin, weights[:, 0])
     token = self.attention.tokens(tokens) if self.attention else tokens.mean(0)
     above, near = pool(shells, weights[:, 1:].flatten(1))
     near = near[:, None]
 
-    def rows(a):
-        return a.unflatten(0, (-1, len(x))).transpose(0, 1).flatten(1)  # (SN,C) -> (N,SC)
+    def rows(values):
+        return values.unflatten(0, (-1, len(x))).transpose(0, 1).flatten(1)  # (SN,C) -> (N,SC)
 
-    return (
-        torch.cat([x * seen[:, None], seen[:, None], rows(above * near), rows(near)], -1),
-        seen,
-        token,
-    )
+    seen_column = seen[:, None]
+    values = torch.cat([x * seen_column, seen_column, rows(above * near), rows(near)], -1)
+    return Pooled(values, seen, token)
 
 
 # %% ../../nbs/stage1/51_generator.ipynb #ab6f2f8d
@@ -802,16 +542,12 @@ def to_grid(
     x: Tensor,  # (B,N,C)
 ) -> Tensor:  # (B,C,R,R), zero where no Gaussian sits; channels last in memory
     "Lay per-Gaussian values out on the UV grid."
-    r = self.config.resolution
-    return (
-        x.new_zeros(len(x), r * r, x.shape[-1])
-        .index_copy(1, self.texel, x)
-        .unflatten(1, (r, r))
-        .permute(0, 3, 1, 2)
-    )
+    side = self.config.resolution
+    empty = x.new_zeros(len(x), side * side, x.shape[-1])
+    grid = empty.index_copy(1, self.texel, x).unflatten(1, (side, side))
+    return grid.permute(0, 3, 1, 2)
 
 
-# %% ../../nbs/stage1/51_generator.ipynb #c8a0e1c8
 @patch
 def off_grid(
     self: Generator,
@@ -840,48 +576,39 @@ def complete(
 
 # %% ../../nbs/stage1/51_generator.ipynb #e836e40d
 @patch
-def encode(
-    self: Generator,
-    looks: list,  # B lists of K looks (or frames); every person may have another K
-) -> Code:
-    "Sources to a UV map: encode, warp, pool, UV network."
-    sources = [self.as_looks(l) for l in looks]
-    counts = [len(s) for s in sources]
+def _pool_people(self: Generator, sources):
+    "(B,N,C), (B,N), (B,T): what the sources of each of B people say together."
+    counts = [len(looks) for looks in sources]
     if not counts or min(counts) == 0:
         raise InputError('a person needs at least one source picture; got none (K = 0)')
-    parts = [
-        x.split(counts) for x in self.warp([l for s in sources for l in s])
-    ]  # all pictures of a step go through the encoder at once
-    pooled, seen, token = (torch.stack(x) for x in zip(*[self.gather(*p) for p in zip(*parts)]))
+    warped = self.warp([look for looks in sources for look in looks])
+    people = zip(*[part.split(counts) for part in warped])
+    pooled, seen, token = (torch.stack(x) for x in zip(*[self.gather(*p) for p in people]))
     if not seen.any(1).all():
         raise InputError(
             'no source shows anything of the head: check that matte, camera and head parameters '
             'belong to the picture'
         )
-    f = self.config.source_features
-    extra = self.complete(pooled[..., f : f + 3] / seen[..., None].clamp_min(1e-6), seen)
-    mirrored = [pooled[:, self.partner] * self.has_partner[:, None]] if self.config.mirror else []
-    x = torch.cat([pooled, *mirrored, extra[..., :3], self.base.expand(len(pooled), -1, -1)], -1)
-    return Code(
-        pooled, seen, token, extra, self.off_grid(self.uvnet(self.to_grid(self.stem(x)), token))
-    )
+    return pooled, seen, token
 
 
-# %% ../../nbs/stage1/51_generator.ipynb #85d6ce08
+# %% ../../nbs/stage1/51_generator.ipynb #3a11c181
 @patch
-def as_looks(self: Generator, items):
-    "Looks as they are; frames are looked at."
-    items = list(items)
-    new = iter(self.looks(x for x in items if not isinstance(x, Look)))
-    looks = [x if isinstance(x, Look) else next(new) for x in items]
-    want = (len(self.config.shells), len(self.binding), self.config.image_size)
-    for l in looks:
-        if (*l.uv.shape[:2], l.size) != want:
-            raise InputError(
-                f'a look should have (shells, Gaussians, pixels) {want}; got '
-                f'{(*l.uv.shape[:2], l.size)}: it was made for another generator'
-            )
-    return looks
+def encode(
+    self: Generator,
+    looks: list,  # B lists of K looks (or frames); every person may have another K
+) -> Code:
+    "Sources to a UV map: encode, warp, pool, UV network (Sec. 3.2)."
+    pooled, seen, token = self._pool_people([self.as_looks(person) for person in looks])
+    first = self.config.source_features
+    colour = pooled[..., first : first + 3] / seen[..., None].clamp_min(1e-6)
+    extra = self.complete(colour, seen)
+    known = [pooled]
+    if self.config.mirror:
+        known.append(pooled[:, self.partner] * self.has_partner[:, None])
+    known += [extra[..., :3], self.base.expand(len(pooled), -1, -1)]
+    grid = self.to_grid(self.stem(torch.cat(known, -1)))
+    return Code(pooled, seen, token, extra, self.off_grid(self.uvnet(grid, token)))
 
 
 # %% ../../nbs/stage1/51_generator.ipynb #71930545
@@ -889,38 +616,45 @@ def as_looks(self: Generator, items):
 def decode(
     self: Generator,
     code: Code,  # of B people
-    # (B,3) direction of the target's camera, see Look.direction; default: from the front
-    view: Tensor = None,
+    view: Tensor = None,  # (B,3) target's direction, see Look.direction; default: the front
     expr_code: Tensor = None,  # (B,num_expr+12) see Look.code; default: neutral
     gamma: Tensor = None,  # (B,27) in place of `view`: what the view-Jacobian differentiates
 ) -> Decoded:
-    "UV map to Gaussians: five heads, then what expression and pose add."
-    B = len(code.seen)
-    like = code.seen
+    "UV map to Gaussians: five heads, then what expression and pose add (Eq. 7)."
+    people = len(code.seen)
     if view is None:
-        view = torch.tensor([[0.0, 0, -1]]).expand(B, 3)
+        view = torch.tensor([[0.0, 0, -1]]).expand(people, 3)
     if gamma is None:
-        gamma = harmonics(view.to(like))
-    x = torch.cat([code.map, code.extra, self.base.expand(B, -1, -1)], -1)
-    maps = {
-        k: m + mean
-        for (k, m), mean in zip(
-            self.heads(x, gamma).items(), self.mean.split(list(CHANNELS.values()), -1)
-        )
-    }
-    residual = {}
-    if self.residual is not None:
-        residual = self.residual(
-            code.map, like.new_zeros(B, self.code_size) if expr_code is None else expr_code.to(like)
-        )
-    maps = {k: m + residual[k] if k in residual else m for k, m in maps.items()}
-    f = self.config.source_features + 5
-    s = len(self.config.shells) - 1
-    near = code.pooled[..., f + 4 * s :]
-    above = code.pooled[..., f : f + 4 * s] / near.clamp_min(1e-6).repeat_interleave(4, -1)
-    return Decoded(
-        self.to_splats(maps, self.heads.climb(x, code.extra[..., :3], above, near)), maps, residual
-    )
+        gamma = harmonics(view.to(code.seen))
+    inputs = torch.cat([code.map, code.extra, self.base.expand(people, -1, -1)], -1)
+    means = self.mean.split(list(CHANNELS.values()), -1)
+    drawn = self.heads(inputs, gamma).items()
+    maps = {name: values + mean for (name, values), mean in zip(drawn, means)}
+    residual = self._residual(code, expr_code)
+    maps = {name: m + residual[name] if name in residual else m for name, m in maps.items()}
+    rgb = self.heads.climb(inputs, code.extra[..., :3], *self._shells_of(code))
+    return Decoded(self.to_splats(maps, rgb), maps, residual)
+
+
+# %% ../../nbs/stage1/51_generator.ipynb #49b452d1
+@patch
+def _residual(self: Generator, code, expr_code):
+    "What expression and pose add; nothing without the residual head."
+    if self.residual is None:
+        return {}
+    if expr_code is None:
+        expr_code = code.seen.new_zeros(len(code.seen), self.code_size)
+    return self.residual(code.map, expr_code.to(code.seen))
+
+
+@patch
+def _shells_of(self: Generator, code):
+    "Colours on the shells, (B,N,4S), and how well they were seen, (B,N,S)."
+    first = self.config.source_features + 5
+    last = first + 4 * (len(self.config.shells) - 1)
+    near = code.pooled[..., last:]
+    above = code.pooled[..., first:last] / near.clamp_min(1e-6).repeat_interleave(4, -1)
+    return above, near
 
 
 # %% ../../nbs/stage1/51_generator.ipynb #a3001628
@@ -932,7 +666,8 @@ def to_splats(
 ) -> list:  # B dicts of raw local attributes
     """Maps to Gaussians: each number moves its Gaussian away from a flat one on the skin in the
     colour that was seen."""
-    turn = F.normalize(maps['rotation'] + maps['rotation'].new_tensor([1.0, 0, 0, 0]), dim=-1)
+    unturned = maps['rotation'].new_tensor([1.0, 0, 0, 0])
+    turn = F.normalize(maps['rotation'] + unturned, dim=-1)
     out = dict(
         offsets=self.rest_offsets + (self.axes @ maps['position'][..., None])[..., 0],
         quats=quat_mul(self.rest_quats.expand_as(turn), turn),
@@ -943,17 +678,6 @@ def to_splats(
     return [dict(zip(out, row)) for row in zip(*out.values())]
 
 
-# %% ../../nbs/stage1/51_generator.ipynb #9b97746f
-@patch
-def variation(
-    self: Generator,
-    x: Tensor,  # (B,N,c) one of Decoded.maps
-) -> Tensor:  # scalar
-    "Total variation: mean absolute difference between neighbouring texels of the UV grid."
-    i, j = self.neighbours
-    return (x[:, i] - x[:, j]).abs().mean()
-
-
 # %% ../../nbs/stage1/51_generator.ipynb #1054400e
 @patch
 def draw(
@@ -962,70 +686,72 @@ def draw(
     look: Look,  # its camera and head parameters
     background=None,  # (3,)
 ) -> tuple:  # picture (S,S,3), matte (S,S)
-    "Pose one person's Gaussians as in a look and render them from there."
-    dev = splats['sh0'].device
-    head = self.head if dev.type == 'cpu' else self._head_on(dev)
-    verts = head(**{k: v.to(dev) for k, v in look.params.items()})[0]
-    bg = (
-        None
-        if background is None
-        else torch.as_tensor(background, device=dev).float().expand(3)[None]
-    )
-    world = open_splats(splats, bind_frames(self._binding_on(dev), verts))
-    rgb, alpha, _ = rasterize(
-        *world,
-        look.viewmat[None].to(dev),
-        look.K[None].to(dev),
-        look.size,
-        look.size,
-        backgrounds=bg,
-    )
+    "Pose one person's Gaussians as in a look (Eq. 1) and render them from there."
+    device = splats['sh0'].device
+    head, binding = self._laid_out_on(device)
+    verts = head(**{name: values.to(device) for name, values in look.params.items()})[0]
+    world = open_splats(splats, fast_frames(binding, verts))
+    camera = look.viewmat[None].to(device), look.K[None].to(device)
+    if background is not None:
+        background = torch.as_tensor(background, device=device).float().expand(3)[None]
+    rgb, alpha, _ = rasterize(*world, *camera, look.size, look.size, backgrounds=background)
     return rgb[0], alpha[0, ..., 0]
 
 
 # %% ../../nbs/stage1/51_generator.ipynb #55cc2331
 @patch
-def _head_on(self: Generator, dev):
-    if getattr(self, 'moved_', None) is None or self.moved_[0].template.device != dev:
-        self.moved_ = [self.head.to(dev)]
-    return self.moved_[0]
-
-
-@patch
-def _binding_on(self: Generator, dev):
-    b = self.binding
-    return (
-        b
-        if dev.type == 'cpu'
-        else Binding(*[x.to(dev) for x in (b.face_ids, b.bary, b.texels, b.faces)], b.resolution)
-    )
+def _laid_out_on(self: Generator, device):
+    "Head and binding on a device; moved once."
+    if device.type == 'cpu':
+        return self.head, self.binding
+    moved = getattr(self, 'moved_', None)
+    if moved is None or moved[0].template.device != device:
+        parts = (self.binding.face_ids, self.binding.bary, self.binding.texels, self.binding.faces)
+        binding = Binding(*[part.to(device) for part in parts], self.binding.resolution)
+        self.moved_ = moved = self.head.to(device), binding
+    return moved
 
 
 # %% ../../nbs/stage1/51_generator.ipynb #f8718263
+class Rendered(NamedTuple):
+    "B people, drawn."
+
+    rgb: Tensor  # (B,S,S,3)
+    alpha: Tensor  # (B,S,S)
+    decoded: Decoded
+
+
 @patch
 def render(
     self: Generator,
     code: Code,
     looks,  # a target Look or Frame for each of the B people (or one, if there is one person)
     backgrounds=None,  # (3,) or (B,3)
-) -> tuple:  # pictures (B,S,S,3), mattes (B,S,S), Decoded
+) -> Rendered:
     "Decode for these targets and render."
     looks = self.as_looks(looks if isinstance(looks, (list, tuple)) else [looks])
-    d = self.decode(
-        code,
-        torch.stack([l.direction for l in looks]),
-        torch.stack([l.code(self.head) for l in looks]),
-    )
-    bg = (
-        [None] * len(looks)
-        if backgrounds is None
-        else torch.as_tensor(backgrounds).float().expand(len(looks), 3)
-    )
-    rgb, alpha = zip(*[self.draw(s, l, b) for s, l, b in zip(d.splats, looks, bg)])
-    return torch.stack(rgb), torch.stack(alpha), d
+    directions = torch.stack([look.direction for look in looks])
+    codes = torch.stack([look.code(self.head) for look in looks])
+    decoded = self.decode(code, directions, codes)
+    if backgrounds is None:
+        backgrounds = [None] * len(looks)
+    else:
+        backgrounds = torch.as_tensor(backgrounds).float().expand(len(looks), 3)
+    drawn = [self.draw(*person) for person in zip(decoded.splats, looks, backgrounds)]
+    rgb, alpha = zip(*drawn)
+    return Rendered(torch.stack(rgb), torch.stack(alpha), decoded)
 
 
 # %% ../../nbs/stage1/51_generator.ipynb #ceea09b0
+@patch
+def _mean_shape(self: Generator, looks):
+    "(1,num_shape) the mean of the shapes that the looks have."
+    given = [look.params['shape'] for look in looks if 'shape' in look.params]
+    if not given:
+        return torch.zeros(1, self.head.num_shape)
+    return torch.stack([F.pad(x, (0, self.head.num_shape - x.shape[1])) for x in given]).mean(0)
+
+
 @patch
 def forward(
     self: Generator,
@@ -1036,42 +762,26 @@ def forward(
         looks = self.as_looks([frames] if isinstance(frames, (Frame, Look)) else frames)
         code = self.encode([looks])
         splats = self.decode(code).splats[0]
-    shapes = [
-        F.pad(l.params['shape'], (0, self.head.num_shape - l.params['shape'].shape[1]))
-        for l in looks
-        if 'shape' in l.params
-    ]
-    shape = torch.stack(shapes).mean(0) if shapes else torch.zeros(1, self.head.num_shape)
     return replace(
         self.avatar_[0],
-        splats={k: v.cpu().contiguous() for k, v in splats.items()},
-        shape=shape,
+        splats={name: values.cpu().contiguous() for name, values in splats.items()},
+        shape=self._mean_shape(looks),
         seen=code.seen[0].cpu(),
         info=dict(generator=self.config.pool, sources=len(looks)),
     )
 
 
-# %% ../../nbs/stage1/51_generator.ipynb #9a030e0e
-def from_preset(
-    name: str,  # tiny, laptop or paper
-    head: Head = None,  # default: the open head
-    seed: int = 0,  # of the first weights
-    weights: bool = True,  # fetch those of the paper preset's backbone
-    **changes,  # fields of GeneratorConfig
-) -> Generator:
-    "An untrained generator."
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        wrong = set(changes) - {f.name for f in fields(GeneratorConfig)}
-        if wrong:
-            raise InputError(f'not in a GeneratorConfig: {", ".join(sorted(wrong))}')
-        return Generator(replace(config(name), **changes), head, weights)
-
-
-Generator.from_preset = staticmethod(from_preset)
-
 # %% ../../nbs/stage1/51_generator.ipynb #beec013f
-SCHEMA = 1
+_CHECKPOINT = FileKind(
+    key='spatialavatar0_generator',
+    readable='a readable checkpoint',
+    remedy='copy or train it again',
+    ours='a generator of this kit',
+    missing=(
+        'no generator at {path}: expected a .safetensors file written by Generator.save, or the '
+        'name of a shipped one'
+    ),
+)
 
 
 @patch
@@ -1081,92 +791,60 @@ def save(
     **info,  # anything JSON can hold: how it was trained
 ):
     "Write weights, configuration and the head's fingerprint to one file, whole or not at all."
-    from safetensors.torch import save_file
-
     meta = dict(
-        schema=SCHEMA,
         config=asdict(self.config),
         head=head_id(self.head),
         head_name=self.head.name,
         info=info,
     )
-    with atomic_path(path) as tmp:
-        save_file(
-            {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()},
-            tmp,
-            metadata=dict(spatialavatar0_generator=json.dumps(meta)),
-        )
+    write_tensors(path, self.state_dict(), _CHECKPOINT, meta)
 
 
-# %% ../../nbs/stage1/51_generator.ipynb #af7c4c1e
-def _find(name):
-    "A file, or the name of a checkpoint that comes with the package."
-    from importlib.resources import files
+# %% ../../nbs/stage1/51_generator.ipynb #7e67a399
+def _rebuild(path, meta, head):
+    "An untrained generator as a checkpoint describes it."
+    known = {field.name for field in fields(GeneratorConfig)}
+    sizes = {name: x for name, x in meta['config'].items() if name in known}
+    sizes = {name: tuple(x) if isinstance(x, list) else x for name, x in sizes.items()}
+    try:
+        return Generator(GeneratorConfig(**sizes), head, weights=False)
+    except (InputError, TypeError) as error:
+        raise InputError(f'{path} holds a configuration that cannot be built: {error}') from error
 
-    inside = files('spatialavatar0') / 'assets' / f'{name}.safetensors'
-    path = Path(str(inside)) if inside.is_file() else Path(name)
-    if not path.is_file():
+
+def _fill(generator, tensors, path):
+    "Load weights after comparing every name and shape."
+    wanted = generator.state_dict()
+    missing, unknown = set(wanted) - set(tensors), set(tensors) - set(wanted)
+    if missing or unknown:
         raise InputError(
-            f'no generator at {name}: expected a .safetensors file written by Generator.save, or '
-            'the name of a shipped one'
+            f'{path} does not hold the weights its configuration needs: {len(missing)} missing, '
+            f'{len(unknown)} unknown'
         )
-    return path
+    for name, values in tensors.items():
+        want, got = tuple(wanted[name].shape), tuple(values.shape)
+        if want != got:
+            raise InputError(f'{path}: {name} should be {want}; got {got}')
+    generator.load_state_dict(tensors)
+    return generator
 
 
 # %% ../../nbs/stage1/51_generator.ipynb #c1c5b720
 def from_pretrained(
-    name,  # 'toy' or a path
+    name,  # 'toy', 'toy_mono', or a path
     head: Head = None,  # the head it was trained on; default: the open head
 ) -> Generator:  # in eval mode
     "Read a generator; refuses a damaged or foreign file and another head."
-    from safetensors import SafetensorError, safe_open
-
-    path, head = _find(name), head or open_head()
-    try:
-        with safe_open(path, 'pt') as f:
-            meta = json.loads((f.metadata() or {}).get('spatialavatar0_generator', 'null'))
-            t = {k: f.get_tensor(k) for k in f.keys()}
-    except (SafetensorError, json.JSONDecodeError, OSError) as e:
-        raise InputError(
-            f'{path} is not a readable checkpoint ({e}); copy or train it again'
-        ) from e
-    if meta is None:
-        raise InputError(f'{path} is a safetensors file, but not a generator of this kit')
-    if meta['schema'] > SCHEMA:
-        raise InputError(
-            f'{path} has schema {meta["schema"]}, this version reads up to {SCHEMA}: update '
-            'spatialavatar0'
-        )
+    head = head or open_head()
+    shipped = files('spatialavatar0') / 'assets' / f'{name}.safetensors'
+    path = Path(str(shipped)) if shipped.is_file() else Path(name)
+    tensors, meta = read_tensors(path, _CHECKPOINT)
     if meta['head'] != head_id(head):
         raise InputError(
             f'{path} was trained on another head ({meta["head_name"]}, {meta["head"]}); pass that '
             f'one as head=, this is {head.name}, {head_id(head)}'
         )
-    known = {f.name for f in fields(GeneratorConfig)}
-    c = {k: tuple(v) if isinstance(v, list) else v for k, v in meta['config'].items() if k in known}
-    try:
-        g = Generator(GeneratorConfig(**c), head, weights=False)
-    except (InputError, TypeError) as e:
-        raise InputError(f'{path} holds a configuration that cannot be built: {e}') from e
-    return _fill(g, t, path).eval()
+    return _fill(_rebuild(path, meta, head), tensors, path).eval()
 
 
 Generator.from_pretrained = staticmethod(from_pretrained)
-
-
-# %% ../../nbs/stage1/51_generator.ipynb #7e67a399
-def _fill(generator, tensors, path):
-    "Load weights after looking at every one of them."
-    want = generator.state_dict()
-    if set(want) != set(tensors):
-        raise InputError(
-            f'{path} does not hold the weights its configuration needs: '
-            f'{len(set(want) - set(tensors))} missing, {len(set(tensors) - set(want))} unknown'
-        )
-    for k, v in tensors.items():
-        if v.shape != want[k].shape:
-            raise InputError(f'{path}: {k} should be {tuple(want[k].shape)}; got {tuple(v.shape)}')
-        if not torch.isfinite(v).all():
-            raise InputError(f'{path}: {k} holds nan or inf; the file is damaged')
-    generator.load_state_dict(tensors)
-    return generator
