@@ -1,5 +1,6 @@
 "The commands: what they promise when all is well, and one clear line when it is not."
 
+import dataclasses
 import json
 import os
 import signal
@@ -10,10 +11,13 @@ import time
 import numpy as np
 import pytest
 import skimage.data
-from PIL import Image
+import torch
+from PIL import Image, ImageOps
+
 from spatialavatar0 import cli, pipeline
 from spatialavatar0.capture import landmarks
 from spatialavatar0.ground.core import InputError
+from spatialavatar0.stage2.loop import NotFinite
 
 ASTRONAUT = skimage.data.astronaut()
 
@@ -29,12 +33,9 @@ def refused(capfd, *args, within=20):
     "A failed command's one line; exit code 1, no traceback, and soon."
     start = time.perf_counter()
     code, out, err = run(capfd, *args)
-    assert (
-        code == 1
-        and err.startswith('error: ')
-        and err.count('\n') == 1
-        and 'Traceback' not in out + err
-    ), (code, out, err)
+    assert (code, err.count('\n')) == (1, 1), (code, out, err)
+    assert err.startswith('error: ')
+    assert 'Traceback' not in out + err
     assert time.perf_counter() - start < within
     return err
 
@@ -82,6 +83,7 @@ def built(tmp_path_factory):
 
 def test_every_file_is_there_and_readable(built):
     import imageio.v2 as imageio
+
     from spatialavatar0.avatar.avatar import Avatar
     from spatialavatar0.use.export import read_ply
 
@@ -97,15 +99,10 @@ def test_every_file_is_there_and_readable(built):
         assert min(Image.open(d / pipeline.FILES[name]).convert('RGB').size) >= 400
     for name in ('turntable', 'speaking'):
         for kind, size in (('', 96), ('_gif', 64)):
-            frames = imageio.mimread(d / pipeline.FILES[name + kind])
+            frames = np.asarray(imageio.mimread(d / pipeline.FILES[name + kind]), float)
             assert len(frames) == (6 if kind else 12)
             assert frames[0].shape[:2] == (size, size)
-            assert (
-                np.abs(
-                    np.asarray(frames[0], float) - np.asarray(frames[len(frames) // 4], float)
-                ).mean()
-                > 0.2
-            )  # it moves
+            assert np.abs(frames[0] - frames[len(frames) // 4]).mean() > 0.2  # it moves
 
 
 def test_view(built, tmp_path, capfd):
@@ -124,13 +121,7 @@ def test_numbers(built):
     d, numbers = built
     saved = json.loads((d / pipeline.FILES['metrics']).read_text())
     assert set(saved) == set(numbers)
-    assert set(saved['landmarks_by_yaw']) == {
-        '0',
-        '-25',
-        '25',
-        '-45',
-        '45',
-    }
+    assert set(saved['landmarks_by_yaw']) == {'0', '-25', '25', '-45', '45'}
     assert saved['landmarks']['mean'] <= 1.5
     assert saved['landmarks']['p95'] <= 3.5
     assert saved['landmarks_held_out']['mean'] <= 1.5
@@ -150,23 +141,27 @@ def test_quality():
     avatar, cut, quality = pipeline.avatar_from_frame(frame, head, cfg, say=lambda text: None)
     seen = pipeline.judge_turns(avatar, cut, cfg.film)
     yaw = seen['landmarks_by_yaw']
-    assert (
-        quality['psnr_refined'] >= 29 and seen['aspect_999'] <= 10 and None not in yaw.values()
-    ), (quality, seen)
-    assert (
-        yaw['0'] <= 2 and max(yaw['-25'], yaw['25']) <= 3.5 and max(yaw['-45'], yaw['45']) <= 5
-    ), yaw
+    assert quality['psnr_refined'] >= 29, quality
+    assert seen['aspect_999'] <= 10, seen
+    assert None not in yaw.values(), seen
+    assert yaw['0'] <= 2, yaw
+    assert max(yaw['-25'], yaw['25']) <= 3.5, yaw
+    assert max(yaw['-45'], yaw['45']) <= 5, yaw
 
 
-def test_command_builds_and_says_where(photos, tmp_path, capfd, monkeypatch):
-    from dataclasses import replace
+@pytest.fixture
+def quick(monkeypatch):
+    "Builds of a second: every preset is a very small one."
+    coarse = dict(size=96, resolution=32, iters=4, film=64, seconds=0.1, gif=32)
+    small = dataclasses.replace(pipeline.build_preset('tiny'), **coarse)
 
-    small = replace(
-        pipeline.build_preset('tiny'), size=96, resolution=32, iters=4, film=64, seconds=0.1, gif=32
-    )
-    monkeypatch.setattr(
-        pipeline, 'build_preset', lambda name, seed, device: replace(small, seed=seed)
-    )
+    def preset(name, seed, device):
+        return dataclasses.replace(small, seed=seed)
+
+    monkeypatch.setattr(pipeline, 'build_preset', preset)
+
+
+def test_command_builds_and_says_where(photos, tmp_path, capfd, monkeypatch, quick):
     monkeypatch.chdir(tmp_path)
     code, out, err = run(
         capfd, 'build', photos / 'good.png', '--out', 'here', '--preset', 'tiny', '--seed', 3
@@ -178,19 +173,9 @@ def test_command_builds_and_says_where(photos, tmp_path, capfd, monkeypatch):
     assert json.loads((tmp_path / 'here/metrics.json').read_text())['config']['seed'] == 3
 
 
-def test_several_photos(photos, tmp_path, capfd, monkeypatch):
+def test_several_photos(photos, tmp_path, capfd, quick):
     """The mirrored photo stands for a second one: it is fitted with the first, and says what it
     adds."""
-    from dataclasses import replace
-
-    from PIL import Image, ImageOps
-
-    small = replace(
-        pipeline.build_preset('tiny'), size=96, resolution=32, iters=4, film=64, seconds=0.1, gif=32
-    )
-    monkeypatch.setattr(
-        pipeline, 'build_preset', lambda name, seed, device: replace(small, seed=seed)
-    )
     ImageOps.mirror(Image.open(photos / 'good.png').convert('RGB')).save(tmp_path / 'mirrored.png')
     code, out, err = run(
         capfd, 'build', photos / 'good.png', tmp_path / 'mirrored.png', '--out', tmp_path / 'out'
@@ -215,26 +200,18 @@ def test_the_ruler_does_not_shrink(built):
     head = avatar.head
     frame, _ = pipeline.track_photo(ASTRONAUT, head)
     table = landmarks.landmark_table(head)
-    import dataclasses
 
-    import torch
-
-    def off_by_three(image, yaw):
-        p = landmarks.frame_landmarks(
-            dataclasses.replace(
-                frame, viewmat=pipeline.swung(avatar, frame, yaw), K=pipeline.film_camera(frame, 64)
-            ),
-            head,
-            table,
-        )
-        return landmarks.Detection(
-            p + torch.tensor([3.0, 0]) + 1e3 * table.contour[:, None], {}
-        )  # the contour is far off, and does not count
+    def off_by_three(yaw):
+        "A detector; the contour is far off, and does not count."
+        camera = dict(viewmat=pipeline.swung(avatar, frame, yaw), K=pipeline.film_camera(frame, 64))
+        right = landmarks.frame_landmarks(dataclasses.replace(frame, **camera), head, table)
+        wrong = right + torch.tensor([3.0, 0]) + 1e3 * table.contour[:, None]
+        return lambda image: landmarks.Detection(wrong, {})
 
     errors = []
     for yaw in (0, 45):
-        with pytest.MonkeyPatch.context() as m:
-            m.setattr(landmarks, 'find_face', lambda image: off_by_three(image, yaw))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pipeline, 'find_face', off_by_three(yaw))
             errors.append(pipeline.turned_error(avatar, frame, yaw, 64))
     assert errors[0] == pytest.approx(errors[1], rel=1e-4)
     assert errors[0] > 1
@@ -287,26 +264,11 @@ def test_assets(capfd):
 def test_help_lists_the_commands(capfd):
     code, out, _ = run(capfd, '--help')
     assert code == 0
-    assert all(
-        c in out
-        for c in (
-            'demo',
-            'build',
-            'view',
-            'animate',
-            'export',
-            'refine',
-            'evaluate',
-            'train',
-            'doctor',
-            'assets',
-        )
-    )
+    listed = 'demo build track view animate export refine evaluate benchmark train doctor assets'
+    assert all(command in out for command in listed.split())
     for command in ('animate', 'export'):
-        assert all(
-            o in run(capfd, command, '--help')[1]
-            for o in ('--head', '--seed', '--device', '--seconds')
-        )
+        said = run(capfd, command, '--help')[1]
+        assert all(option in said for option in ('--head', '--seed', '--device', '--seconds'))
     for command in ('demo', 'build'):
         code, out, _ = run(capfd, command, '--help')
         assert code == 0
@@ -325,6 +287,7 @@ def test_help_lists_the_commands(capfd):
         ['demo', '--seed', 'x'],
         ['demo', '--seed', '-1'],
         ['demo', '--out'],
+        ['track', 'film.mp4', '--seed', '1'],  # tracking draws no random numbers
     ],
     ids=' '.join,
 )
@@ -337,9 +300,10 @@ def test_wrong_usage(capfd, args):
 
 def test_help_is_quick_and_light():
     "No deep-learning library is loaded to print a page of help."
+    heavy = 'torch', 'matplotlib', 'mediapipe', 'numba', 'scipy', 'PIL', 'skimage', 'gsplat'
     code = (
         'import sys; from spatialavatar0.cli import main; code = main(["--help"])\n'
-        'sys.exit(code or ", ".join({"torch", "matplotlib", "mediapipe", "numba", "scipy", "PIL", "skimage", "gsplat"} & set(sys.modules)) or 0)'
+        f'sys.exit(code or ", ".join({set(heavy)} & set(sys.modules)) or 0)'
     )
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -371,7 +335,7 @@ def test_output_in_the_way(photos, tmp_path, capfd, monkeypatch):
     (tmp_path / 'out' / 'head.ply').mkdir(parents=True)
     before = sorted(tmp_path.rglob('*'))
     monkeypatch.setattr(
-        landmarks,
+        pipeline,
         'find_face',
         lambda *a: pytest.fail('the output should be refused before any work'),
     )
@@ -397,7 +361,7 @@ def test_output_without_permission(photos, tmp_path, capfd, monkeypatch):
             lambda p, mode: access(p, mode) and not (str(p).endswith('locked') and mode & os.W_OK),
         )
     monkeypatch.setattr(
-        landmarks,
+        pipeline,
         'find_face',
         lambda *a: pytest.fail('the output should be refused before any work'),
     )
@@ -502,6 +466,7 @@ def test_no_system_library_when_started(tmp_path, capfd, monkeypatch):
 def test_corrupted_avatar(built, tmp_path, harm):
     import torch
     from safetensors.torch import save_file
+
     from spatialavatar0.avatar.avatar import Avatar
 
     good = (built[0] / pipeline.FILES['avatar']).read_bytes()
@@ -521,6 +486,17 @@ def test_corrupted_avatar(built, tmp_path, harm):
         )
     with pytest.raises(InputError, match='a.safetensors'):
         Avatar.load(p)
+
+
+def test_numbers_that_break_are_one_line(tmp_path, capfd, monkeypatch):
+    "A refinement that runs into infinities is not a bug: one line says where it broke."
+
+    def breaks(*args):
+        raise NotFinite('loss is not finite at step 0, frame 3')
+
+    monkeypatch.setattr(pipeline, 'refine_clip', breaks)
+    said = refused(capfd, 'refine', 'new', tmp_path, '--out', tmp_path / 'out')
+    assert 'at step 0, frame 3' in said
 
 
 def test_bug_keeps_its_traceback(monkeypatch):
@@ -566,6 +542,7 @@ def test_interrupted_while_writing(built, tmp_path, capfd, monkeypatch):
 def whole(folder):
     "Names in a folder, after opening each file that has a final name."
     import imageio.v2 as imageio
+
     from spatialavatar0.avatar.avatar import Avatar
     from spatialavatar0.use.export import read_ply
 
@@ -615,21 +592,9 @@ def test_animate(built, tmp_path, capfd):
     d, _ = built
     avatar = d / pipeline.FILES['avatar']
     (tmp_path / 'take.csv').write_text('JawOpen,HeadYaw\n0,0\n.5,.2\n0,0\n')
+    short = ('--size', 64, '--seconds', 0.5, '--fps', 8)
     for motion, name in (('nod', 'a.mp4'), (tmp_path / 'take.csv', 'b.gif')):
-        code, out, err = run(
-            capfd,
-            'animate',
-            avatar,
-            motion,
-            '--out',
-            tmp_path / name,
-            '--size',
-            64,
-            '--seconds',
-            0.5,
-            '--fps',
-            8,
-        )
+        code, out, err = run(capfd, 'animate', avatar, motion, '--out', tmp_path / name, *short)
         assert code == 0 and name in out, err
         frames = imageio.mimread(tmp_path / name)
         assert len(frames) == (4 if motion == 'nod' else 3)
@@ -641,13 +606,8 @@ def test_animate(built, tmp_path, capfd):
         ((tmp_path,), 'not a clip'),
         ((avatar,), 'not a film'),
     ):
-        assert said in refused(
-            capfd,
-            'animate',
-            avatar,
-            *args,
-            *([] if '--out' in args else ['--out', tmp_path / 'x.gif']),
-        )
+        where = () if '--out' in args else ('--out', tmp_path / 'x.gif')
+        assert said in refused(capfd, 'animate', avatar, *args, *where)
         assert not (tmp_path / 'x.gif').exists()
 
 
@@ -688,21 +648,15 @@ def test_export(built, tmp_path, capfd):
     assert do(tmp_path / 'a.glb')[0] == 0
     assert read_glb(tmp_path / 'a.glb')[0]['animations']
     assert do(tmp_path / 'a.html')[0] == 0
-    assert (
-        do(tmp_path / 'ga', '--gaussian-avatars', '--motion', 'look', '--seconds', 1, '--fps', 5)[0]
-        == 0
-    )
+    look = ('--motion', 'look', '--seconds', 1)
+    assert do(tmp_path / 'ga', '--gaussian-avatars', *look, '--fps', 5)[0] == 0
     assert len(read_gaussian_avatar(tmp_path / 'ga')[1]) == 5
-    assert (
-        do(tmp_path / 'frames', '--motion', 'look', '--seconds', 1, '--fps', 3, '--form', '.splat')[
-            0
-        ]
-        == 0
-    )
+    assert do(tmp_path / 'frames', *look, '--fps', 3, '--form', '.splat')[0] == 0
     assert len(list((tmp_path / 'frames').glob('*.splat'))) == 3
     for args, said in (
         ((tmp_path / 'a.obj',), 'should end in'),
         ((tmp_path / 'a.ply', '--motion', 'nod'), 'goes into a folder'),
+        ((tmp_path / 'a.glb', '--motion', 'nod'), 'goes into a folder'),
         ((tmp_path, '--motion', 'nod'), 'other files'),
     ):
         assert said in refused(capfd, 'export', avatar, *args)
@@ -711,53 +665,39 @@ def test_export(built, tmp_path, capfd):
 # ---- stage 2 on a folder of frames
 
 
-def test_refine_a_folder(tmp_path, capfd):
+@pytest.fixture
+def clip(tmp_path):
+    "A painted person's clip."
     from spatialavatar0.head.head import open_head
     from spatialavatar0.pictures.clips import write_vhap
     from spatialavatar0.pictures.people import make_person, mono_clip
 
     write_vhap(mono_clip(make_person(5), 12, 64), tmp_path / 'clip', open_head())
-    args = (
-        'refine',
-        'new',
-        tmp_path / 'clip',
-        '--out',
-        tmp_path / 'out',
-        '--iters',
-        30,
-        '--resolution',
-        32,
-    )
-    code, out, err = run(capfd, *args)
-    assert code == 0 and 'held out' in out, err
-    first = (tmp_path / 'out' / 'avatar.safetensors').read_bytes()
-    assert run(capfd, *args)[0] == 0
-    assert (
-        tmp_path / 'out' / 'avatar.safetensors'
-    ).read_bytes() == first  # goes on from the end: nothing changes
-    assert (
-        run(
-            capfd,
-            'refine',
-            tmp_path / 'out' / 'avatar.safetensors',
-            tmp_path / 'clip',
-            '--out',
-            tmp_path / 'more',
-            '--iters',
-            5,
-        )[0]
-        == 0
-    )
-    numbers = json.loads((tmp_path / 'out' / 'metrics.json').read_text())
+    return tmp_path / 'clip'
+
+
+def test_refine_a_folder(clip, tmp_path, capfd):
+    out, more = tmp_path / 'out', tmp_path / 'more'
+    args = ('refine', 'new', clip, '--out', out, '--resolution', 32)
+    code, said, err = run(capfd, *args, '--iters', 30)
+    assert code == 0 and 'held out' in said, err
+    first = (out / 'avatar.safetensors').read_bytes()
+    assert run(capfd, *args, '--iters', 30)[0] == 0  # goes on from the end: nothing changes
+    assert (out / 'avatar.safetensors').read_bytes() == first
+    from_file = ('refine', out / 'avatar.safetensors', clip)
+    assert run(capfd, *from_file, '--out', more, '--iters', 5)[0] == 0
+    numbers = json.loads((out / 'metrics.json').read_text())
     assert numbers['refined']['psnr'] > numbers['start']['psnr']
-    assert 'another run' in refused(capfd, *args[:-4], '--iters', 31, '--resolution', 32)
-    assert 'not a clip' in refused(
-        capfd, 'refine', 'new', tmp_path / 'out', '--out', tmp_path / 'x'
-    )
-    assert 'no avatar' in refused(
-        capfd, 'refine', tmp_path / 'gone.safetensors', tmp_path / 'clip', '--out', tmp_path / 'x'
-    )
-    assert '--device cpu' in refused(capfd, 'refine', 'new', tmp_path / 'clip', '--device', 'cuda')
+    assert 'another run' in refused(capfd, *args, '--iters', 31)
+
+
+def test_refine_refuses(clip, tmp_path, capfd):
+    (tmp_path / 'empty').mkdir()
+    gone = tmp_path / 'gone.safetensors'
+    x = ('--out', tmp_path / 'x')
+    assert 'not a clip' in refused(capfd, 'refine', 'new', tmp_path / 'empty', *x)
+    assert 'no avatar' in refused(capfd, 'refine', gone, clip, *x)
+    assert '--device cpu' in refused(capfd, 'refine', 'new', clip, '--device', 'cuda')
 
 
 # ---- stage 1
@@ -789,27 +729,16 @@ def test_evaluate_a_folder(built, tmp_path, capfd):
 
 
 def test_train(tmp_path, capfd):
-    args = (
-        'train',
-        '--out',
-        tmp_path / 'out',
-        '--preset',
-        'tiny',
-        '--steps',
-        10,
-        '--people',
-        2,
-        '--subjects',
-        1,
-    )
-    code, out, err = run(capfd, *args)
-    assert code == 0 and 'held-out mono' in out, err
-    first = (tmp_path / 'out' / 'generator.safetensors').read_bytes()
-    code, out, err = run(capfd, *args)
+    out = tmp_path / 'out'
+    args = ('train', '--out', out, '--preset', 'tiny')
+    ten, whom = ('--steps', 10), ('--people', 2, '--subjects', 1)
+    code, said, err = run(capfd, *args, *ten, *whom)
+    assert code == 0 and 'held-out mono' in said, err
+    first = (out / 'generator.safetensors').read_bytes()
+    code, said, err = run(capfd, *args, *ten, *whom)
     assert code == 0
-    assert 'going on from step 10' in out
-    assert (tmp_path / 'out' / 'generator.safetensors').read_bytes() == first
-    assert 'another run' in refused(
-        capfd, *args[:-6], '--steps', 11, '--people', 2, '--subjects', 1
-    )
-    assert 'looks of another data set' in refused(capfd, *args[:-3], 3, '--subjects', 1)
+    assert 'going on from step 10' in said
+    assert (out / 'generator.safetensors').read_bytes() == first
+    assert 'another run' in refused(capfd, *args, '--steps', 11, *whom)
+    others = ('--people', 3, '--subjects', 1)
+    assert 'looks of another data set' in refused(capfd, *args, *ten, *others)
