@@ -1,10 +1,11 @@
-"""Where the paper's guards against spikes show in PSNR: from near, with few frames, with a tracker's errors, from the far sides.
+"""Where the paper's guards against spikes show in PSNR: near, few frames, a tracker's errors, far.
 
     python benchmarks/guards.py [--person 3] [--iters 3000] [--seed 0] [--out results/guards.json]
 
-One painted person, 128 x 128 pixels, 64 texels a side. Each row is trained under three conditions (a clip of 160 frames, eight of
-them, all with noise on the parameters) and measured on held-out frames and far views, at the size it was trained on and at four
-times that ("near": the same picture painted and rendered at 512). Rows in the output file are not run again.
+One painted person, 128 x 128 pixels, 64 texels a side. Each row is trained under three conditions
+(a clip of 160 frames, eight of them, all with noise on the parameters) and measured on held-out
+frames and far views, at the size it was trained on and at four times that ("near": the same
+picture painted and rendered at 512). Rows in the output file are not run again.
 """
 
 import argparse
@@ -31,103 +32,99 @@ ROWS = {
 VIEWS = 'held out', 'near', 'far', 'far and near'
 
 
-def noisy(frame, g):
+def noisy(frame, dice):
     "The frame with a bad tracker's errors in its parameters."
-    return replace(
-        frame,
-        params={
-            k: v if k == 'shape' else v + 3 * TRACKING[k] * torch.randn(v.shape, generator=g)
-            for k, v in frame.params.items()
-        },
-    )
+
+    def with_error(name, value):
+        if name == 'shape':
+            return value
+        return value + 3 * TRACKING[name] * torch.randn(value.shape, generator=dice)
+
+    return replace(frame, params={k: with_error(k, v) for k, v in frame.params.items()})
 
 
-def stage(a):
+def stage(options):
     "Clips to learn from, by condition, and clips to be measured on."
-    p = make_person(a.person)
-    small, large = (mono_clip(p, 200, s, seed=a.person) for s in (128, 512))
+    person = make_person(options.person)
+    small, large = (mono_clip(person, 200, size, seed=options.person) for size in (128, 512))
     train = small[:160].frames
-    g = torch.Generator().manual_seed(a.seed)
-    learn = dict(clip=Clip(train), few=Clip(train[::20]), noise=Clip([noisy(f, g) for f in train]))
-    return learn, dict(
-        zip(
-            VIEWS,
-            (
-                Clip(c.frames)
-                for c in (small[160::4], large[160::4], novel_views(p, 128), novel_views(p, 512))
-            ),
-        )
+    dice = torch.Generator().manual_seed(options.seed)
+    learn = dict(
+        clip=Clip(train),
+        few=Clip(train[::20]),
+        noise=Clip([noisy(frame, dice) for frame in train]),
     )
+    seen = small[160::4], large[160::4], novel_views(person, 128), novel_views(person, 512)
+    return learn, {name: Clip(clip.frames) for name, clip in zip(VIEWS, seen)}
 
 
-def run(condition, row, learn, tests, a):
-    "One line of the table."
-    clip = learn[condition]
-    start = from_frame(learn['clip'][start_frame(learn['clip'])], 64)
-    t = time.perf_counter()
-    note = ''
+def trained(row, start, clip, options):
+    "The avatar of a row, and a note where it did not come to its end."
+    if row == 'start':
+        return start, ''
+    config = paper_config(**ROWS[row])
     try:
-        start, _ = (
-            refine(start, clip, a.iters, config=paper_config(**ROWS[row]), seed=a.seed)
-            if row != 'start'
-            else (start, None)
-        )
+        return refine(start, clip, options.iters, config=config, seed=options.seed)[0], ''
     except NotFinite as e:
-        note = str(e)
+        return start, str(e)
+
+
+def run(condition, row, learn, tests, options):
+    "One line of the table."
+    clip = learn['clip']
+    start = from_frame(clip[start_frame(clip)], 64)
+    begun = time.perf_counter()
+    avatar, note = trained(row, start, learn[condition], options)
     return dict(
         condition=condition,
         row=row,
-        seconds=round(time.perf_counter() - t, 1),
+        seconds=round(time.perf_counter() - begun, 1),
         note=note,
-        **{k: measure(start, c) for k, c in tests.items()},
+        **{name: measure(avatar, clip) for name, clip in tests.items()},
     )
 
 
-def table(rows):
-    print(
-        f'\n{"":20}'
-        + ''.join(f'{v:>22}' for v in VIEWS)
-        + '\n'
-        + ' ' * 20
-        + '     PSNR  head  aspect' * len(VIEWS)
-    )
-    for r in rows:
-        print(
-            f'{r["condition"]:8}{r["row"]:12}'
-            + ''.join(
-                f'{r[v]["psnr"]:8.2f}{r[v]["head_psnr"]:7.2f}{r[v]["aspect_max"]:7.0f}'
-                for v in VIEWS
-            )
-            + f'  {r["note"]}'
-        )
+def numbers(measured):
+    return f'{measured["psnr"]:8.2f}{measured["head_psnr"]:7.2f}{measured["aspect_max"]:7.0f}'
 
 
-def main():
-    p = argparse.ArgumentParser(
+def print_table(rows):
+    print('\n' + ' ' * 20 + ''.join(f'{view:>22}' for view in VIEWS))
+    print(' ' * 20 + '     PSNR  head  aspect' * len(VIEWS))
+    for row in rows:
+        values = ''.join(numbers(row[view]) for view in VIEWS)
+        print(f'{row["condition"]:8}{row["row"]:12}{values}  {row["note"]}')
+
+
+def command_line():
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for name, default in dict(person=3, iters=3000, seed=0).items():
-        p.add_argument(f'--{name}', type=int, default=default)
-    p.add_argument('--out', default='results/guards.json')
-    a = p.parse_args()
+        parser.add_argument(f'--{name}', type=int, default=default)
+    parser.add_argument('--out', default='results/guards.json')
+    return parser.parse_args()
+
+
+def main():
+    options = command_line()
     common.set_threads(1)
-    out = Path(a.out)
+    out = Path(options.out)
     old = json.loads(out.read_text()) if out.exists() else {}
-    settings = dict(person=a.person, iters=a.iters, seed=a.seed)
+    settings = dict(person=options.person, iters=options.iters, seed=options.seed)
     if old and old['settings'] != settings:
         raise SystemExit(
             f'{out} holds a table with other settings, {old["settings"]}; give another --out'
         )
     rows = old.get('rows', [])
-    done = {(r['condition'], r['row']) for r in rows}
-    learn, tests = stage(a)
-    for c, r in (('clip', 'start'), *((c, r) for c in learn for r in ROWS)):
-        if (c, r) in done:
-            continue
-        rows.append(run(c, r, learn, tests, a))
-        common.save(out, dict(settings=settings, machine=common.machine(), rows=rows))
-        table(rows[-1:])
-    table(rows)
+    done = {(row['condition'], row['row']) for row in rows}
+    learn, tests = stage(options)
+    for job in [('clip', 'start'), *((condition, row) for condition in learn for row in ROWS)]:
+        if job not in done:
+            rows.append(run(*job, learn, tests, options))
+            common.save(out, dict(settings=settings, machine=common.machine(), rows=rows))
+            print_table(rows[-1:])
+    print_table(rows)
 
 
 if __name__ == '__main__':

@@ -1,18 +1,22 @@
-"""Stage 2 measured: the paper's guards one by one, the remedy, and what adaptive densification does instead.
+"""Stage 2 measured: the paper's guards one by one, the remedy, and adaptive densification.
 
-    python benchmarks/refine.py [--people 3] [--seeds 3] [--size 128] [--resolution 64] [--iters 10000] [--rows full,remedy] [--jobs 2] [--out results/refine_128.json]
-    python benchmarks/refine.py --speed [--size 256 --resolution 128] [--out results/refine_speed.json]
+    python benchmarks/refine.py [--people 3] [--seeds 3] [--size 128] [--resolution 64]
+        [--iters 10000] [--rows full,remedy] [--jobs 2] [--out results/refine_128.json]
+    python benchmarks/refine.py --speed [--size 256] [--resolution 128]
+        [--out results/refine_speed.json]
 
-Each painted person is filmed for 200 frames by one camera; the last fifth is held out, and so are twelve views from the far sides.
-Rows of a person start from the same one-picture avatar (row start), but for the grey start and those named "generator": these start
-from what the shipped network makes of four frames (row D of the paper is "generator full"). Rows that are in the output file already
-are not run again, so an interrupted table goes on where it was.
+Each painted person is filmed for 200 frames by one camera; the last fifth is held out, and so are
+twelve views from the far sides. Rows of a person start from the same one-picture avatar (row
+start), but for the grey start and those named "generator": these start from what the shipped
+network makes of four frames (row D of the paper is "generator full"). Rows that are in the output
+file already are not run again, so an interrupted table goes on where it was.
 """
 
 import argparse
 import json
 import math
 import multiprocessing as mp
+import re
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -29,6 +33,7 @@ from spatialavatar0.pictures.metrics import ssim
 from spatialavatar0.pictures.people import make_person, mono_clip, novel_views
 from spatialavatar0.splats.renderers import rasterize
 from spatialavatar0.stage1.generator import from_pretrained
+from spatialavatar0.stage2.densify import densify
 from spatialavatar0.stage2.loop import NotFinite, Refinement, calm, measure, refine
 from spatialavatar0.stage2.refine import RefineConfig, paper_config, start_frame
 
@@ -48,64 +53,74 @@ ROWS = {
 }
 
 
-def stage(person, a):
+def stage(person, options):
     "Train, held-out and far views of a person, held in memory, and the one-picture avatar."
-    p = make_person(person)
-    train, test = split(mono_clip(p, 200, a.size, seed=person))
-    train, test, novel = [Clip(c.frames) for c in (train, test, novel_views(p, a.size))]
-    return train, test, novel, from_frame(train[start_frame(train)], a.resolution)
-
-
-def grown(start, train, a, seed):
-    from spatialavatar0.stage2.densify import densify
-
-    return densify(start, train, a.iters, seed=seed)
+    painted = make_person(person)
+    train, test = split(mono_clip(painted, 200, options.size, seed=person))
+    novel = novel_views(painted, options.size)
+    train, test, novel = [Clip(c.frames) for c in (train, test, novel)]
+    return train, test, novel, from_frame(train[start_frame(train)], options.resolution)
 
 
 def generated(train, resolution):
     "What the shipped network makes of four frames of a clip, evenly apart."
-    g = from_pretrained('toy')
-    if g.config.resolution != resolution:
+    network = from_pretrained('toy')
+    texels = network.config.resolution
+    if texels != resolution:
         raise SystemExit(
-            f'the shipped network makes avatars of {g.config.resolution} x {g.config.resolution} '
-            f'texels; the rows that start from it need --resolution {g.config.resolution}'
+            f'the shipped network makes avatars of {texels} x {texels} texels; the rows that start '
+            f'from it need --resolution {texels}'
         )
-    return g([train[i * len(train) // 4] for i in range(4)])
+    return network([train[i * len(train) // 4] for i in range(4)])
 
 
-def run(row, person, seed, a):
-    "One line of the table."
-    common.set_threads(1)
-    train, test, novel, avatar = stage(person, a)
-    t = time.perf_counter()
-    note = ''
+def start_of(row, avatar, train, options):
+    "The avatar a row starts from."
     if row == 'grey start':
-        avatar = new_avatar(avatar.head, a.resolution, avatar.shape)
+        return new_avatar(avatar.head, options.resolution, avatar.shape)
     if row.startswith('generator'):
-        avatar = generated(train, a.resolution)
+        return generated(train, options.resolution)
+    return avatar
+
+
+def trained(row, avatar, train, seed, options):
+    "The avatar a row ends with, and a note where it did not come to its end."
     try:
         if row == 'densification':
-            avatar, _ = grown(avatar, train, a, seed)
-        elif ROWS.get(row):
-            avatar, _ = refine(avatar, train, a.iters, config=ROWS[row], seed=seed)
+            return densify(avatar, train, options.iters, seed=seed)[0], ''
+        if ROWS.get(row):
+            return refine(avatar, train, options.iters, config=ROWS[row], seed=seed)[0], ''
     except NotFinite as e:
-        note = str(e)  # without the clamp a run may end like this: then that is the result
-    seconds = time.perf_counter() - t
+        return avatar, str(e)  # without the clamp a run may end like this: then that is the result
+    return avatar, ''
+
+
+def solid_aspects(avatar):
+    "Ratio of the longest to the shortest axis in space: the largest, and 99.9 % of all."
     scales = avatar.splats['log_scales']
-    solid = (scales.amax(-1) - scales.amin(-1)).exp().sort().values
-    space = dict(
-        aspect3d_max=float(solid[-1]), aspect3d_999=float(solid[int(0.999 * (len(solid) - 1))])
-    )
+    ratios = (scales.amax(-1) - scales.amin(-1)).exp().sort().values
+    place = int(0.999 * (len(ratios) - 1))
+    return dict(aspect3d_max=float(ratios[-1]), aspect3d_999=float(ratios[place]))
+
+
+def run(row, person, seed, options):
+    "One line of the table."
+    common.set_threads(1)
+    train, test, novel, avatar = stage(person, options)
+    begun = time.perf_counter()
+    avatar = start_of(row, avatar, train, options)
+    avatar, note = trained(row, avatar, train, seed, options)
+    seconds = time.perf_counter() - begun
     return dict(
         row=row,
         person=person,
         seed=seed,
-        gaussians=len(scales),
+        gaussians=len(avatar),
         seconds=round(seconds, 1),
         held_out=measure(avatar, test),
         far=measure(avatar, novel),
         note=note,
-        **space,
+        **solid_aspects(avatar),
     )
 
 
@@ -113,49 +128,53 @@ def mean(values):
     return sum(values) / len(values)
 
 
-def table(rows):
+def table_row(name, rows):
     "Means over people and seeds; worst aspect ratios."
+    held_out, far = [[row[part] for row in rows] for part in ('held_out', 'far')]
+    pairs = list(zip(held_out, far))
+    psnr, head, similar = [mean([m[k] for m in held_out]) for k in ('psnr', 'head_psnr', 'ssim')]
+    far_psnr, far_head = [mean([m[k] for m in far]) for k in ('psnr', 'head_psnr')]
+    worst = max(max(m['aspect_max'] for m in pair) for pair in pairs)
+    tail = mean([max(m['aspect_999'] for m in pair) for pair in pairs])
+    solid = max(row['aspect3d_max'] for row in rows)
+    count, seconds = [mean([row[k] for row in rows]) for k in ('gaussians', 'seconds')]
+    return (
+        f'{name:16}{len(rows):4}{psnr:17.2f}{head:7.2f}{similar:8.4f}{far_psnr:12.2f}'
+        f'{far_head:7.2f}{worst:21.1f}{tail:8.1f}{solid:9.1f}{count:12.0f}{seconds:10.0f}'
+    )
+
+
+def print_table(rows):
     print(
         f'\n{"":15} runs   held out: PSNR   head    SSIM   far: PSNR   head   screen aspect: max  '
         ' 99.9%   3D max   Gaussians   seconds'
     )
     for name in ('start', *ROWS):
-        r = [x for x in rows if x['row'] == name]
-        if not r:
-            continue
-
-        def m(part, key):
-            return mean([x[part][key] for x in r])
-
-        worst = max(max(x[p]['aspect_max'] for p in ('held_out', 'far')) for x in r)
-        tail = mean([max(x[p]['aspect_999'] for p in ('held_out', 'far')) for x in r])
-        print(
-            f'{name:16}{len(r):4}{m("held_out", "psnr"):17.2f}{m("held_out", "head_psnr"):7.2f}{m("held_out", "ssim"):8.4f}{m("far", "psnr"):12.2f}{m("far", "head_psnr"):7.2f}'
-            f'{worst:21.1f}{tail:8.1f}{max(x["aspect3d_max"] for x in r):9.1f}{mean([x["gaussians"] for x in r]):12.0f}{mean([x["seconds"] for x in r]):10.0f}'
-        )
+        if found := [row for row in rows if row['row'] == name]:
+            print(table_row(name, found))
 
 
-def kernels(r, i):
+def kernels(refinement, i):
     "Calls of the rasterizer and of SSIM, forward and backward, on picture i."
-    v = r.view(i)
-    b = torch.rand(3)
-    world = [x.detach().requires_grad_() for x in open_splats(r.splats(), v.mesh)]
-    target = v.on(b)
+    view = refinement.view(i)
+    background = torch.rand(3)
+    opened = open_splats(refinement.splats(), view.mesh)
+    world = [x.detach().requires_grad_() for x in opened]
+    camera = view.viewmat[None], view.K[None], view.width, view.height
+    target = view.on(background)
     picture = target.clone().requires_grad_()
-    return (
-        lambda: (
-            rasterize(*world, v.viewmat[None], v.K[None], v.width, v.height, backgrounds=b[None])[0]
-            .sum()
-            .backward()
-        ),
-        lambda: ssim(picture, target).backward(),
-    )
+
+    def render():
+        image, _, _ = rasterize(*world, *camera, backgrounds=background[None])
+        image.sum().backward()
+
+    return render, lambda: ssim(picture, target).backward()
 
 
-def ms(f):
-    t = time.perf_counter()
-    f()
-    return 1e3 * (time.perf_counter() - t)
+def milliseconds(call):
+    begun = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - begun)
 
 
 def film(folder, size):
@@ -164,30 +183,36 @@ def film(folder, size):
     write_vhap(mono_clip(make_person(3), 200, size), folder)
 
 
-def speed(a, steps=100):
-    """Milliseconds per step and what they are spent on, with the threads given: medians over steps,
-    each followed by its kernels alone."""
+def filmed_refinement(options):
+    "A refinement on a clip from disk, all its pictures looked at once."
     with tempfile.TemporaryDirectory() as folder:
         with ProcessPoolExecutor(1, mp_context=mp.get_context('spawn')) as pool:
-            pool.submit(film, folder, a.size).result()
+            pool.submit(film, folder, options.size).result()
         train = load_clip(folder, split='train')
-        start = from_frame(train[start_frame(train)], a.resolution)
-        r = Refinement(start, train, RefineConfig(freeze=0, aspect_from=0), a.iters)
+        start = from_frame(train[start_frame(train)], options.resolution)
+        config = RefineConfig(freeze=0, aspect_from=0)
+        refinement = Refinement(start, train, config, options.iters)
         for i in range(len(train)):
-            r.view(i)
-    with calm(a.size**2):
+            refinement.view(i)
+    return refinement
+
+
+def speed(options, steps=100):
+    """Milliseconds per step and what they are spent on, with the threads given: medians over steps,
+    each followed by its kernels alone."""
+    refinement = filmed_refinement(options)
+    frames = len(refinement.clip)
+    with calm(options.size**2):
         for _ in range(5):
-            r.step()
-        step, raster, similar = (
-            torch.tensor(
-                [[ms(f) for f in (r.step, *kernels(r, i % len(train)))] for i in range(steps)]
-            )
-            .median(0)
-            .values.tolist()
-        )
+            refinement.step()
+        times = [
+            [milliseconds(call) for call in (refinement.step, *kernels(refinement, i % frames))]
+            for i in range(steps)
+        ]
+    step, raster, similar = torch.tensor(times).median(0).values.tolist()
     out = dict(
-        size=a.size,
-        gaussians=len(start),
+        size=options.size,
+        gaussians=len(refinement.avatar),
         step_ms=round(step, 2),
         raster_ms=round(raster, 2),
         ssim_ms=round(similar, 2),
@@ -202,65 +227,80 @@ def speed(a, steps=100):
 
 def peak_mb():
     "Largest resident memory of this process so far, megabytes."
-    import re
-
     try:
-        return int(re.search(r'VmHWM:\s+(\d+)', Path('/proc/self/status').read_text())[1]) / 1e3
+        status = Path('/proc/self/status').read_text()
     except OSError:
         return math.nan
+    return int(re.search(r'VmHWM:\s+(\d+)', status)[1]) / 1e3
 
 
-def main():
-    p = argparse.ArgumentParser(
+def command_line():
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for name, default in dict(
-        people=3, seeds=3, size=128, resolution=64, iters=10_000, jobs=1, threads=2
-    ).items():
-        p.add_argument(f'--{name}', type=int, default=default)
-    p.add_argument('--rows', default='start,' + ','.join(ROWS))
-    p.add_argument('--speed', action='store_true')
-    p.add_argument('--out')
-    a = p.parse_args()
-    out = Path(a.out or f'results/refine_{"speed" if a.speed else a.size}.json')
-    old = json.loads(out.read_text()) if out.exists() else {}
-    if a.speed:
-        common.set_threads(a.threads)
-        return common.save(out, dict(old, **{f'{a.size}': speed(a)}))
-    settings = dict(size=a.size, resolution=a.resolution, iters=a.iters)
+    numbers = dict(people=3, seeds=3, size=128, resolution=64, iters=10_000, jobs=1, threads=2)
+    for name, default in numbers.items():
+        parser.add_argument(f'--{name}', type=int, default=default)
+    parser.add_argument('--rows', default='start,' + ','.join(ROWS))
+    parser.add_argument('--speed', action='store_true')
+    parser.add_argument('--out')
+    return parser.parse_args()
+
+
+def is_needed(row, seed):
+    "A start that is not trained is the same for every seed."
+    return row == 'grey start' or not row.endswith('start') or seed == 0
+
+
+def jobs_left(rows, options):
+    "Row, person and seed of what is not in the table yet."
+    done = {(r['row'], r['person'], r['seed']) for r in rows}
+    wanted = [
+        (row, person, seed)
+        for seed in range(options.seeds)
+        for row in options.rows.split(',')
+        for person in range(1, options.people + 1)
+        if is_needed(row, seed)
+    ]
+    return [job for job in wanted if job not in done]
+
+
+def print_result(r):
+    print(
+        f'{r["row"]:16} person {r["person"]} seed {r["seed"]}: '
+        f'held out {r["held_out"]["psnr"]:.2f}, far {r["far"]["psnr"]:.2f}, '
+        f'aspect {r["far"]["aspect_max"]:.1f}, {r["seconds"]:.0f} s {r["note"]}',
+        flush=True,
+    )
+
+
+def fill_table(out, old, options):
+    "Run what is missing, and save the table after every run."
+    settings = dict(size=options.size, resolution=options.resolution, iters=options.iters)
     if old and old['settings'] != settings:
         raise SystemExit(
             f'{out} holds a table with other settings, {old["settings"]}; give another --out'
         )
     rows = old.get('rows', [])
-    done = {(r['row'], r['person'], r['seed']) for r in rows}
-    jobs = [
-        (r, person, s)
-        for s in range(a.seeds)
-        for r in a.rows.split(',')
-        for person in range(1, a.people + 1)
-        if (r, person, s) not in done and (not r.endswith('start') or r == 'grey start' or s == 0)
-    ]
-    with ProcessPoolExecutor(a.jobs, mp_context=mp.get_context('spawn')) as pool:
-        for f in as_completed([pool.submit(run, *j, a) for j in jobs]):
-            rows.append(f.result())
-            r = rows[-1]
-            print(
-                (
-                    f'{r["row"]:16} person {r["person"]} seed {r["seed"]}: held out '
-                    f'{r["held_out"]["psnr"]:.2f}, far {r["far"]["psnr"]:.2f}, aspect {r["far"]["aspect_max"]:.1f}, {r["seconds"]:.0f} s {r["note"]}'
-                ),
-                flush=True,
-            )
-            common.save(
-                out,
-                dict(
-                    settings=settings,
-                    machine=common.machine(),
-                    rows=sorted(rows, key=lambda r: (r['row'], r['person'], r['seed'])),
-                ),
-            )
-    table(rows)
+    with ProcessPoolExecutor(options.jobs, mp_context=mp.get_context('spawn')) as pool:
+        runs = [pool.submit(run, *job, options) for job in jobs_left(rows, options)]
+        for done in as_completed(runs):
+            rows.append(done.result())
+            print_result(rows[-1])
+            ordered = sorted(rows, key=lambda r: (r['row'], r['person'], r['seed']))
+            common.save(out, dict(settings=settings, machine=common.machine(), rows=ordered))
+    print_table(rows)
+
+
+def main():
+    options = command_line()
+    out = Path(options.out or f'results/refine_{"speed" if options.speed else options.size}.json')
+    old = json.loads(out.read_text()) if out.exists() else {}
+    if options.speed:
+        common.set_threads(options.threads)
+        common.save(out, {**old, f'{options.size}': speed(options)})
+    else:
+        fill_table(out, old, options)
 
 
 if __name__ == '__main__':
