@@ -1,5 +1,6 @@
 """Presets, protocols, judges and tables."""
 
+import dataclasses
 import json
 import math
 from importlib.util import find_spec
@@ -12,21 +13,25 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
 from spatialavatar0.ground.core import InputError
-from spatialavatar0.judge import evaluate as ev
 from spatialavatar0.judge.evaluate import (
+    DlibJudge,
+    MediaPipeJudge,
+    frames_of,
+    load_protocols,
+    reenactments,
+)
+from spatialavatar0.judge.results import (
     ARCFACE_POINTS,
     ArcFaceJudge,
     Deep3DJudge,
-    DlibJudge,
-    MediaPipeJudge,
     Results,
     code_state,
     evaluate,
-    frames_of,
-    load_protocols,
+    five_points,
+    line_of,
     protocol_of,
-    reenactments,
     result_table,
     similarity,
     warped,
@@ -47,53 +52,51 @@ PHOTO = torch.from_numpy(skimage.data.astronaut()[:300, 80:380] / 255).float()
 # ---- presets
 
 
+def psnr_by_scikit_image(ours, truth, preset):
+    if not preset.per_channel:
+        return peak_signal_noise_ratio(truth, ours, data_range=1)
+    pairs = [(truth[..., k], ours[..., k]) for k in range(3)]
+    return np.mean([peak_signal_noise_ratio(*pair, data_range=1) for pair in pairs])
+
+
+def ssim_by_scikit_image(ours, truth):
+    "Of the windows that lie inside the picture."
+    window = dict(gaussian_weights=True, sigma=1.5, use_sample_covariance=False, win_size=11)
+    full = structural_similarity(truth, ours, full=True, data_range=1, channel_axis=-1, **window)[1]
+    return full[5:-5, 5:-5].mean()
+
+
 @pytest.mark.parametrize('name', PRESETS)
 @pytest.mark.parametrize('seed', range(3))
 def test_numbers_of_scikit_image(name, seed):
-    p = PRESETS[name]
+    preset = PRESETS[name]
     g = torch.Generator().manual_seed(seed)
-    b = torch.rand(40, 48, 3, generator=g)
-    a = b + 0.2 * torch.randn(40, 48, 3, generator=g)
-    s = frame_scores(a, b, p)
-    x = a.clamp(0, 1) if p.clamp else a
-    X, Y = x.numpy(), b.numpy()
-    want = (
-        np.mean([peak_signal_noise_ratio(Y[..., k], X[..., k], data_range=1) for k in range(3)])
-        if p.per_channel
-        else peak_signal_noise_ratio(Y, X, data_range=1)
-    )
-    assert s['psnr'] == pytest.approx(want, abs=1e-4)
-    assert s['mse'] == pytest.approx(float((x - b).square().mean()), rel=1e-5)
-    if p.ssim == 'valid':
-        full = structural_similarity(
-            Y,
-            X,
-            full=True,
-            data_range=1,
-            channel_axis=-1,
-            gaussian_weights=True,
-            sigma=1.5,
-            use_sample_covariance=False,
-            win_size=11,
-        )[1]
-        assert s['ssim'] == pytest.approx(full[5:-5, 5:-5].mean(), abs=1e-4)
+    truth = torch.rand(40, 48, 3, generator=g)
+    noisy = truth + 0.2 * torch.randn(40, 48, 3, generator=g)
+    scores = frame_scores(noisy, truth, preset)
+    ours = noisy.clamp(0, 1) if preset.clamp else noisy
+    pictures = ours.numpy(), truth.numpy()
+    assert scores['psnr'] == pytest.approx(psnr_by_scikit_image(*pictures, preset), abs=1e-4)
+    assert scores['mse'] == pytest.approx(float((ours - truth).square().mean()), rel=1e-5)
+    if preset.ssim == 'valid':
+        assert scores['ssim'] == pytest.approx(ssim_by_scikit_image(*pictures), abs=1e-4)
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.floats(1e-6, 0.5), min_size=1, max_size=8))
 def test_pooled_is_never_above_the_mean(errors):
-    b = torch.full((12, 12, 3), 0.5)
-    pairs = [(b + e**0.5, b, None) for e in errors]
-    r = film_scores(pairs, 'paper', None)
-    assert r['psnr'] == r['psnr_pooled'] <= r['psnr_mean'] + 1e-6
-    assert r['frames'] == len(errors)
+    truth = torch.full((12, 12, 3), 0.5)
+    pairs = [(truth + error**0.5, truth, None) for error in errors]
+    scores = film_scores(pairs, 'paper', None)
+    assert scores['psnr'] == scores['psnr_pooled'] <= scores['psnr_mean'] + 1e-6
+    assert scores['frames'] == len(errors)
 
 
 def test_background_and_matte():
-    im, m = torch.rand(8, 8, 3), torch.zeros(8, 8)
-    assert (lay_on(im, m, PRESETS['paper']) == 1).all()
-    assert torch.equal(lay_on(im, m, PRESETS['gagavatar']), im)
-    assert torch.equal(lay_on(im, None, PRESETS['paper']), im)
+    image, matte = torch.rand(8, 8, 3), torch.zeros(8, 8)
+    assert (lay_on(image, matte, PRESETS['paper']) == 1).all()
+    assert torch.equal(lay_on(image, matte, PRESETS['gagavatar']), image)
+    assert torch.equal(lay_on(image, None, PRESETS['paper']), image)
 
 
 @needs('lpips')
@@ -101,11 +104,12 @@ def test_lpips_has_two_ways_of_use():
     lpips = open_lpips()
     if lpips is None:
         pytest.skip("AlexNet's weights are not here; spatialavatar0 assets says how to get them")
-    a, b = PHOTO.roll(3, 0), PHOTO
-    one, two = (
-        frame_scores(a, b, PRESETS[k], lpips)['lpips'] for k in ('paper', 'gaussianavatars')
+    moved = PHOTO.roll(3, 0)
+    ours, theirs = (
+        frame_scores(moved, PHOTO, PRESETS[name], lpips)['lpips']
+        for name in ('paper', 'gaussianavatars')
     )
-    assert two < one < 0.5
+    assert theirs < ours < 0.5
 
 
 # ---- protocols
@@ -126,17 +130,17 @@ def test_every_protocol_makes_sense():
 @settings(max_examples=100, deadline=None)
 @given(st.sampled_from(['last:7', 'share:.5', 'first:6', 'uniform:9']), st.integers(0, 60))
 def test_splits_are_partitions(rule, n):
-    p = protocol_of(rule)
     try:
-        parts = frames_of(p, n)
+        parts = frames_of(protocol_of(rule), n)
     except InputError:
         assert n < 10
         return
+    used = sum(parts.values(), [])
     assert parts['test']
-    assert len(set(sum(parts.values(), []))) == sum(map(len, parts.values()))
-    assert max(sum(parts.values(), [])) < n
+    assert len(set(used)) == len(used)
+    assert max(used) < n
     if rule in ('last:7', 'share:.5'):
-        assert sorted(sum(parts.values(), [])) == list(range(n))
+        assert sorted(used) == list(range(n))
 
 
 def test_everybody_drives_once():
@@ -149,6 +153,7 @@ def test_everybody_drives_once():
 
 
 def test_bad_protocol_files(tmp_path):
+    file = tmp_path / 'p.yaml'
     good = dict(id='x', what='w', data='d', kind='subject', test=dict(last=3), preset='paper')
     for change in (
         dict(kind='?'),
@@ -158,15 +163,15 @@ def test_bad_protocol_files(tmp_path):
         dict(preset='?'),
         dict(colour='red'),
     ):
-        (tmp_path / 'p.yaml').write_text(yaml.safe_dump(dict(protocols=[good | change])))
+        file.write_text(yaml.safe_dump(dict(protocols=[good | change])))
         with pytest.raises(InputError):
-            load_protocols(tmp_path / 'p.yaml')
+            load_protocols(file)
     for text in ('', '[', 'protocols: 3', 'protocols: [3]'):
-        (tmp_path / 'p.yaml').write_text(text)
+        file.write_text(text)
         with pytest.raises(InputError):
-            load_protocols(tmp_path / 'p.yaml')
-    (tmp_path / 'p.yaml').write_text(yaml.safe_dump(dict(protocols=[good])))
-    assert load_protocols(tmp_path / 'p.yaml')['x'].preset == 'paper'
+            load_protocols(file)
+    file.write_text(yaml.safe_dump(dict(protocols=[good])))
+    assert load_protocols(file)['x'].preset == 'paper'
 
 
 # ---- judges
@@ -178,8 +183,8 @@ def test_similarity_is_found_again(scale, turn, shift):
     c = scale * math.cos(turn)
     s = scale * math.sin(turn)
     A = torch.tensor([[c, -s, shift], [s, c, 2 * shift]]).double()
-    pts = 50 * torch.rand(5, 2, generator=torch.Generator().manual_seed(0)).double()
-    assert torch.allclose(similarity(pts, pts @ A[:, :2].T + A[:, 2]), A, atol=1e-6)
+    points = 50 * torch.rand(5, 2, generator=torch.Generator().manual_seed(0)).double()
+    assert torch.allclose(similarity(points, points @ A[:, :2].T + A[:, 2]), A, atol=1e-6)
 
 
 class FakeNet:
@@ -193,33 +198,26 @@ class FakeNet:
         return [self.seen.mean((2, 3))]
 
 
+def enlarged(image, times):
+    planes = image.permute(2, 0, 1)[None]
+    large = torch.nn.functional.interpolate(planes, scale_factor=times, mode='bicubic')
+    return large[0].permute(1, 2, 0).clamp(0, 1)
+
+
 @needs('mediapipe')
 def test_arcface_gets_an_upright_face():
     net = FakeNet()
+    goals = torch.tensor(ARCFACE_POINTS)
     with ArcFaceJudge(session=net) as judge, MediaPipeJudge() as points:
         tilted = warped(PHOTO, torch.tensor([[0.9, -0.35, 90.0], [0.35, 0.9, -30]]), 340)
         crop = judge.crop(tilted)
         assert crop.shape == (112, 112, 3)
-
-        def large(im, k):
-            return (
-                torch.nn.functional.interpolate(
-                    im.permute(2, 0, 1)[None], scale_factor=k, mode='bicubic'
-                )[0]
-                .permute(1, 2, 0)
-                .clamp(0, 1)
-            )
-
-        def five(l):
-            return torch.stack([l[list(i)].mean(0) for i in ev._FIVE])
-
-        there = five(points(tilted)['landmarks'])
-        here = five(points(large(crop, 4))['landmarks'] / 4)
-        A = similarity(there, torch.tensor(ARCFACE_POINTS))
+        there = five_points(points(tilted)['landmarks'])
+        here = five_points(points(enlarged(crop, 4))['landmarks'] / 4)
+        A = similarity(there, goals)
         assert float((here - (there @ A[:, :2].T + A[:, 2])).norm(dim=-1).max()) < 1.5
-        assert (
-            float((here - torch.tensor(ARCFACE_POINTS)).norm(dim=-1).mean()) < 7
-        )  # where the fit says; a smile is wider than the standard face
+        # where the fit says; a smile is wider than the standard face
+        assert float((here - goals).norm(dim=-1).mean()) < 7
         assert set(judge(tilted)) == {'identity'}
         assert net.seen.shape == (1, 3, 112, 112)
         assert net.seen.dtype == np.float32
@@ -232,141 +230,128 @@ def test_arcface_says_who_has_it():
         ArcFaceJudge()
 
 
-@needs('mediapipe', 'torchvision')
-def test_deep3d_with_random_weights(tmp_path):
-    "The network's shape, its file and its square; its true weights we do not have."
-    import scipy.io
-    from torchvision.models import resnet50
-
-    torch.manual_seed(0)
-    net = resnet50()
-    heads = torch.nn.ModuleList(torch.nn.Conv2d(2048, n, 1) for n in Deep3DJudge.PARTS)
-    with pytest.raises(InputError, match='lacks epoch_20.pth'):
-        Deep3DJudge(tmp_path)
+def mean_face():
+    "68 landmarks, those that count in the places of a face."
     lm = np.random.default_rng(0).normal(size=(68, 3))
     lm[[36, 39]] = [-0.3, 0.3, 0]
     lm[[42, 45]] = [0.3, 0.3, 0]
     lm[30] = [0, 0, 0.3]
     lm[48] = [-0.25, -0.35, 0.1]
     lm[54] = [0.25, -0.35, 0.1]
-    scipy.io.savemat(tmp_path / 'similarity_Lm3D_all.mat', dict(lm=lm))
+    return lm
+
+
+def random_checkpoint():
+    "Weights in the form of Deep3DFaceRecon's."
+    from torchvision.models import resnet50
+
+    torch.manual_seed(0)
+    backbone = resnet50().state_dict()
+    heads = torch.nn.ModuleList(torch.nn.Conv2d(2048, n, 1) for n in Deep3DJudge.PARTS)
+    weights = {f'backbone.{name}': value for name, value in backbone.items()}
+    weights |= {f'final_layers.{name}': value for name, value in heads.state_dict().items()}
+    return dict(net_recon=weights)
+
+
+@needs('mediapipe', 'torchvision')
+def test_deep3d_with_random_weights(tmp_path):
+    "The network's shape, its file and its square; its true weights we do not have."
+    import scipy.io
+
+    with pytest.raises(InputError, match='lacks epoch_20.pth'):
+        Deep3DJudge(tmp_path)
+    scipy.io.savemat(tmp_path / 'similarity_Lm3D_all.mat', dict(lm=mean_face()))
     (tmp_path / 'epoch_20.pth').write_bytes(b'no')
     with pytest.raises(InputError, match='not the checkpoint'):
         Deep3DJudge(tmp_path)
-    torch.save(
-        dict(
-            net_recon={f'backbone.{k}': v for k, v in net.state_dict().items()}
-            | {f'final_layers.{k}': v for k, v in heads.state_dict().items()}
-        ),
-        tmp_path / 'epoch_20.pth',
-    )
-    j = Deep3DJudge(tmp_path)
-    out = j(PHOTO)
-    assert len(out['expression']) == 64
-    assert len(out['pose']) == 3
-    assert torch.isfinite(out['expression']).all()
-    assert j(torch.zeros(64, 64, 3)) is None
-    j.close()
+    torch.save(random_checkpoint(), tmp_path / 'epoch_20.pth')
+    judge = Deep3DJudge(tmp_path)
+    said = judge(PHOTO)
+    assert len(said['expression']) == 64
+    assert len(said['pose']) == 3
+    assert torch.isfinite(said['expression']).all()
+    assert judge(torch.zeros(64, 64, 3)) is None
+    judge.close()
 
 
 @needs('dlib', 'face_recognition_models')
 def test_dlib_knows_her_again():
-    j = DlibJudge()
-    a = j(PHOTO)['identity']
-    b = j((0.7 * PHOTO.flip(1) + 0.1).clamp(0, 1))['identity']
-    assert len(a) == 128
-    assert float((a - b).norm()) < 0.5
-    assert j(torch.zeros(80, 80, 3)) is None
+    judge = DlibJudge()
+    first = judge(PHOTO)['identity']
+    again = judge((0.7 * PHOTO.flip(1) + 0.1).clamp(0, 1))['identity']
+    assert len(first) == 128
+    assert float((first - again).norm()) < 0.5
+    assert judge(torch.zeros(80, 80, 3)) is None
 
 
 @needs('mediapipe')
 def test_pose_follows_a_tilt():
-    with MediaPipeJudge() as j:
+    with MediaPipeJudge() as judge:
         c, s = math.cos(0.2), math.sin(0.2)
         A = torch.tensor([[c, -s, 150 * (1 - c) + 150 * s], [s, c, 150 * (1 - c) - 150 * s]])
-        a = j(PHOTO)['pose']
-        b = j(warped(PHOTO, A, 300))['pose']
-        assert abs(abs(float((b - a)[2])) - 0.2) < 0.05
-        assert float((b - a)[:2].abs().max()) < 0.12
+        turned = judge(warped(PHOTO, A, 300))['pose'] - judge(PHOTO)['pose']
+        assert abs(abs(float(turned[2])) - 0.2) < 0.05
+        assert float(turned[:2].abs().max()) < 0.12
 
 
 # ---- lines and tables
 
 
-def clip(n=6):
+def noise_clip(length=6):
     g = torch.Generator().manual_seed(0)
-    return Clip(
-        [
-            Frame(
-                torch.rand(24, 24, 3, generator=g),
-                torch.ones(24, 24),
-                torch.eye(4),
-                torch.eye(3),
-                time=i,
-            )
-            for i in range(n)
-        ]
-    )
+    images = [torch.rand(24, 24, 3, generator=g) for _ in range(length)]
+    still = dict(mask=torch.ones(24, 24), viewmat=torch.eye(4), K=torch.eye(3))
+    return Clip([Frame(image, **still, time=i) for i, image in enumerate(images)])
 
 
 def line(**more):
-    return evaluate(
-        lambda f, b: f.image * 0.9,
-        clip(),
-        'splattingavatar',
-        method='dim',
-        subject='s',
-        lpips=None,
-        **more,
-    )
+    def darker(frame, background):
+        return frame.image * 0.9
+
+    names = dict(method='dim', subject='s')
+    return evaluate(darker, noise_clip(), 'splattingavatar', **names, lpips=None, **more)
 
 
 def test_a_line_says_everything():
-    l = line(seed=3, note='hello')
-    assert {
-        'method',
-        'protocol',
-        'data',
-        'split',
-        'subject',
-        'driver',
-        'background',
-        'mask',
-        'preset',
-        'scores',
-        'code',
-        'seed',
-        'device',
-        'torch',
-        'note',
-    } <= set(l)
-    assert l['scores']['lpips'] is None
-    assert l['scores']['frames'] == 6
-    assert json.loads(json.dumps(l)) == l
+    made = line(seed=3, note='hello')
+    row = made.as_dict()
+    wanted = (
+        'method protocol data kind split subject driver background mask preset scores code seed '
+        'device torch seconds note'
+    )
+    assert list(row) == wanted.split()
+    assert all(value is not None for value in row.values())
+    assert row['scores']['lpips'] is None
+    assert row['scores']['frames'] == 6
+    assert line_of(json.loads(json.dumps(row))) == made
     assert code_state()
 
 
 def test_results_resume_and_refuse(tmp_path, monkeypatch):
-    r = Results(tmp_path / 'r.jsonl')
-    r.add(line())
-    r.add(line(seed=1))
-    old = (tmp_path / 'r.jsonl').read_bytes()
-    with monkeypatch.context() as m:
-        m.setattr('json.dumps', lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt()))
+    book = Results(tmp_path / 'r.jsonl')
+    book.add(line())
+    book.add(line(seed=1))
+    old = book.path.read_bytes()
+
+    def stopped(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr('json.dumps', stopped)
         with pytest.raises(KeyboardInterrupt):
-            r.add(dict(r.lines[0], seed=2))
-    assert (tmp_path / 'r.jsonl').read_bytes() == old
-    assert len(Results(tmp_path / 'r.jsonl').lines) == 2
-    (tmp_path / 'r.jsonl').write_bytes(old[:-20])
-    assert len(Results(tmp_path / 'r.jsonl').lines) == 1
-    (tmp_path / 'r.jsonl').write_bytes(b'x\n' + old)
+            book.add(dataclasses.replace(book.lines[0], seed=2))
+    assert book.path.read_bytes() == old
+    assert len(Results(book.path).lines) == 2
+    book.path.write_bytes(old[:-20])
+    assert len(Results(book.path).lines) == 1
+    book.path.write_bytes(b'x\n' + old)
     with pytest.raises(InputError, match='line 1'):
-        Results(tmp_path / 'r.jsonl')
+        Results(book.path)
 
 
 def test_tables_do_not_mix():
-    a, b = line(), line(seed=1)
-    text = result_table([a, b])
+    one, other = line(), line(seed=1)
+    text = result_table([one, other])
     assert text.count('\n|') == 2
     assert '±' in text
     assert 'preset paper' in text
@@ -377,16 +362,16 @@ def test_tables_do_not_mix():
         dict(preset={}),
     ):
         with pytest.raises(InputError, match='cannot stand in one table'):
-            result_table([a, b | change])
-    nothing = json.loads(json.dumps(a))
-    nothing['scores'] = dict(CSIM=dict(value=math.nan, estimator='x', frames=0, lost=6), psnr=20.0)
+            result_table([one, dataclasses.replace(other, **change)])
+    unseen = dict(value=math.nan, estimator='x', frames=0, lost=6)
+    nothing = dataclasses.replace(one, scores=dict(CSIM=unseen, psnr=20.0))
     assert 'nan' not in result_table([nothing])
 
 
 def test_another_driver_has_no_pixels():
-    s = line(driver='t', source=clip()[0])['scores']
-    assert 'psnr' not in s
-    assert 'ssim' not in s
-    assert s['frames'] == 6
+    scores = line(driver='t', source=noise_clip()[0]).scores
+    assert 'psnr' not in scores
+    assert 'ssim' not in scores
+    assert scores['frames'] == 6
     with pytest.raises(InputError, match='give source='):
         line(driver='t')
