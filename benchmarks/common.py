@@ -1,8 +1,9 @@
-"""What the benchmarks share: head-like scenes, honest clocks, a description of the machine, a safe write.
+"""What the benchmarks share: head-like scenes, clocks, a description of the machine, a safe write.
 
 Import it before torch and numba: it asks waiting threads to sleep instead of spinning.
-Times are the CPU time of the measuring thread, the best of several after a warm-up. On a busy machine wall time also counts the
-neighbours. With more than one thread use `wall_ms`: the other threads' work is not on this thread's clock.
+Times are the CPU time of the measuring thread, the best of several after a warm-up. On a busy
+machine wall time also counts other programs. With more than one thread use `wall_ms`: the other
+threads' work is not on this thread's clock.
 """
 
 import os
@@ -13,18 +14,25 @@ import math
 import platform
 import re
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numba as nb
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from spatialavatar0.ground.core import atomic_path
 from spatialavatar0.ground.geometry import intrinsics, mat_to_quat
 
+# Gaussians, pixels per side
 SIZES = dict(
-    S=(2_000, 128), M=(10_000, 256), L=(50_000, 512), XL=(100_000, 512)
-)  # Gaussians, pixels per side
+    S=(2_000, 128),
+    M=(10_000, 256),
+    L=(50_000, 512),
+    XL=(100_000, 512),
+)
 
 
 def cpu_name() -> str:
@@ -63,30 +71,30 @@ def set_threads(
     return n
 
 
-def _best(f, repeats, clock):
-    f()  # compile, allocate, fill the caches
+def _best(call, repeats, clock):
+    call()  # compile, allocate, fill the caches
     times = []
     for _ in range(repeats):
         start = clock()
-        f()
+        call()
         times.append(clock() - start)
     return 1e3 * min(times)
 
 
 def thread_ms(
-    f,  # called without arguments
+    call,  # without arguments
     repeats: int = 7,  # timed calls, after one warm-up
 ) -> float:  # milliseconds of CPU time of this thread
     "CPU time of one call, the best of several."
-    return _best(f, repeats, time.thread_time)
+    return _best(call, repeats, time.thread_time)
 
 
 def wall_ms(
-    f,  # called without arguments
+    call,  # without arguments
     repeats: int = 7,  # timed calls, after one warm-up
 ) -> float:  # milliseconds on the wall clock
     "Wall time of one call, the best of several."
-    return _best(f, repeats, time.perf_counter)
+    return _best(call, repeats, time.perf_counter)
 
 
 def save(
@@ -98,55 +106,87 @@ def save(
         tmp.write_text(json.dumps(data, indent=1) + '\n')
 
 
+def even_directions(
+    n: int,  # points
+) -> Tensor:  # (n,3)
+    "Unit vectors spread evenly over all directions."
+    i = torch.arange(n) + 0.5
+    y = 1 - 2 * i / n
+    turn = i * math.pi * (1 + 5**0.5)
+    ring = (1 - y * y).sqrt()
+    return torch.stack([ring * turn.cos(), y, ring * turn.sin()], -1)
+
+
+def ellipsoid_area(
+    axes,  # three half axes
+) -> float:
+    "Thomsen's formula."
+    p = 1.6075
+    first, second, third = [axis**p for axis in axes]
+    return 4 * math.pi * ((first * second + first * third + second * third) / 3) ** (1 / p)
+
+
 def shell(
     n: int,  # points
     axes=(0.85, 1.0, 0.9),  # half axes of the ellipsoid
 ) -> tuple:  # points (n,3), normals (n,3), mean distance of neighbours
     "Points spread evenly over an ellipsoid about as wide, tall and deep as a head."
-    i, axes = torch.arange(n) + 0.5, torch.tensor(axes)
-    y, turn = 1 - 2 * i / n, i * math.pi * (1 + 5**0.5)
-    ball = torch.stack([(1 - y * y).sqrt() * turn.cos(), y, (1 - y * y).sqrt() * turn.sin()], -1)
-    a, b, c = axes.tolist()
-    p = 1.6075
-    area = (
-        4 * math.pi * (((a * b) ** p + (a * c) ** p + (b * c) ** p) / 3) ** (1 / p)
-    )  # Thomsen's formula
-    return ball * axes, F.normalize(ball / axes, dim=-1), math.sqrt(area / n)
+    ball = even_directions(n)
+    spacing = math.sqrt(ellipsoid_area(axes) / n)
+    axes = torch.tensor(axes)
+    return ball * axes, F.normalize(ball / axes, dim=-1), spacing
+
+
+@dataclass
+class Scene:
+    "What a renderer is asked to draw."
+
+    means: Tensor
+    quats: Tensor
+    scales: Tensor
+    opacities: Tensor
+    colors: Tensor
+    viewmat: Tensor
+    K: Tensor
+    width: int
+    height: int
+
+    def gaussians(self):
+        "The first five arguments of `rasterize`."
+        return [self.means, self.quats, self.scales, self.opacities, self.colors]
+
+    def camera(self):
+        "The next four, for one camera."
+        return self.viewmat[None], self.K[None], self.width, self.height
+
+    def to(self, device):
+        tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **tensors)
 
 
 def scene(
     name_or_n='M',  # S, M, L, XL, or a number of Gaussians
     size: int = None,  # pixels per side; None: the named scene's, 256 for a number
     seed: int = 0,
-) -> dict:  # means quats scales opacities colors viewmat K (float32 tensors), width height
+) -> Scene:  # float32
     "A head-like shell of flat Gaussians, 95% of the picture high, in random order."
-    n, own = SIZES[name_or_n] if name_or_n in SIZES else (int(name_or_n), 256)
-    size = size or own
-    g = torch.Generator().manual_seed(seed)
+    n, own_size = SIZES[name_or_n] if name_or_n in SIZES else (int(name_or_n), 256)
+    size = size or own_size
+    generator = torch.Generator().manual_seed(seed)
 
-    def randn(*s):
-        return torch.randn(s, generator=g)
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
 
     points, normals, step = shell(n)
-    side = F.normalize(torch.linalg.cross(normals, randn(n, 3)), dim=-1)
-    quats = mat_to_quat(torch.stack([side, torch.linalg.cross(normals, side), normals], -1))
-    scales = step * (0.3 * randn(n, 3)).exp() * torch.tensor([1.0, 1.0, 0.3])
-    opacities = 0.7 + 0.29 * torch.rand(n, generator=g)
-    colors = (0.5 + 0.3 * F.normalize(points, dim=-1) + 0.2 * randn(n, 3)).clamp(0, 1)
+    side = F.normalize(torch.linalg.cross(normals, normal(n, 3)), dim=-1)
+    axes = torch.stack([side, torch.linalg.cross(normals, side), normals], -1)
+    scales = step * (0.3 * normal(n, 3)).exp() * torch.tensor([1.0, 1.0, 0.3])
+    opacities = 0.7 + 0.29 * torch.rand(n, generator=generator)
+    colors = 0.5 + 0.3 * F.normalize(points, dim=-1) + 0.2 * normal(n, 3)
+    order = torch.randperm(n, generator=generator)  # neighbours in space are not so in memory
+    means = points + 0.25 * step * normal(n, 3)
+    splats = means, mat_to_quat(axes), scales, opacities, colors.clamp(0, 1)
     viewmat = torch.eye(4)
     viewmat[2, 3] = 4.0
-    order = torch.randperm(n, generator=g)  # neighbours in space are not neighbours in memory
-    splats = dict(
-        means=points + 0.25 * step * randn(n, 3),
-        quats=quats,
-        scales=scales,
-        opacities=opacities,
-        colors=colors,
-    )
-    return dict(
-        {k: v[order] for k, v in splats.items()},
-        viewmat=viewmat,
-        K=intrinsics(0.474 * 4 * size, size, size),
-        width=size,
-        height=size,
-    )
+    K = intrinsics(0.474 * 4 * size, size, size)
+    return Scene(*[x[order] for x in splats], viewmat, K, size, size)

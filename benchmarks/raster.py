@@ -1,12 +1,14 @@
 """The rungs of the rasterizer, the forms of SSIM, and whether they keep their promises.
 
-    python benchmarks/raster.py [--quick] [--sizes S,M,L,XL] [--rungs dense,torch,per_pixel,cpu] [--threads 1,2] [--rounds 7] [--out results/raster.json]
+    python benchmarks/raster.py [--quick] [--sizes S,M,L,XL] [--rungs dense,torch,per_pixel,cpu]
+                                [--threads 1,2] [--rounds 7] [--out results/raster.json]
 
-S: 2,000 Gaussians on 128 x 128 pixels, M: 10,000 on 256 x 256, L: 50,000 on 512 x 512, XL: 100,000 on 512 x 512.
-Everything of one size is measured side by side: each round times every rung once, forward, and forward and backward to all inputs
-(red, green, blue, depth and alpha), with one thread and with two; the best round counts. One thread: the CPU time of that thread, which
-a busy machine does not change much; two: wall time, so let the machine rest. Wall and CPU time of everything are in the JSON file.
-`dense` keeps every pair of Gaussian and pixel, and is measured on S only.
+S: 2,000 Gaussians on 128 x 128 pixels, M: 10,000 on 256 x 256, L: 50,000 on 512 x 512, XL: 100,000
+on 512 x 512. Everything of one size is measured side by side: each round times every rung once,
+forward, and forward and backward to all inputs (red, green, blue, depth and alpha), with one thread
+and with two; the best round counts. One thread: the CPU time of that thread, which a busy machine
+does not change much; two: wall time, so let the machine rest. Wall and CPU time of all are in
+the JSON file. `dense` keeps every pair of Gaussian and pixel, and is measured on S only.
 """
 
 import argparse
@@ -15,6 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numba as nb
@@ -23,69 +27,94 @@ import torch.nn.functional as F
 from common import SIZES, machine, save, scene, set_threads
 
 from spatialavatar0.pictures.metrics import SSIM_WINDOW, ssim, ssim_map
-from spatialavatar0.splats import renderers as render
+from spatialavatar0.splats import renderers
 from spatialavatar0.splats.renderers import rasterize
 
 HERE = Path(__file__).resolve()
-GATES = (  # name, what is measured, the promise
-    ('cpu faster than torch, M', lambda r: ratio(r, 'M', 'torch', 'cpu'), '>=', 25.0, 'x'),
-    ('cpu faster than per_pixel, M', lambda r: ratio(r, 'M', 'per_pixel', 'cpu'), '>=', 3.0, 'x'),
-    ('fused SSIM faster than torch, 512', lambda r: r['ssim']['512']['gain'], '>=', 5.0, 'x'),
-    (
-        'cpu forward and backward, M',
-        lambda r: r['raster']['M']['cpu'][BOTH, 1]['cpu_ms'],
-        '<=',
-        20.0,
-        'ms',
-    ),
-    (
-        'cpu forward and backward, L',
-        lambda r: r['raster']['L']['cpu'][BOTH, 1]['cpu_ms'],
-        '<=',
-        95.0,
-        'ms',
-    ),
-    ('two threads faster than one, L', lambda r: speedup(r, 'L'), '>=', 1.5, 'x'),
-    ('first picture of a process, kernels cached', lambda r: r['start']['warm_s'], '<=', 1.0, 's'),
-    ('peak memory, L', lambda r: r['memory']['L']['peak_MB'], '<=', 500.0, 'MB'),
-)
 FORWARD, BOTH = 'forward', 'forward+backward'
 
 
-def ratio(r, size, slow, fast):
-    return r['raster'][size][slow][BOTH, 1]['cpu_ms'] / r['raster'][size][fast][BOTH, 1]['cpu_ms']
+def cpu_ms(found, size, rung):
+    "CPU milliseconds forward and backward, one thread."
+    return found['raster'][size][rung][BOTH, 1]['cpu_ms']
 
 
-def speedup(r, size):
-    return (
-        r['raster'][size]['cpu'][BOTH, 1]['wall_ms'] / r['raster'][size]['cpu'][BOTH, 2]['wall_ms']
-    )
+def wall_ms(found, size, rung, threads):
+    "Wall milliseconds forward and backward."
+    return found['raster'][size][rung][BOTH, threads]['wall_ms']
+
+
+def gain(found, size, slow, fast):
+    return cpu_ms(found, size, slow) / cpu_ms(found, size, fast)
+
+
+def speedup(found, size):
+    return wall_ms(found, size, 'cpu', 1) / wall_ms(found, size, 'cpu', 2)
+
+
+@dataclass(frozen=True)
+class Gate:
+    "A promise: `measure`, called with what was found, is at least (>=) or at most (<=) `limit`."
+
+    name: str
+    measure: Callable
+    sign: str
+    limit: float
+    unit: str
+
+    def is_kept(self, value):
+        return bool(value >= self.limit if self.sign == '>=' else value <= self.limit)
+
+
+# fmt: off
+GATES = (
+    Gate('cpu faster than torch, M',
+         lambda found: gain(found, 'M', 'torch', 'cpu'), '>=', 25.0, 'x'),
+    Gate('cpu faster than per_pixel, M',
+         lambda found: gain(found, 'M', 'per_pixel', 'cpu'), '>=', 3.0, 'x'),
+    Gate('fused SSIM faster than torch, 512',
+         lambda found: found['ssim']['512']['gain'], '>=', 5.0, 'x'),
+    Gate('cpu forward and backward, M',
+         lambda found: cpu_ms(found, 'M', 'cpu'), '<=', 20.0, 'ms'),
+    Gate('cpu forward and backward, L',
+         lambda found: cpu_ms(found, 'L', 'cpu'), '<=', 95.0, 'ms'),
+    Gate('two threads faster than one, L',
+         lambda found: speedup(found, 'L'), '>=', 1.5, 'x'),
+    Gate('first picture of a process, kernels cached',
+         lambda found: found['start']['warm_s'], '<=', 1.0, 's'),
+    Gate('peak memory, L',
+         lambda found: found['memory']['L']['peak_MB'], '<=', 500.0, 'MB'),
+)
+# fmt: on
 
 
 # --- clocks
 
 
-def clock(f, threads):
+def clock(call, threads):
     """One call: wall milliseconds, and CPU milliseconds (of this thread if there is one, else of
     all)."""
-    cpu = time.thread_time if threads == 1 and nb.threading_layer() == 'omp' else time.process_time
-    start = time.perf_counter(), cpu()
-    f()
-    return 1e3 * (time.perf_counter() - start[0]), 1e3 * (cpu() - start[1])
+    is_single = threads == 1 and nb.threading_layer() == 'omp'
+    cpu = time.thread_time if is_single else time.process_time
+    wall_start, cpu_start = time.perf_counter(), cpu()
+    call()
+    return 1e3 * (time.perf_counter() - wall_start), 1e3 * (cpu() - cpu_start)
 
 
 def side_by_side(jobs, rounds):
     """Best wall and CPU time of each job, (name, threads) -> function; all take turns, the slowest
     only twice."""
     best = {}
-    for r in range(rounds + 1):  # round 0 warms up
-        for key, f in jobs.items():
-            if r > 2 and best[key][0] > 1500:
+    for turn in range(rounds + 1):  # turn 0 warms up
+        for key, call in jobs.items():
+            if turn > 2 and best[key][0] > 1500:
                 continue
             set_threads(key[-1])
-            t = clock(f, key[-1])
-            best[key] = t if r < 2 else tuple(map(min, t, best[key]))
-    return {k: dict(wall_ms=round(w, 3), cpu_ms=round(c, 3)) for k, (w, c) in best.items()}
+            times = clock(call, key[-1])
+            best[key] = times if turn < 2 else tuple(map(min, times, best[key]))
+    return {
+        key: dict(wall_ms=round(wall, 3), cpu_ms=round(cpu, 3)) for key, (wall, cpu) in best.items()
+    }
 
 
 # --- the ladder
@@ -93,142 +122,130 @@ def side_by_side(jobs, rounds):
 
 def renderer(rung, name):
     "Two functions to time: forward, and forward and backward under fixed weights."
-    s = scene(name)
+    picture = scene(name)
     white = torch.ones(1, 3)
-    x = [s[k] for k in ('means', 'quats', 'scales', 'opacities', 'colors')] + [white]
+    leaves = [*picture.gaussians(), white]
+    generator = torch.Generator().manual_seed(1)
+    shape = 1, picture.height, picture.width
+    weights = [torch.randn(*shape, channels, generator=generator) for channels in (4, 1)]
 
     def draw():
-        return rasterize(
-            *x[:5],
-            s['viewmat'][None],
-            s['K'][None],
-            s['width'],
-            s['height'],
-            backgrounds=white,
-            render_mode='RGB+D',
-            backend=rung,
-        )[:2]
+        options = dict(backgrounds=white, render_mode='RGB+D', backend=rung)
+        return rasterize(*leaves[:5], *picture.camera(), **options)[:2]
 
     def forward():
         with torch.no_grad():
             return draw()
 
-    g = torch.Generator().manual_seed(1)
-    weights = [torch.randn(*[1, s['height'], s['width']], d, generator=g) for d in (4, 1)]
-
     def both():
-        return torch.autograd.grad(draw(), x, weights)
+        return torch.autograd.grad(draw(), leaves, weights)
 
-    for t in x:
-        t.requires_grad_()
+    for x in leaves:
+        x.requires_grad_()
     return forward, both
 
 
+def ladder_of(name, rungs, threads, rounds):
+    "rung -> (pass, threads) -> times, for one size."
+    jobs = {}
+    for rung in rungs:
+        for part, call in zip((FORWARD, BOTH), renderer(rung, name)):
+            for count in threads if rung != 'dense' else threads[:1]:
+                jobs[rung, part, count] = call
+    times = side_by_side(jobs, rounds)
+    return {rung: {key[1:]: t for key, t in times.items() if key[0] == rung} for rung in rungs}
+
+
 def ladder(sizes, rungs, threads, rounds):
-    """size -> rung -> (pass, threads) -> times; prints the table of each size as soon as it is
-    there."""
+    "size -> rung -> (pass, threads) -> times; prints the table of each size once it is there."
     found = {}
     for name in sizes:
-        here = [r for r in rungs if r != 'dense' or name == 'S']
-        pairs = {r: renderer(r, name) for r in here}
-        times = side_by_side(
-            {
-                (r, p, n): pairs[r][i]
-                for r in here
-                for i, p in enumerate((FORWARD, BOTH))
-                for n in (threads if r != 'dense' else threads[:1])
-            },
-            rounds,
-        )
-        found[name] = {r: {k[1:]: t for k, t in times.items() if k[0] == r} for r in here}
+        here = [rung for rung in rungs if rung != 'dense' or name == 'S']
+        found[name] = ladder_of(name, here, threads, rounds)
         show_ladder(name, found[name], threads)
     return found
 
 
+def heading(count):
+    return 'one thread, CPU time' if count == 1 else f'{count} threads, wall time'
+
+
+def passes(times, count):
+    "Forward and both, as text."
+    if (BOTH, count) not in times:
+        return '-'
+    clock_name = 'cpu_ms' if count == 1 else 'wall_ms'
+    return ' / '.join(f'{times[part, count][clock_name]:.1f}' for part in (FORWARD, BOTH))
+
+
 def show_ladder(name, rungs, threads):
-    n, size = SIZES[name]
-    last = list(rungs)[-1]
-    print(f'\n{name}: {n:,} Gaussians, {size} x {size}, milliseconds forward / forward+backward')
-    print(f'{"":12}' + ''.join(f'{heading(t):>26}' for t in threads) + f'{"":6}times {last}')
-    for r, t in rungs.items():
-        cells = [
-            ' / '.join(f'{t[p, k]["cpu_ms" if k == 1 else "wall_ms"]:.1f}' for p in (FORWARD, BOTH))
-            if (BOTH, k) in t
-            else '-'
-            for k in threads
-        ]
-        print(
-            f'{r:12}'
-            + ''.join(f'{c:>26}' for c in cells)
-            + f'{t[BOTH, threads[0]]["cpu_ms"] / rungs[last][BOTH, threads[0]]["cpu_ms"]:10.1f}',
-            flush=True,
-        )
-
-
-def heading(n):
-    return 'one thread, CPU time' if n == 1 else f'{n} threads, wall time'
+    count, size = SIZES[name]
+    fastest = list(rungs)[-1]
+    print(f'\n{name}: {count:,} Gaussians, {size} x {size}, ', end='')
+    print('milliseconds forward / forward+backward')
+    headings = ''.join(f'{heading(t):>26}' for t in threads)
+    print(f'{"":12}{headings}{"":6}times {fastest}')
+    one = BOTH, threads[0]
+    for rung, times in rungs.items():
+        cells = ''.join(f'{passes(times, t):>26}' for t in threads)
+        ratio = times[one]['cpu_ms'] / rungs[fastest][one]['cpu_ms']
+        print(f'{rung:12}{cells}{ratio:10.1f}', flush=True)
 
 
 # --- SSIM: what the fused kernel is compared with
 
 WINDOW = torch.tensor(SSIM_WINDOW, dtype=torch.float32)
+COLUMN, ROW = WINDOW.view(1, 1, 11, 1), WINDOW.view(1, 1, 1, 11)
 
 
-def planes_grouped(x):
-    n = len(x)
-    return F.conv2d(
-        F.conv2d(x[None], WINDOW.view(1, 1, 11, 1).expand(n, 1, 11, 1), padding=(5, 0), groups=n),
-        WINDOW.view(1, 1, 1, 11).expand(n, 1, 1, 11),
-        padding=(0, 5),
-        groups=n,
-    )[0]
+def planes_grouped(planes):
+    n = len(planes)
+    rows = F.conv2d(planes[None], COLUMN.expand(n, 1, 11, 1), padding=(5, 0), groups=n)
+    return F.conv2d(rows, ROW.expand(n, 1, 1, 11), padding=(0, 5), groups=n)[0]
 
 
-def planes_batched(x):
-    return F.conv2d(
-        F.conv2d(x[:, None], WINDOW.view(1, 1, 11, 1), padding=(5, 0)),
-        WINDOW.view(1, 1, 1, 11),
-        padding=(0, 5),
-    )[:, 0]
+def planes_batched(planes):
+    rows = F.conv2d(planes[:, None], COLUMN, padding=(5, 0))
+    return F.conv2d(rows, ROW, padding=(0, 5))[:, 0]
 
 
-def planes_square(x):
-    n = len(x)
-    return F.conv2d(x[None], torch.outer(WINDOW, WINDOW).expand(n, 1, 11, 11), padding=5, groups=n)[
-        0
-    ]
+def planes_square(planes):
+    n = len(planes)
+    window = torch.outer(WINDOW, WINDOW).expand(n, 1, 11, 11)
+    return F.conv2d(planes[None], window, padding=5, groups=n)[0]
 
 
-def planes_shifted(x):
-    H, W = x.shape[1:]
-    x = F.pad(x, (5, 5, 5, 5))
-    x = sum(w * x[:, k : k + H] for k, w in enumerate(WINDOW.tolist()))
-    return sum(w * x[:, :, k : k + W] for k, w in enumerate(WINDOW.tolist()))
+def planes_shifted(planes):
+    height, width = planes.shape[1:]
+    planes = F.pad(planes, (5, 5, 5, 5))
+    planes = sum(w * planes[:, k : k + height] for k, w in enumerate(WINDOW.tolist()))
+    return sum(w * planes[:, :, k : k + width] for k, w in enumerate(WINDOW.tolist()))
 
 
 def band(n):
+    "(n,n) matrix that blurs n pixels."
     i = torch.arange(n)
-    d = i - i[:, None] + 5
-    return torch.where((d >= 0) & (d < 11), WINDOW[d.clamp(0, 10)], 0.0)
+    shift = i - i[:, None] + 5
+    return torch.where((shift >= 0) & (shift < 11), WINDOW[shift.clamp(0, 10)], 0.0)
 
 
-def planes_matrix(x):
-    return band(x.shape[1]) @ x @ band(x.shape[2])
+def planes_matrix(planes):
+    return band(planes.shape[1]) @ planes @ band(planes.shape[2])
 
 
 def with_blur(blur):
     "SSIM in PyTorch with one way of blurring."
 
-    def f(a, b):
-        ma, mb, aa, bb, ab = blur(torch.cat([a, b, a * a, b * b, a * b])).split(len(a))
+    def similarity_of(a, b):
+        planes = torch.cat([a, b, a * a, b * b, a * b])
+        mean_a, mean_b, aa, bb, ab = blur(planes).split(len(a))
         c1, c2 = 0.01**2, 0.03**2
-        return (
-            (2 * ma * mb + c1)
-            * (2 * (ab - ma * mb) + c2)
-            / ((ma * ma + mb * mb + c1) * (aa - ma * ma + bb - mb * mb + c2))
-        ).mean()
+        above = (2 * mean_a * mean_b + c1) * (2 * (ab - mean_a * mean_b) + c2)
+        squares = mean_a * mean_a, mean_b * mean_b
+        spread = aa - squares[0] + bb - squares[1] + c2
+        return (above / ((squares[0] + squares[1] + c1) * spread)).mean()
 
-    return f
+    return similarity_of
 
 
 FORMS = {
@@ -241,32 +258,34 @@ FORMS = {
 }
 
 
-def similarity(pixels, rounds):
+def ssim_jobs(size):
+    "Forward and backward of every form, each checked against the fused one."
+    generator = torch.Generator().manual_seed(0)
+    pictures = [torch.rand(size, size, 3, generator=generator) for _ in range(2)]
+    planes = [x.permute(2, 0, 1).contiguous() for x in pictures]
+    pictures[0].requires_grad_()
+    planes[0].requires_grad_()
+    truth = ssim(*pictures).item()
+    jobs = {('fused', 1): lambda: torch.autograd.grad(ssim(*pictures), pictures[0])}
+    for name, form in FORMS.items():
+        assert abs(form(*planes).item() - truth) < 1e-5, f'{name} is not SSIM'
+        jobs[name, 1] = lambda form=form: torch.autograd.grad(form(*planes), planes[0])
+    return jobs
+
+
+def similarity(sizes, rounds):
     """Forward and backward of SSIM at some picture sizes, one thread: the forms in PyTorch against
     the fused kernel."""
     found = {}
-    for n in pixels:
-        g = torch.Generator().manual_seed(0)
-        a, b = [torch.rand(n, n, 3, generator=g) for _ in 'ab']
-        p, q = [x.permute(2, 0, 1).contiguous() for x in (a, b)]
-        a.requires_grad_()
-        p.requires_grad_()
-        truth = ssim(a, b).item()
-        jobs = {('fused', 1): lambda: torch.autograd.grad(ssim(a, b), a)}
-        for name, f in FORMS.items():
-            assert abs(f(p, q).item() - truth) < 1e-5, f'{name} is not SSIM'
-            jobs[name, 1] = lambda f=f: torch.autograd.grad(f(p, q), p)
-        ms = {k: t['cpu_ms'] for (k, _), t in side_by_side(jobs, rounds).items()}
+    for size in sizes:
+        times = side_by_side(ssim_jobs(size), rounds)
+        ms = {name: t['cpu_ms'] for (name, _), t in times.items()}
         best = min(FORMS, key=ms.get)
-        found[str(n)] = dict(ms=ms, best_torch=best, gain=round(ms[best] / ms['fused'], 2))
-        print(f'\nSSIM of {n} x {n} x 3, forward+backward, one thread, ms of CPU time')
-        print(
-            '\n'.join(
-                f'{k:38}{v:8.2f}' + f'{v / ms["fused"]:8.1f} x' * (k != 'fused')
-                for k, v in ms.items()
-            ),
-            flush=True,
-        )
+        found[str(size)] = dict(ms=ms, best_torch=best, gain=round(ms[best] / ms['fused'], 2))
+        print(f'\nSSIM of {size} x {size} x 3, forward+backward, one thread, ms of CPU time')
+        for name, value in ms.items():
+            ratio = f'{value / ms["fused"]:8.1f} x' * (name != 'fused')
+            print(f'{name:38}{value:8.2f}{ratio}', flush=True)
     return found
 
 
@@ -276,14 +295,9 @@ def similarity(pixels, rounds):
 def child(what, name, env=()):
     "Run this file in a new process of one thread; the numbers it prints."
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'NUMBA_NUM_THREADS': '1', **dict(env)}
-    out = subprocess.run(
-        [sys.executable, str(HERE), '--child', what, name],
-        env=env,
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
-    return [float(v) for v in out.split()]
+    call = [sys.executable, str(HERE), '--child', what, name]
+    done = subprocess.run(call, env=env, check=True, capture_output=True, text=True)
+    return [float(number) for number in done.stdout.split()]
 
 
 def first_picture(name):
@@ -302,12 +316,12 @@ def memory_MB(peak):
     parent, of whom a new process is a copy for a moment.)"""
     status = Path('/proc/self/status')
     if status.exists():
-        return int(status.read_text().split('VmHWM:' if peak else 'VmRSS:')[1].split()[0]) / 1024
+        line = status.read_text().split('VmHWM:' if peak else 'VmRSS:')[1]
+        return int(line.split()[0]) / 1024
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-        2**20 if sys.platform == 'darwin' else 1024
-    )
+    unit = 2**20 if sys.platform == 'darwin' else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def peak_memory(name):
@@ -328,29 +342,24 @@ def starts(cold):
     child('first', 'S')
     found = dict(warm_s=round(min(child('first', 'S')[0] for _ in range(3)), 3))
     if cold:
-        with tempfile.TemporaryDirectory() as d:
-            found['cold_s'] = round(child('first', 'S', {'NUMBA_CACHE_DIR': d})[0], 2)
-    print(
-        '\nfirst picture of a new process, forward and backward: '
-        + ', '.join(f'{k[:-2]} {v:.2f} s' for k, v in found.items()),
-        flush=True,
-    )
+        with tempfile.TemporaryDirectory() as cache:
+            found['cold_s'] = round(child('first', 'S', {'NUMBA_CACHE_DIR': cache})[0], 2)
+    times = ', '.join(f'{name[:-2]} {seconds:.2f} s' for name, seconds in found.items())
+    print(f'\nfirst picture of a new process, forward and backward: {times}', flush=True)
     return found
 
 
 def memories(sizes):
-    found = {
-        n: dict(zip(('kernels_MB', 'peak_MB'), [round(v, 1) for v in child('memory', n)]))
-        for n in sizes
-    }
-    print(
-        'peak memory above that of the imports: '
-        + ', '.join(
-            f'{n} {m["peak_MB"]:.0f} MB ({m["kernels_MB"]:.0f} of them kernels)'
-            for n, m in found.items()
-        ),
-        flush=True,
-    )
+    "Megabytes of kernels, and at the peak, for each size."
+    found = {}
+    for name in sizes:
+        kernels, peak = child('memory', name)
+        found[name] = dict(kernels_MB=round(kernels, 1), peak_MB=round(peak, 1))
+    parts = [
+        f'{name} {MB["peak_MB"]:.0f} MB ({MB["kernels_MB"]:.0f} of them kernels)'
+        for name, MB in found.items()
+    ]
+    print(f'peak memory above that of the imports: {", ".join(parts)}', flush=True)
     return found
 
 
@@ -361,73 +370,74 @@ def gates(found):
     """Every promise: what was measured, and whether it is kept; a promise whose part was not run is
     left out."""
     rows, busy = [], found['machine'].get('load') or 0
-    for name, measure, sign, target, unit in GATES:
+    for gate in GATES:
         try:
-            value = measure(found)
+            value = gate.measure(found)
         except KeyError:
             continue
-        row = dict(
-            gate=name,
-            measured=round(value, 3),
-            promise=f'{sign} {target:g} {unit}',
-            ok=bool(value >= target if sign == '>=' else value <= target),
-        )
-        if 'threads' in name and busy > 0.5:
+        promise = f'{gate.sign} {gate.limit:g} {gate.unit}'
+        ok = gate.is_kept(value)
+        row = dict(gate=gate.name, measured=round(value, 3), promise=promise, ok=ok)
+        if 'threads' in gate.name and busy > 0.5:
             row['note'] = f'the machine was not idle: load {busy}'
         rows.append(row)
     print('\nGates')
-    print(
-        '\n'.join(
-            (
-                f'{r["gate"]:46}{r["measured"]:10.2f}   '
-                f'{r["promise"]:12}{"ok" if r["ok"] else "MISSED"}   {r.get("note", "")}'
-            )
-            for r in rows
-        )
-    )
+    for row in rows:
+        result = 'ok' if row['ok'] else 'MISSED'
+        print(f'{row["gate"]:46}{row["measured"]:10.2f}   {row["promise"]:12}{result}', end='')
+        print(f'   {row.get("note", "")}')
     return rows
 
 
-def plain(x):
-    "Keys of several parts as one string, for JSON."
-    if isinstance(x, dict):
-        return {
-            ', '.join(f'{v} thread{"s" * (v > 1)}' if isinstance(v, int) else v for v in k)
-            if isinstance(k, tuple)
-            else k: plain(v)
-            for k, v in x.items()
-        }
-    return x
+def as_text(key):
+    "A key of several parts as one string, for JSON."
+    if not isinstance(key, tuple):
+        return key
+    parts = [f'{p} thread{"s" * (p > 1)}' if isinstance(p, int) else p for p in key]
+    return ', '.join(parts)
+
+
+def plain(found):
+    "Nested dicts with keys of one string."
+    if not isinstance(found, dict):
+        return found
+    return {as_text(key): plain(value) for key, value in found.items()}
+
+
+def arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--quick', action='store_true', help='S and M, three rounds, no cold start')
+    parser.add_argument('--sizes')
+    parser.add_argument('--rungs', default=','.join(renderers._BACKENDS))
+    parser.add_argument('--threads', default='1,2')
+    parser.add_argument('--rounds', type=int)
+    parser.add_argument('--out', default='results/raster.json')
+    parser.add_argument('--child', nargs=2, help=argparse.SUPPRESS)
+    return parser.parse_args()
 
 
 def main():
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.add_argument('--quick', action='store_true', help='S and M, three rounds, no cold start')
-    p.add_argument('--sizes')
-    p.add_argument('--rungs', default=','.join(render._BACKENDS))
-    p.add_argument('--threads', default='1,2')
-    p.add_argument('--rounds', type=int)
-    p.add_argument('--out', default='results/raster.json')
-    p.add_argument('--child', nargs=2, help=argparse.SUPPRESS)
-    a = p.parse_args()
-    if a.child:
-        return dict(first=first_picture, memory=peak_memory)[a.child[0]](a.child[1])
+    given = arguments()
+    if given.child:
+        what, name = given.child
+        return dict(first=first_picture, memory=peak_memory)[what](name)
     torch.set_flush_denormal(True)
-    rounds = a.rounds or (3 if a.quick else 7)
-    sizes = (a.sizes or ('S,M' if a.quick else 'S,M,L,XL')).split(',')
-    threads = [n for n in map(int, a.threads.split(',')) if n <= nb.config.NUMBA_NUM_THREADS]
+    rounds = given.rounds or (3 if given.quick else 7)
+    sizes = (given.sizes or ('S,M' if given.quick else 'S,M,L,XL')).split(',')
+    most = nb.config.NUMBA_NUM_THREADS
+    threads = [count for count in map(int, given.threads.split(',')) if count <= most]
     found = dict(machine=machine(), rounds=rounds)
-    found['raster'] = ladder(sizes, a.rungs.split(','), threads, rounds)
-    found['ssim'] = similarity((256, 512) if not a.quick else (256,), rounds)
-    found['start'] = starts(not a.quick)
+    found['raster'] = ladder(sizes, given.rungs.split(','), threads, rounds)
+    found['ssim'] = similarity((256,) if given.quick else (256, 512), rounds)
+    found['start'] = starts(not given.quick)
     if sys.platform != 'win32':
-        found['memory'] = memories([n for n in sizes if n in ('M', 'L', 'XL')])
+        found['memory'] = memories([name for name in sizes if name in ('M', 'L', 'XL')])
     found['gates'] = gates(found)
     found['load_after'] = round(os.getloadavg()[0], 2) if hasattr(os, 'getloadavg') else None
-    save(a.out, plain(found))
-    print(f'\nwritten to {a.out}')
+    save(given.out, plain(found))
+    print(f'\nwritten to {given.out}')
 
 
 if __name__ == '__main__':

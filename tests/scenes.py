@@ -37,49 +37,77 @@ class Scene:
 
     def tensors(self):
         "What has gradients, by name."
-        return {
-            k: getattr(self, k)
-            for k in ('means', 'quats', 'scales', 'opacities', 'colors', 'backgrounds')
-        }
+        return dict(
+            means=self.means,
+            quats=self.quats,
+            scales=self.scales,
+            opacities=self.opacities,
+            colors=self.colors,
+            backgrounds=self.backgrounds,
+        )
 
-    def to(self, *a):
+    def gaussians(self):
+        "The first five arguments of `rasterize`."
+        return self.means, self.quats, self.scales, self.opacities, self.colors
+
+    def camera(self):
+        "The next four."
+        return self.viewmats, self.Ks, self.width, self.height
+
+    def arguments(self):
+        "All nine that have no default."
+        return *self.gaussians(), *self.camera()
+
+    def to(self, *where):
         "In another float type or on another device."
-        return Scene(
-            *[t.to(*a) for t in (*self.tensors().values(), self.viewmats, self.Ks)],
-            self.width,
-            self.height,
-        )
+        tensors = *self.tensors().values(), self.viewmats, self.Ks
+        return Scene(*[x.to(*where) for x in tensors], self.width, self.height)
+
+    def leaves(self, *where):
+        "A copy, its tensors ready for gradients."
+        scene = self.to(*where)
+        for name, x in scene.tensors().items():
+            setattr(scene, name, x.detach().clone().requires_grad_())
+        return scene
 
 
-def cameras(C, g):
-    """Cameras 4 m from the origin, each turned and shifted a little; different focal lengths,
-    principal point off the middle."""
-    V = torch.eye(4).repeat(C, 1, 1)
-    V[:, 2, 3] = 4
-    V[:, 0, 3] = torch.rand(C, generator=g) - 0.5
-    for v, a in zip(V, (torch.rand(C, generator=g) - 0.5).tolist()):
-        v[:3, :3] = torch.tensor(
-            [[math.cos(a), 0, math.sin(a)], [0, 1, 0], [-math.sin(a), 0, math.cos(a)]]
-        )
-    return V, torch.tensor([[70.0, 0, W / 2 + 1.5], [0, 75.0, H / 2 - 2], [0, 0, 1]]).repeat(
-        C, 1, 1
-    )
+def turn_about_y(angle, dtype=torch.float32):
+    "A rotation (3,3) about the axis that points down."
+    c, s = math.cos(angle), math.sin(angle)
+    return torch.tensor([[c, 0, s], [0, 1, 0], [-s, 0, c]], dtype=dtype)
+
+
+def off_centre_K(count, dtype=torch.float32):
+    "Two focal lengths, and a principal point off the middle: (count,3,3)."
+    K = [[70.0, 0, W / 2 + 1.5], [0, 75.0, H / 2 - 2], [0, 0, 1]]
+    return torch.tensor(K, dtype=dtype).repeat(count, 1, 1)
+
+
+def cameras(count, generator):
+    "Cameras 4 m from the origin, each turned and shifted a little."
+    viewmats = torch.eye(4).repeat(count, 1, 1)
+    viewmats[:, 2, 3] = 4
+    viewmats[:, 0, 3] = torch.rand(count, generator=generator) - 0.5
+    angles = (torch.rand(count, generator=generator) - 0.5).tolist()
+    for viewmat, angle in zip(viewmats, angles):
+        viewmat[:3, :3] = turn_about_y(angle)
+    return viewmats, off_centre_K(count)
 
 
 def make(kind='plain', seed=0, N=150, C=1, D=3):
     "A fresh scene in float32; `.to(torch.float64)` gives the same numbers to a float64 renderer."
-    g = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
 
-    def r(*s):
-        return torch.randn(*s, generator=g)
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
 
-    def u(*s):
-        return torch.rand(*s, generator=g)
+    def uniform(*shape):
+        return torch.rand(*shape, generator=generator)
 
-    means = r(N, 3) * torch.tensor([1.0, 0.8, 0.6])
-    quats = r(N, 4) * 2
-    log_scales = r(N, 3) * 0.5 - 2
-    opacities = u(N) * 0.95 + 0.04
+    means = normal(N, 3) * torch.tensor([1.0, 0.8, 0.6])
+    quats = normal(N, 4) * 2
+    log_scales = normal(N, 3) * 0.5 - 2
+    opacities = uniform(N) * 0.95 + 0.04
     if kind == 'near':
         means[:, 2] -= 3.0
     if kind == 'behind':
@@ -87,7 +115,7 @@ def make(kind='plain', seed=0, N=150, C=1, D=3):
     if kind == 'huge':
         log_scales[::10] += 3
     if kind == 'needle':
-        log_scales += torch.tensor([2.0, -2, -2]) * (u(N, 1) < 0.5)
+        log_scales += torch.tensor([2.0, -2, -2]) * (uniform(N, 1) < 0.5)
     if kind == 'transparent':
         opacities *= 0.02
     if kind == 'opaque':
@@ -99,5 +127,6 @@ def make(kind='plain', seed=0, N=150, C=1, D=3):
         log_scales -= 4
     if kind == 'crowded':
         means *= 0.15
-    V, K = cameras(C, g)
-    return Scene(means, quats, log_scales.exp(), opacities, u(N, D), u(C, D), V, K)
+    views = cameras(C, generator)
+    colors, backgrounds = uniform(N, D), uniform(C, D)
+    return Scene(means, quats, log_scales.exp(), opacities, colors, backgrounds, *views)

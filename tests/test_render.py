@@ -2,47 +2,50 @@
 the call to gsplat against its signature."""
 
 import inspect
-import math
+from dataclasses import replace
 
+import numba
 import pytest
 import torch
+from scenes import H, Scene, W, off_centre_K, turn_about_y
 
 from spatialavatar0.ground.core import InputError
-from spatialavatar0.splats import renderers as render
+from spatialavatar0.splats import renderers
 from spatialavatar0.splats.projection import covs_to_conics, project_gaussians
 from spatialavatar0.splats.renderers import rasterize
 
-W, H = 61, 45
+RUNGS = ('cpu', 'per_pixel', 'torch')
+KINDS = ('plain', 'behind', 'near', 'huge', 'needle', 'transparent', 'opaque', 'offscreen', 'gone')
 NAMES = ('means', 'quats', 'scales', 'opacities', 'colors', 'backgrounds')
 
+# --- scenes
 
-def cameras(n, g):
+
+def cameras(count, generator):
     "Cameras 4 m away that look at the origin from slightly different sides."
-    views = torch.eye(4, dtype=torch.float64).repeat(n, 1, 1)
-    views[:, 2, 3] = 4
-    views[:, 0, 3] = torch.rand(n, generator=g) - 0.5
-    for v in views:
-        a = float(torch.rand((), generator=g)) - 0.5
-        v[:3, :3] = torch.tensor(
-            [[math.cos(a), 0, math.sin(a)], [0, 1, 0], [-math.sin(a), 0, math.cos(a)]],
-            dtype=torch.float64,
-        )
-    return views, torch.tensor(
-        [[70.0, 0, W / 2 + 1.5], [0, 75.0, H / 2 - 2], [0, 0, 1]], dtype=torch.float64
-    ).repeat(n, 1, 1)
+    viewmats = torch.eye(4, dtype=torch.float64).repeat(count, 1, 1)
+    viewmats[:, 2, 3] = 4
+    viewmats[:, 0, 3] = torch.rand(count, generator=generator) - 0.5
+    for viewmat in viewmats:
+        angle = float(torch.rand((), generator=generator)) - 0.5
+        viewmat[:3, :3] = turn_about_y(angle, torch.float64)
+    return viewmats.float().double(), off_centre_K(count, torch.float64)
 
 
 def scene(kind, seed, N=150, C=1, D=3):
     "A fresh random scene, float64 on the float32 grid, so that both backends see the same numbers."
-    g = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
 
-    def r(*s):
-        return torch.randn(*s, generator=g, dtype=torch.float64)
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    means = r(N, 3) * torch.tensor([1.0, 0.8, 0.6])
-    quats = r(N, 4) * 2
-    log_scales = r(N, 3) * 0.5 - 2
-    opacities = torch.rand(N, generator=g, dtype=torch.float64) * 0.95 + 0.05
+    def uniform(*shape):
+        return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+    means = normal(N, 3) * torch.tensor([1.0, 0.8, 0.6])
+    quats = normal(N, 4) * 2
+    log_scales = normal(N, 3) * 0.5 - 2
+    opacities = uniform(N) * 0.95 + 0.05
     if kind == 'behind':
         means[:, 2] -= 3.5
     if kind == 'near':
@@ -50,7 +53,8 @@ def scene(kind, seed, N=150, C=1, D=3):
     if kind == 'huge':
         log_scales[::10] += 3
     if kind == 'needle':
-        log_scales += torch.tensor([2.0, -2, -2]).double() * (torch.rand(N, 1, generator=g) < 0.5)
+        thin = torch.rand(N, 1, generator=generator) < 0.5
+        log_scales += torch.tensor([2.0, -2, -2]).double() * thin
     if kind == 'transparent':
         opacities = opacities * 0.02
     if kind == 'opaque':
@@ -60,314 +64,314 @@ def scene(kind, seed, N=150, C=1, D=3):
         means[:, 0] += 2.0
     if kind == 'gone':
         means[:, 0] += 100.0
-    views, Ks = cameras(C, g)
-    x = [
-        means,
-        quats,
-        log_scales.exp(),
-        opacities,
-        torch.rand(N, D, generator=g, dtype=torch.float64),
-        torch.rand(C, D, generator=g, dtype=torch.float64),
-    ]
-    return [t.float().double() for t in x], views.float().double(), Ks
+    viewmats, Ks = cameras(C, generator)
+    tensors = means, quats, log_scales.exp(), opacities, uniform(N, D), uniform(C, D)
+    return Scene(*[x.float().double() for x in tensors], viewmats, Ks)
 
 
-def run(inputs, views, Ks, backend, dtype, mode='RGB+D', seed=0, skip=None, **kw):
-    "Pictures, and gradients of a random weighting of them; pixels in skip weigh nothing."
-    x = [t.to(dtype).clone().requires_grad_() for t in inputs]
+# --- every rung against the oracle
+
+
+def weigh(pictures, dtype, seed, skip=None):
+    "A random weighting of the pixels of some pictures; those in skip weigh nothing."
+    generator = torch.Generator().manual_seed(seed)
+    total = 0
+    for picture in pictures:
+        weights = torch.randn(picture.shape, generator=generator, dtype=torch.float64).to(dtype)
+        total = total + (picture * (weights if skip is None else weights * ~skip)).sum()
+    return total
+
+
+def run(inputs, backend, dtype, mode='RGB+D', seed=0, skip=None, **options):
+    "Pictures, meta, and the gradients of a weighting of the pictures."
+    leaves = inputs.leaves(dtype)
     colors, alphas, meta = rasterize(
-        *x[:5],
-        views.to(dtype),
-        Ks.to(dtype),
-        W,
-        H,
-        backgrounds=x[5],
+        *leaves.arguments(),
+        backgrounds=leaves.backgrounds,
         render_mode=mode,
         backend=backend,
-        **kw,
+        **options,
     )
-    g = torch.Generator().manual_seed(seed)
-    wc, wa = [
-        torch.randn(t.shape, generator=g, dtype=torch.float64).to(dtype) for t in (colors, alphas)
-    ]
-    if skip is not None:
-        wc, wa = wc * ~skip, wa * ~skip
-    ((colors * wc).sum() + (alphas * wa).sum()).backward()
-    return (
-        colors.detach().double(),
-        alphas.detach().double(),
-        meta,
-        [(torch.zeros_like(t) if t.grad is None else t.grad).double() for t in x],
-    )
+    weigh((colors, alphas), dtype, seed, skip).backward()
+    tensors = leaves.tensors().values()
+    grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in tensors]
+    pictures = colors.detach().double(), alphas.detach().double()
+    return *pictures, meta, [grad.double() for grad in grads]
 
 
-RUNGS = ('cpu', 'per_pixel', 'torch')
-
-
-def compare(*s, grad_tol=1e-4, rung='cpu', **kw):
-    """A rung in float32 (PyTorch in float64) against dense in float64. Where a splat fell on the other side of the 1/255 cut the two pictures may
-    differ by up to 5e-3 in a few pixels, and their gradients are of different pictures: such pixels do not count for gradients."""
-    dtype = torch.float64 if rung == 'torch' else torch.float32
-    dense = run(*s, 'dense', torch.float64, **kw)
-    cpu = run(*s, rung, dtype, **kw)
+def differing(pictures, truths):
+    """Pixels in which two renderers differ. Where a splat fell on the other side of the 1/255 cut
+    they may differ by up to 5e-3, in a few pixels."""
     flipped = False
-    for a, b in zip(cpu[:2], dense[:2]):
-        assert a.shape == b.shape
-        err = (a - b).abs().amax(-1, keepdim=True) / b.abs().amax().clamp(min=1)
-        assert (err > 1e-4).double().mean() <= 1e-3
-        assert err.max() <= 5e-3
-        flipped = flipped | (err > 2e-5)
+    for picture, truth in zip(pictures, truths):
+        assert picture.shape == truth.shape
+        largest = truth.abs().amax().clamp(min=1)
+        error = (picture - truth).abs().amax(-1, keepdim=True) / largest
+        assert (error > 1e-4).double().mean() <= 1e-3
+        assert error.max() <= 5e-3
+        flipped = flipped | (error > 2e-5)
     assert flipped.double().mean() <= 2e-3
+    return flipped
+
+
+def compare(inputs, grad_tol=1e-4, rung='cpu', **options):
+    """A rung in float32 (PyTorch in float64) against dense in float64. Pixels that differ do not
+    count for gradients: these would be of different pictures."""
+    dtype = torch.float64 if rung == 'torch' else torch.float32
+    dense = run(inputs, 'dense', torch.float64, **options)
+    ours = run(inputs, rung, dtype, **options)
+    flipped = differing(ours[:2], dense[:2])
     if flipped.any():
-        dense = run(*s, 'dense', torch.float64, skip=flipped, **kw)
-        cpu = run(*s, rung, dtype, skip=flipped, **kw)
-    for name, a, b in zip(NAMES, cpu[3], dense[3]):
-        assert (a - b).norm() <= grad_tol * b.norm() + 1e-8, (
-            f'{name}: {(a - b).norm() / b.norm():.1e}'
-        )
-    return cpu
-
-
-KINDS = ('plain', 'behind', 'near', 'huge', 'needle', 'transparent', 'opaque', 'offscreen', 'gone')
+        dense = run(inputs, 'dense', torch.float64, skip=flipped, **options)
+        ours = run(inputs, rung, dtype, skip=flipped, **options)
+    for name, grad, truth in zip(NAMES, ours[3], dense[3]):
+        error = (grad - truth).norm()
+        assert error <= grad_tol * truth.norm() + 1e-8, f'{name}: {error / truth.norm():.1e}'
+    return ours
 
 
 @pytest.mark.parametrize('seed', (0, 1))
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('rung', RUNGS)
 def test_rung_is_dense(rung, kind, seed):
-    s = scene(kind, seed)
-    compare(*s, seed=seed, rung=rung)
+    compare(scene(kind, seed), seed=seed, rung=rung)
 
 
 @pytest.mark.parametrize('mode', ('RGB', 'D', 'ED', 'RGB+D', 'RGB+ED'))
 @pytest.mark.parametrize('D', (1, 3, 9))
 @pytest.mark.parametrize('rung', RUNGS)
 def test_modes_channels_cameras(rung, mode, D):
-    s = scene('plain', 5, C=2, D=D)
-    cpu = compare(*s, mode=mode, rung=rung)
-    assert cpu[0].shape == (2, H, W, (D if 'RGB' in mode else 0) + ('D' in mode))
+    colors = compare(scene('plain', 5, C=2, D=D), mode=mode, rung=rung)[0]
+    assert colors.shape == (2, H, W, (D if 'RGB' in mode else 0) + ('D' in mode))
 
 
 def test_colors_per_camera_and_limits():
-    (m, q, s, o, c, b), views, Ks = scene('plain', 6, C=2)
-    x = [m, q, s, o, torch.stack([c, c.flip(0)]), b]
-    kw = dict(near_plane=3.5, far_plane=4.4, eps2d=0.1, max_alpha=0.9)
-    compare(x, views, Ks, **kw)
+    inputs = scene('plain', 6, C=2)
+    inputs.colors = torch.stack([inputs.colors, inputs.colors.flip(0)])
+    compare(inputs, near_plane=3.5, far_plane=4.4, eps2d=0.1, max_alpha=0.9)
 
 
 def test_meta_agrees():
-    s = scene('near', 7)
-    a, b = [run(*s, k, d)[2] for k, d in (('cpu', torch.float32), ('dense', torch.float64))]
-    drawn = (a['radii'] > 0).all(-1)
-    assert (drawn == (b['radii'] > 0).all(-1)).double().mean() > 0.98
-    for k in ('means2d', 'depths', 'conics'):
-        x, y = a[k][drawn].double(), b[k][drawn].detach()
-        assert ((x - y).abs() <= 1e-3 + 1e-4 * y.abs()).all(), k
+    inputs = scene('near', 7)
+    ours = run(inputs, 'cpu', torch.float32)[2]
+    dense = run(inputs, 'dense', torch.float64)[2]
+    drawn = (ours['radii'] > 0).all(-1)
+    assert (drawn == (dense['radii'] > 0).all(-1)).double().mean() > 0.98
+    for name in ('means2d', 'depths', 'conics'):
+        value, truth = ours[name][drawn].double(), dense[name][drawn].detach()
+        assert ((value - truth).abs() <= 1e-3 + 1e-4 * truth.abs()).all(), name
 
 
-@pytest.mark.parametrize('rung', (*RUNGS, 'dense'))
+# --- gradients of means2d
+
+
+def pulls(inputs, rung, dtype, weights):
+    "Gradient and absgrad of means2d."
+    leaves = inputs.leaves(dtype)
+    options = dict(render_mode='RGB+D', backend=rung, absgrad=True)
+    colors, _, meta = rasterize(*leaves.arguments(), **options)
+    meta['means2d'].retain_grad()
+    (colors * weights.to(dtype)).sum().backward()
+    return meta['means2d'].grad.double(), meta['means2d'].absgrad.double()
+
+
+def pulls_one_by_one(inputs, weights):
+    "The oracle's absgrad, every fourth pixel of every fourth row by itself."
+    leaves = inputs.leaves()
+    colors, _, meta = rasterize(*leaves.arguments(), render_mode='RGB+D', backend='dense')
+    total = 0
+    for y in range(0, H, 4):
+        for x in range(0, W, 4):
+            pixel = (colors * weights)[:, y, x].sum()
+            grad = torch.autograd.grad(pixel, meta['means2d'], retain_graph=True)[0]
+            total = total + grad.abs()
+    return total
+
+
+def pull_scene():
+    "Two cameras, and weights for their pixels."
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.randn(2, H, W, 4, generator=generator).double()
+    return scene('plain', 11, N=40, C=2), weights
+
+
+def test_absgrad_of_the_oracle():
+    inputs, weights = pull_scene()
+    every_fourth = torch.zeros_like(weights)
+    every_fourth[:, ::4, ::4] = 1
+    weights = weights * every_fourth
+    absgrad = pulls(inputs, 'dense', torch.float64, weights)[1]
+    assert torch.allclose(absgrad, pulls_one_by_one(inputs, weights))
+
+
+@pytest.mark.parametrize('rung', RUNGS)
 def test_means2d_is_in_the_way_of_the_gradient(rung):
-    "meta['means2d'] gets a .grad and an .absgrad: the oracle takes every pixel's pull one by one."
-    (m, q, s, o, c, b), views, Ks = scene('plain', 11, N=40, C=2)
-    w = torch.randn(2, H, W, 4, generator=torch.Generator().manual_seed(1)).double()
-
-    def pulls(rung, dtype):
-        colors, _, meta = rasterize(
-            *[x.to(dtype).requires_grad_() for x in (m, q, s, o, c)],
-            views.to(dtype),
-            Ks.to(dtype),
-            W,
-            H,
-            render_mode='RGB+D',
-            backend=rung,
-            absgrad=True,
-        )
-        meta['means2d'].retain_grad()
-        (colors * w.to(dtype)).sum().backward()
-        return meta['means2d'].grad.double(), meta['means2d'].absgrad.double()
-
-    def one_pixel_at_a_time():
-        colors, _, meta = rasterize(
-            *[x.clone().requires_grad_() for x in (m, q, s, o, c)],
-            views,
-            Ks,
-            W,
-            H,
-            render_mode='RGB+D',
-            backend='dense',
-        )
-        pull = 0
-        for y in range(0, H, 4):
-            for x in range(0, W, 4):
-                pull = (
-                    pull
-                    + torch.autograd.grad(
-                        (colors * w)[:, y, x].sum(), meta['means2d'], retain_graph=True
-                    )[0].abs()
-                )
-        return pull
-
-    grad, absgrad = pulls(rung, torch.float64 if rung in ('torch', 'dense') else torch.float32)
-    if rung == 'dense':
-        w = w * ((torch.arange(H) % 4 == 0)[:, None, None] & (torch.arange(W) % 4 == 0)[:, None])
-        assert torch.allclose(pulls('dense', torch.float64)[1], one_pixel_at_a_time())
-        return
-    for a, b in zip((grad, absgrad), pulls('dense', torch.float64)):
-        assert (a - b).norm() <= 1e-4 * b.norm()
+    "meta['means2d'] gets a .grad and an .absgrad."
+    inputs, weights = pull_scene()
+    dtype = torch.float64 if rung == 'torch' else torch.float32
+    grad, absgrad = pulls(inputs, rung, dtype, weights)
+    true_grad, true_absgrad = pulls(inputs, 'dense', torch.float64, weights)
+    assert (grad - true_grad).norm() <= 1e-4 * true_grad.norm()
+    assert (absgrad - true_absgrad).norm() <= 1e-4 * true_absgrad.norm()
     assert (absgrad >= grad.abs() * (1 - 1e-4) - 1e-6).all()
 
 
 def test_nobody_asks_for_gradients():
-    (m, q, s, o, c, b), views, Ks = scene('plain', 12)
+    inputs = scene('plain', 12)
     with torch.no_grad():
-        free = rasterize(m, q, s, o, c, views, Ks, W, H)
-    colors, _, meta = rasterize(m, q, s, o.clone().requires_grad_(), c, views, Ks, W, H)
+        free = rasterize(*inputs.arguments()).colors
+    wanted = replace(inputs, opacities=inputs.opacities.clone().requires_grad_())
+    colors, _, meta = rasterize(*wanted.arguments())
     colors.sum().backward()
-    assert torch.equal(free[0], colors)
+    assert torch.equal(free, colors)
     assert not meta['means2d'].requires_grad
+
+
+# --- what must hold
 
 
 @pytest.mark.parametrize('backend', ('dense', 'cpu', 'torch', 'per_pixel'))
 def test_empty_scene_shows_the_background(backend):
-    e = torch.zeros
-    x = [e(0, 3), e(0, 4), e(0, 3), e(0), e(0, 3)]
-    c, a, _ = rasterize(
-        *x,
-        torch.eye(4)[None],
-        torch.eye(3)[None],
-        9,
-        7,
-        backgrounds=torch.tensor([[0.1, 0.2, 0.3]]),
-        backend=backend,
-    )
-    assert torch.allclose(c, torch.tensor([0.1, 0.2, 0.3]).expand(1, 7, 9, 3))
-    assert (a == 0).all()
+    nothing = [torch.zeros(*shape) for shape in ((0, 3), (0, 4), (0, 3), (0,), (0, 3))]
+    camera = torch.eye(4)[None], torch.eye(3)[None], 9, 7
+    blue = torch.tensor([[0.1, 0.2, 0.3]])
+    colors, alphas, _ = rasterize(*nothing, *camera, backgrounds=blue, backend=backend)
+    assert torch.allclose(colors, blue[0].expand(1, 7, 9, 3))
+    assert (alphas == 0).all()
+
+
+def test_names_of_what_is_returned():
+    picture = rasterize(*scene('plain', 0).arguments())
+    colors, alphas, meta = picture
+    assert colors is picture.colors
+    assert alphas is picture.alphas
+    assert meta is picture.meta
 
 
 def test_projection_is_gsplats():
     twin = pytest.importorskip('gsplat.cuda._torch_impl')
-    (m, q, s, *_), views, Ks = scene('plain', 9)
-    covs, _ = twin._quat_scale_to_covar_preci(q, s, True, False)
-    _, m2, d, conics, _ = twin._fully_fused_projection(m, covs, views, Ks, W, H)
-    ours = project_gaussians(m, q, s, views[0], Ks[0], W, H)
-    assert torch.allclose(ours[0], m2[0])
-    assert torch.allclose(ours[1], d[0])
+    inputs = scene('plain', 9)
+    covs, _ = twin._quat_scale_to_covar_preci(inputs.quats, inputs.scales, True, False)
+    theirs = twin._fully_fused_projection(inputs.means, covs, inputs.viewmats, inputs.Ks, W, H)
+    _, means2d, depths, conics, _ = theirs
+    camera = inputs.viewmats[0], inputs.Ks[0], W, H
+    ours = project_gaussians(inputs.means, inputs.quats, inputs.scales, *camera)
+    assert torch.allclose(ours[0], means2d[0])
+    assert torch.allclose(ours[1], depths[0])
     assert torch.allclose(covs_to_conics(ours[2]), conics[0])
 
 
-def test_finite_differences():
-    g = torch.Generator().manual_seed(3)
-    N = 5
-    x = [
-        torch.randn(N, 3, generator=g) * 0.3,
-        torch.randn(N, 4, generator=g),
-        torch.rand(N, 3, generator=g) * 0.2 + 0.2,
-        torch.rand(N, generator=g) * 0.5 + 0.3,
-        torch.rand(N, 2, generator=g),
-        torch.rand(1, 2, generator=g),
+def few_gaussians(N=5):
+    "Gaussians and a background, float64, ready for gradients."
+    generator = torch.Generator().manual_seed(3)
+
+    def uniform(*shape):
+        return torch.rand(*shape, generator=generator)
+
+    tensors = [
+        torch.randn(N, 3, generator=generator) * 0.3,
+        torch.randn(N, 4, generator=generator),
+        uniform(N, 3) * 0.2 + 0.2,
+        uniform(N) * 0.5 + 0.3,
+        uniform(N, 2),
+        uniform(1, 2),
     ]
-    x = [t.double().requires_grad_() for t in x]
-    views = torch.eye(4, dtype=torch.float64)[None].clone()
-    views[0, 2, 3] = 3
+    return [x.double().requires_grad_() for x in tensors]
+
+
+def test_finite_differences():
+    viewmats = torch.eye(4, dtype=torch.float64)[None].clone()
+    viewmats[0, 2, 3] = 3
     Ks = torch.tensor([[[12.0, 0, 6], [0, 12, 5], [0, 0, 1]]], dtype=torch.float64)
+    camera = viewmats, Ks, 12, 10
 
-    def f(*x):
-        return torch.cat(
-            rasterize(
-                *x[:5], views, Ks, 12, 10, backgrounds=x[5], render_mode='RGB+ED', backend='dense'
-            )[:2],
-            -1,
-        )
+    def draw(*tensors):
+        *gaussians, backgrounds = tensors
+        options = dict(backgrounds=backgrounds, render_mode='RGB+ED', backend='dense')
+        return torch.cat(rasterize(*gaussians, *camera, **options)[:2], -1)
 
-    assert torch.autograd.gradcheck(f, x, eps=1e-6, atol=1e-5)
+    assert torch.autograd.gradcheck(draw, few_gaussians(), eps=1e-6, atol=1e-5)
 
 
 def test_gsplat_accepts_our_call(monkeypatch):
     gsplat = pytest.importorskip('gsplat')
     called = {}
 
-    def fake(*a, **k):
-        called.update(inspect.signature(real).bind(*a, **k).arguments)
+    def fake(*args, **kw):
+        called.update(inspect.signature(real).bind(*args, **kw).arguments)
         return 'colors', 'alphas', {}
 
     real = gsplat.rasterization
     monkeypatch.setattr(gsplat, 'rasterization', fake)
-    monkeypatch.setattr(render, '_need_cuda', lambda means: None)
-    (m, q, s, o, c, b), views, Ks = scene('plain', 0)
-    assert (
-        rasterize(
-            m, q, s, o, c, views, Ks, W, H, backgrounds=b, render_mode='RGB+ED', backend='gsplat'
-        )[0]
-        == 'colors'
-    )
+    monkeypatch.setattr(renderers, '_need_cuda', lambda means: None)
+    inputs = scene('plain', 0)
+    options = dict(backgrounds=inputs.backgrounds, render_mode='RGB+ED', backend='gsplat')
+    assert rasterize(*inputs.arguments(), **options).colors == 'colors'
     assert called['packed'] is False
     assert called['render_mode'] == 'RGB+ED'
     assert called['width'] == W
-    assert called['backgrounds'] is b
+    assert called['backgrounds'] is inputs.backgrounds
+
+
+# --- bad input
 
 
 def test_gsplat_without_a_gpu_says_so():
     if torch.cuda.is_available():
         pytest.skip('there is a GPU')
-    (m, q, s, o, c, b), views, Ks = scene('plain', 0)
     with pytest.raises(InputError, match='use backend="cpu"'):
-        rasterize(m, q, s, o, c, views, Ks, W, H, backend='gsplat')
+        rasterize(*scene('plain', 0).arguments(), backend='gsplat')
 
 
 BAD = dict(
-    means=(0, lambda t: t[:, :2]),
-    quats=(1, lambda t: t[:-1]),
-    scales=(2, lambda t: t.log()),
-    opacities=(3, lambda t: t * 3 - 1),
-    colors=(4, lambda t: t[:3]),
-    viewmats=(5, lambda t: t[0]),
-    Ks=(6, lambda t: t * float('nan')),
+    means=lambda x: x[:, :2],
+    quats=lambda x: x[:-1],
+    scales=lambda x: x.log(),
+    opacities=lambda x: x * 3 - 1,
+    colors=lambda x: x[:3],
+    viewmats=lambda x: x[0],
+    Ks=lambda x: x * float('nan'),
 )
 
 
 @pytest.mark.parametrize('name', BAD)
 def test_bad_input_is_named(name):
-    (m, q, s, o, c, b), views, Ks = scene('plain', 0)
-    args = [m, q, s, o, c, views, Ks]
-    i, spoil = BAD[name]
-    args[i] = spoil(args[i])
+    inputs = scene('plain', 0)
+    good = getattr(inputs, name)
+    spoiled = replace(inputs, **{name: BAD[name](good)})
     with pytest.raises(InputError, match=name):
-        rasterize(*args, W, H)
-    args = [m, q, s, o, c, views, Ks]
-    args[i] = args[i].clone()
-    args[i].view(-1)[1] = float('inf')
+        rasterize(*spoiled.arguments())
+    infinite = good.clone()
+    infinite.view(-1)[1] = float('inf')
     with pytest.raises(InputError, match=name + '.*finite'):
-        rasterize(*args, W, H)
+        rasterize(*replace(inputs, **{name: infinite}).arguments())
 
 
-@pytest.mark.parametrize(
-    'kw',
-    (
-        dict(render_mode='rgb'),
-        dict(backend='metal'),
-        dict(backgrounds=torch.zeros(3)),
-        dict(near_plane=0.0),
-    ),
+BAD_OPTIONS = dict(
+    render_mode='rgb',
+    backend='metal',
+    backgrounds=torch.zeros(3),
+    near_plane=0.0,
 )
-def test_bad_options(kw):
-    (m, q, s, o, c, b), views, Ks = scene('plain', 0)
-    with pytest.raises(InputError, match=next(iter(kw))):
-        rasterize(m, q, s, o, c, views, Ks, W, H, **kw)
+
+
+@pytest.mark.parametrize('name', BAD_OPTIONS)
+def test_bad_options(name):
+    with pytest.raises(InputError, match=name):
+        rasterize(*scene('plain', 0).arguments(), **{name: BAD_OPTIONS[name]})
 
 
 def test_threads_agree():
-    import numba
-
-    s = scene('plain', 8)
-    n = numba.get_num_threads()
-    if n < 2:
+    inputs = scene('plain', 8)
+    threads = numba.get_num_threads()
+    if threads < 2:
         pytest.skip('one core')
-    two = run(*s, 'cpu', torch.float32)
+    several = run(inputs, 'cpu', torch.float32)
     try:
         numba.set_num_threads(1)
-        one = run(*s, 'cpu', torch.float32)
+        one = run(inputs, 'cpu', torch.float32)
     finally:
-        numba.set_num_threads(n)
-    assert torch.equal(one[0], two[0])
-    for a, b in zip(one[3], two[3]):
-        assert (a - b).norm() <= 1e-5 * b.norm() + 1e-12
+        numba.set_num_threads(threads)
+    assert torch.equal(one[0], several[0])
+    for grad, other in zip(one[3], several[3]):
+        assert (grad - other).norm() <= 1e-5 * other.norm() + 1e-12
