@@ -926,12 +926,8 @@ def train_generator(
     generator = from_preset(options.preset, head, options.seed).to(options.device)
     trainer = _trainer(generator, out, options, head, say)
     log = trainer.run(state=out / 'state.safetensors')
-    numbers = dict(
-        steps=trainer.step_number,
-        of=trainer.total,
-        seconds=round(trainer.seconds),
-        log=log,
-    )
+    counts = dict(steps=trainer.step_number, of=trainer.total)
+    numbers = counts | dict(seconds=round(trainer.seconds), log=log)
     if trainer.step_number < trainer.total:
         return numbers
     _save_generator(generator, out, trainer.total, options)
@@ -1109,6 +1105,17 @@ def export_avatar(
 
 
 # %% ../nbs/pipeline.ipynb #f8c4baf2
+def _own_protocol(name):
+    "A protocol in which people drive themselves."
+    p = protocol_of(name)
+    if p.kind == 'cross':
+        raise InputError(
+            f'{p.id}: somebody else drives; this command judges people as themselves; '
+            'spatialavatar0 benchmark runs over pairs'
+        )
+    return p
+
+
 def _avatar_to_judge(avatar, protocol, part, head, seed):
     "An avatar file, or one made of a frame of the clip."
     if str(avatar) in ('warp', 'network'):
@@ -1144,13 +1151,8 @@ def evaluate_avatar(
 ):  # -> Line of results
     "Judge an avatar on a clip, and add the line to a file."
     head = _head_from(head)
-    p = protocol_of(protocol)
+    p = _own_protocol(protocol)
     results = Results(out)
-    if p.kind == 'cross':
-        raise InputError(
-            f'{p.id}: somebody else drives; this command judges people as themselves; '
-            'spatialavatar0 benchmark runs over pairs'
-        )
     part = parts(load_clip(clip, head), p)
     method = method or Path(str(avatar)).stem
     subject = subject or Path(clip).resolve().name
@@ -1178,9 +1180,13 @@ class BenchmarkOptions:
     head: str = None  # FLAME model of the clips; default: the open head
     device: str = 'cpu'
 
-    @property
-    def threads(self):  # of each process
-        return max(1, (os.cpu_count() or 1) // self.processes)
+    def for_jobs(self):  # what every job is told
+        return dict(
+            iters=self.iters,
+            resolution=self.resolution,
+            head=str(self.head or ''),
+            threads=max(1, (os.cpu_count() or 1) // self.processes),
+        )
 
 
 def _on_all_gpus(jobs):
@@ -1202,14 +1208,8 @@ def benchmark_people(
     method_of(method)
     p = protocol_of(protocol)
     out = Path(out)
-    settings = dict(
-        iters=options.iters,
-        resolution=options.resolution,
-        head=str(options.head or ''),
-        threads=options.threads,
-        state=str(out.with_name(f'{out.stem}_states')),
-    )
-    jobs = jobs_of(folder, protocol, method, options.seeds, **settings)
+    state = str(out.with_name(f'{out.stem}_states'))
+    jobs = jobs_of(folder, protocol, method, options.seeds, **options.for_jobs(), state=state)
     if options.device == 'cuda':
         jobs = _on_all_gpus(jobs)
     failed = run_all(jobs, out, options.processes, say)

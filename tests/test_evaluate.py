@@ -33,6 +33,7 @@ from spatialavatar0.judge.results import (
     line_of,
     protocol_of,
     result_table,
+    row_of,
     similarity,
     warped,
 )
@@ -314,7 +315,7 @@ def line(**more):
 
 def test_a_line_says_everything():
     made = line(seed=3, note='hello')
-    row = made.as_dict()
+    row = row_of(made)
     wanted = (
         'method protocol data kind split subject driver background mask preset scores code seed '
         'device torch seconds note'

@@ -306,6 +306,7 @@ def run_all(
             raise
 
 
+# %% ../../nbs/judge/92_benchmark.ipynb #4833fd08
 def _collect(done, count, results, say):  # done: jobs, and what gives or raises their result
     "Write lines as they come; -> who failed, and why."
     failed = {}

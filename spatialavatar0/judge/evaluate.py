@@ -10,8 +10,8 @@ __all__ = [
     'load_protocols',
     'frames_of',
     'reenactments',
+    'FaceFinder',
     'MediaPipeJudge',
-    'largest_face',
     'DlibJudge',
     'renderer',
     'all_scores',
@@ -143,32 +143,16 @@ def reenactments(
     return list(zip(names[1:] + names[:1], names))
 
 
-# %% ../../nbs/judge/90_evaluate.ipynb #14e00014
-class MediaPipeJudge:
-    """Expression (52 weights), pose (three angles, radians) and 478 landmarks, by MediaPipe. Close
-    it, or use it in a with."""
+# %% ../../nbs/judge/90_evaluate.ipynb #71759580
+class FaceFinder:
+    "MediaPipe, while it is open: close it, or use it in a with."
 
-    name = 'MediaPipe face landmarker'
-    gives = dict(AED=('expression', 'l1'), APD=('pose', 'l1'), AKD=('landmarks', 'pixels'))
-
-    def __init__(self, model=None):
-        head = open_head()
-        self.names = head.arkit_names
-        table = landmark_table(head)
-        landmarks = landmark_model(head, table)
-        self.seen = table.valid
-        self.points = landmarks(torch.zeros(landmarks.dirs.shape[-1]).double())[table.valid]
+    def __init__(self, model=None):  # the .task file; default: the manifest's
         self._open = landmarker(model)
         self.run = self._open.__enter__()
 
-    def __call__(self, image):  # (H,W,3) 0..1
-        face = largest_face(self.run, image)
-        if face is None:
-            return None
-        expression = torch.tensor([face.scores[name] for name in self.names])
-        camera = camera_guess(image.shape[1], image.shape[0])
-        R, _ = start_pose(self.points, face.lmks.double()[self.seen], camera)
-        return dict(expression=expression, pose=_angles(R), landmarks=face.lmks)
+    def largest(self, image):  # (H,W,3) 0..1 -> Detection, or None
+        return max(self.run(to_uint8(image)), key=lambda face: face.span, default=None)
 
     def close(self):
         self._open.__exit__(None, None, None)
@@ -180,15 +164,33 @@ class MediaPipeJudge:
         self.close()
 
 
+# %% ../../nbs/judge/90_evaluate.ipynb #14e00014
+class MediaPipeJudge(FaceFinder):
+    "Expression (52 weights), pose (three angles, radians) and 478 landmarks, by MediaPipe."
+
+    name = 'MediaPipe face landmarker'
+    gives = dict(AED=('expression', 'l1'), APD=('pose', 'l1'), AKD=('landmarks', 'pixels'))
+
+    def __init__(self, model=None):
+        head = open_head()
+        self.names = head.arkit_names
+        table = landmark_table(head)
+        landmarks = landmark_model(head, table)
+        self.seen = table.valid
+        self.points = landmarks(torch.zeros(landmarks.dirs.shape[-1]).double())[table.valid]
+        super().__init__(model)
+
+    def __call__(self, image):  # (H,W,3) 0..1
+        face = self.largest(image)
+        if face is None:
+            return None
+        expression = torch.tensor([face.scores[name] for name in self.names])
+        camera = camera_guess(image.shape[1], image.shape[0])
+        R, _ = start_pose(self.points, face.lmks.double()[self.seen], camera)
+        return dict(expression=expression, pose=_angles(R), landmarks=face.lmks)
+
+
 # %% ../../nbs/judge/90_evaluate.ipynb #09b49d70
-def largest_face(
-    run,  # from landmarker
-    image,  # (H,W,3) 0..1
-):  # Detection, or None
-    "The largest face that MediaPipe finds."
-    return max(run(to_uint8(image)), key=lambda face: face.span, default=None)
-
-
 def _angles(R):
     "Three angles of a rotation from the camera's axes, radians."
     R = R * torch.tensor([[1.0], [-1], [-1]])
@@ -226,6 +228,7 @@ class DlibJudge:
         pass
 
 
+# %% ../../nbs/judge/90_evaluate.ipynb #b0a70a8b
 def _dlib_and_models():
     "The library, and the folder of its networks."
     install = 'pip install "spatialavatar0[metrics]"'

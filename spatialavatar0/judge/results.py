@@ -16,6 +16,7 @@ __all__ = [
     'judges_here',
     'protocol_of',
     'Line',
+    'row_of',
     'line_of',
     'code_state',
     'evaluate',
@@ -42,14 +43,13 @@ import spatialavatar0
 from spatialavatar0.judge.evaluate import (
     RULES,
     DlibJudge,
+    FaceFinder,
     MediaPipeJudge,
     Protocol,
     all_scores,
-    largest_face,
     load_protocols,
 )
 
-from ..capture.landmarks import landmarker
 from ..ground.assets import asset
 from ..ground.core import InputError, atomic_path, to_uint8
 from ..pictures.scores import PRESETS
@@ -104,7 +104,7 @@ def warped(
 
 
 # %% ../../nbs/judge/91_results.ipynb #14e00017
-class ArcFaceJudge:
+class ArcFaceJudge(FaceFinder):
     "Identity (512 numbers) by the user's ArcFace; faces are found by MediaPipe."
 
     gives = dict(CSIM=('identity', 'cosine'))
@@ -118,11 +118,10 @@ class ArcFaceJudge:
             path, session = _arcface_session(path)
         self.name = f'ArcFace ({Path(path).name if path else "session"})'
         self.session = session
-        self._open = landmarker()
-        self.run = self._open.__enter__()
+        super().__init__()
 
     def crop(self, image):  # (112,112,3), or None
-        face = largest_face(self.run, image)
+        face = self.largest(image)
         if face is None:
             return None
         return warped(image, similarity(five_points(face.lmks), torch.tensor(ARCFACE_POINTS)))
@@ -135,16 +134,8 @@ class ArcFaceJudge:
         feed = {self.session.get_inputs()[0].name: pixels.transpose(2, 0, 1)[None]}
         return dict(identity=torch.from_numpy(self.session.run(None, feed)[0][0]))
 
-    def close(self):
-        self._open.__exit__(None, None, None)
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
-
+# %% ../../nbs/judge/91_results.ipynb #60c595d8
 def _arcface_session(path):
     "The file and a session on it."
     try:
@@ -173,7 +164,8 @@ def posed_square(
     s = scale / fitted[:3].norm(dim=0).mean()
     left = int(width * s) / 2 - size / 2 + (fitted[3, 0] - width / 2) * s
     top = int(height * s) / 2 - size / 2 + (height / 2 - fitted[3, 1]) * s
-    return torch.stack([torch.stack([s, 0 * s, -left]), torch.stack([0 * s, s, -top])])
+    zero = 0 * s
+    return torch.stack([torch.stack([s, zero, -left]), torch.stack([zero, s, -top])])
 
 
 # %% ../../nbs/judge/91_results.ipynb #14e00051
@@ -220,11 +212,12 @@ def _deep3d_points(path):
     import scipy.io
 
     lm = torch.from_numpy(scipy.io.loadmat(path)['lm'].astype(np.float64))
-    return torch.stack([lm[[36, 39]].mean(0), lm[[42, 45]].mean(0), lm[30], lm[48], lm[54]])
+    eyes = [lm[[36, 39]].mean(0), lm[[42, 45]].mean(0)]
+    return torch.stack([*eyes, lm[30], lm[48], lm[54]])
 
 
 # %% ../../nbs/judge/91_results.ipynb #14e00052
-class Deep3DJudge:
+class Deep3DJudge(FaceFinder):
     """Expression (64 codes) and pose (3 angles) by the user's Deep3DFaceRecon; faces are found by
     MediaPipe."""
 
@@ -239,12 +232,11 @@ class Deep3DJudge:
         network, points = _deep3d_files(Path(folder or asset('deep3dfacerecon')))
         self.face = _deep3d_points(points)
         self.net, self.heads = _deep3d_network(network, self.PARTS)
-        self._open = landmarker()
-        self.run = self._open.__enter__()
+        super().__init__()
 
     def __call__(self, image):
         image = torch.as_tensor(image).float()
-        face = largest_face(self.run, image)
+        face = self.largest(image)
         if face is None:
             return None
         height, width = image.shape[:2]
@@ -252,9 +244,6 @@ class Deep3DJudge:
         features = self.net(warped(image, square, 224).permute(2, 0, 1)[None])[..., None, None]
         parts = [head(features).flatten() for head in self.heads]
         return dict(expression=parts[1], pose=parts[3])
-
-    def close(self):
-        self._open.__exit__(None, None, None)
 
 
 # %% ../../nbs/judge/91_results.ipynb #14e00042
@@ -334,14 +323,19 @@ class Line:
     def key(self):
         return {name: getattr(self, name) for name in KEY}
 
-    def as_dict(self):  # as in the file: what else was said stands beside the rest
-        named = dict(vars(self))
-        return named | named.pop('more')
-
     def score(self, metric):  # a number, or None
         value = self.scores.get(metric)
         value = value['value'] if isinstance(value, dict) else value
         return None if value is None or math.isnan(value) else value
+
+
+# %% ../../nbs/judge/91_results.ipynb #5811a5a5
+def row_of(
+    line: Line,
+) -> dict:
+    "A line as it stands in a file: what else was said stands beside the rest."
+    named = dict(vars(line))
+    return named | named.pop('more')
 
 
 def line_of(
@@ -441,12 +435,13 @@ class Results:
         if self.has(**line.key):
             key = ', '.join(f'{name} {value}' for name, value in line.key.items())
             raise InputError(f'{self.path} has these already: {key}')
-        rows = [json.dumps(each.as_dict()) + '\n' for each in [*self.lines, line]]
+        rows = [json.dumps(row_of(each)) + '\n' for each in [*self.lines, line]]
         with atomic_path(self.path) as tmp:
             tmp.write_text(''.join(rows))
         self.lines.append(line)
 
 
+# %% ../../nbs/judge/91_results.ipynb #3d759b55
 def _read_lines(path):
     "Lines of a file; the last one may be unfinished."
     found = []
@@ -478,6 +473,7 @@ METRICS = dict(  # name and form of a column
 )
 
 
+# %% ../../nbs/judge/91_results.ipynb #25fa1f99
 def _refuse(what, values):
     shown = ' and '.join(sorted(values)[:2])[:200]
     raise InputError(f'these lines cannot stand in one table: {what} {shown}')
