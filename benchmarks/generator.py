@@ -1,19 +1,23 @@
 """Stage 1 measured: the shipped checkpoint and its numbers, and the tables of the two phases.
 
-    python benchmarks/generator.py train --out DIR [--minutes 60 | --steps 12000] [--seed 0] [--threads 2]
-    python benchmarks/generator.py table [--rows A,B,C] [--seeds 3] [--out results/generator_128.json] [--work DIR]
+    python benchmarks/generator.py train --out DIR [--minutes 60 | --steps 12000] [--seed 0]
+    python benchmarks/generator.py table [--rows A,B,C] [--seeds 3] [--out FILE] [--work DIR]
     python benchmarks/generator.py speed [--threads 2] [--out results/generator_speed.json]
 
-`train` makes a checkpoint from painted people: DIR/generator.safetensors at the end, DIR/mono.safetensors after Phase 1, DIR/curve.json
-with the loss and held-out numbers on the way. Killed, the same command goes on. `table` trains every row from the same data and seeds;
-rows that are in the output file already are not run again, and the Phase 1 that several rows start from is trained once per seed.
+`train` makes a checkpoint from painted people: DIR/generator.safetensors at the end,
+DIR/mono.safetensors after Phase 1, DIR/curve.json with the loss and held-out numbers on the way.
+Killed, the same command goes on. `table` trains every row from the same data and seeds; rows that
+are in the output file already are not run again, and the Phase 1 that several rows start from is
+trained once per seed.
 """
 
 import argparse
 import json
 import math
+import resource
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import common  # first: waiting threads shall sleep
@@ -27,144 +31,149 @@ from spatialavatar0.stage1.trainer import Shelf, Trainer, evaluate, looked
 TESTS = ('mono', 'multi', 'shifted')
 
 
-def shelf(kind, n, generator, folder, size, **changes):
+def shelf(kind, count, generator, folder, size, **changes):
     "Looks of a training set, kept in a folder."
-    make = dict(mono=mono, multi=multi)[kind]
-    d = make(size, **changes)
-    t = time.perf_counter()
-    s = Shelf(
-        people(d, n, head=generator.head), generator, Path(folder) / f'{kind}_{n}x{len(d)}_{size}'
-    )
+    domain = dict(mono=mono, multi=multi)[kind](size, **changes)
+    started = time.perf_counter()
+    painted = people(domain, count, head=generator.head)
+    kept = Shelf(painted, generator, Path(folder) / f'{kind}_{count}x{len(domain)}_{size}')
+    seconds, megabytes = time.perf_counter() - started, kept.records.nbytes / 1e6
+    pictures = sum(kept.counts)
     print(
-        (
-            f'{kind}: {n} people, {sum(s.counts)} pictures, {s.records.nbytes / 1e6:.0f} MB, '
-            f'{time.perf_counter() - t:.0f} s'
-        ),
+        f'{kind}: {count} people, {pictures} pictures, {megabytes:.0f} MB, {seconds:.0f} s',
         flush=True,
     )
-    return s
+    return kept
 
 
 def tests(generator, size, names=TESTS):
-    return {n: looked(generator, held_out(n, size)) for n in names}
+    return {name: looked(generator, held_out(name, size)) for name in names}
 
 
 def scores(generator, sets, Ks=(1, 4)):
     "Numbers on every test set and K, rounded."
-    return {
-        name: {
-            str(K): {k: round(v, 4) for k, v in evaluate(generator, trials, K).items()} for K in Ks
-        }
-        for name, trials in sets.items()
-    }
+    found = {}
+    for name, trials in sets.items():
+        by_K = {str(K): evaluate(generator, trials, K) for K in Ks}
+        found[name] = {K: {k: round(v, 4) for k, v in row.items()} for K, row in by_K.items()}
+    return found
 
 
-def line(s):
-    return '  '.join(
-        f'{n} ' + ' '.join(f'K{K} {v["head_psnr"]:.2f}' for K, v in by.items())
-        for n, by in s.items()
-    )
+def line(found):
+    "Decibels inside the head, for the screen."
+    parts = []
+    for name, by_K in found.items():
+        decibels = [f'K{K} {row["head_psnr"]:.2f}' for K, row in by_K.items()]
+        parts.append(f'{name} {" ".join(decibels)}')
+    return '  '.join(parts)
 
 
 # ---- the checkpoint
 
 
-def plan(a, generator, data, folder):
+def measured_steps(given, data):
+    "How many steps fit into the minutes: by the pace of 25, after 5 to warm up."
+    plan = laptop_schedule(100, 0, batch=given.batch)
+    trainer = Trainer(from_preset(given.preset), plan, data[:1])
+    trainer.run(5)
+    before = trainer.seconds
+    trainer.run(25)
+    return int(given.minutes * 60 * 25 / (trainer.seconds - before))
+
+
+def plan_of(given, data, folder):
     "Steps of both phases; measured from the time given, once, and written down."
     path = folder / 'plan.json'
     if path.exists():
         return json.loads(path.read_text())
-    steps = a.steps
-    if not steps:
-        t = Trainer(from_preset(a.preset), laptop_schedule(100, 0, batch=a.batch), data[:1])
-        t.run(5)
-        before = t.seconds
-        t.run(25)
-        steps = int(a.minutes * 60 * 25 / (t.seconds - before))
-    p = dict(mono_steps=int(steps * (1 - a.share)), multi_steps=int(steps * a.share))
-    common.save(path, p)
-    return p
+    steps = given.steps or measured_steps(given, data)
+    plan = dict(
+        mono_steps=int(steps * (1 - given.share)),
+        multi_steps=int(steps * given.share),
+    )
+    common.save(path, plan)
+    return plan
 
 
-def train(a):
-    "One checkpoint."
-    torch.set_flush_denormal(True)
-    common.set_threads(a.threads)
-    folder = Path(a.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    g = from_preset(a.preset, seed=a.seed)
-    size = g.config.image_size
-    looks = a.looks or folder / 'looks'
-    data = [
-        shelf('mono', a.people, g, looks, size),
-        shelf('multi', a.subjects, g, looks, size, instants=6),
-    ]
-    p = plan(a, g, data, folder)
-    sets = tests(g, size)
-    print('steps:', p, flush=True)
-    t = Trainer(
-        g,
-        laptop_schedule(p['mono_steps'], p['multi_steps'], a.batch, lr=a.lr, multi_lr=a.multi_lr),
-        data,
-        a.seed,
+def about(given, plan, size):
+    "What a checkpoint says of its training."
+    names = 'share', 'seed', 'people', 'subjects', 'batch', 'lr', 'multi_lr', 'preset'
+    options = [f'--{name.replace("_", "-")} {getattr(given, name)}' for name in names]
+    steps = sum(plan.values())
+    command = f'python benchmarks/generator.py train --out DIR --steps {steps} {" ".join(options)}'
+    data = dict(
+        mono=f'people(mono({size}), {given.people})',
+        multi=f'people(multi({size}, instants=6), {given.subjects})',
     )
-    state = folder / 'state.safetensors'
-    curve = folder / 'curve.json'
-    if state.exists():
-        t.load(state)
-        print('going on from step', t.step_number, flush=True)
-    held = [
-        r
-        for r in (json.loads(curve.read_text())['held_out'] if curve.exists() else [])
-        if r['step'] <= t.step_number
-    ]
-    command = (
-        f'python benchmarks/generator.py train --out DIR --steps {sum(p.values())} --share '
-        f'{a.share} --seed {a.seed} --people {a.people} --subjects {a.subjects} --batch {a.batch} --lr {a.lr} --multi-lr {a.multi_lr} --preset {a.preset}'
-    )
-    about = dict(
-        command=command,
-        seed=a.seed,
-        data=dict(
-            mono=f'people(mono({size}), {a.people})',
-            multi=f'people(multi({size}, instants=6), {a.subjects})',
-        ),
-        **p,
-    )
-    last = [time.monotonic()]
+    return dict(command=command, seed=given.seed, data=data, **plan)
 
-    def watch(t):
-        at_end = t.step_number in (p['mono_steps'], t.total)
-        if t.step_number == p['mono_steps']:
-            g.save(folder / 'mono.safetensors', **about)
-        if not at_end and time.monotonic() - last[0] < 60 * a.every:
+
+class Watch:
+    "Follows a training: Phase 1's checkpoint, and held-out numbers every few minutes."
+
+    def __init__(self, folder, sets, plan, words, every):
+        self.folder, self.sets, self.words, self.every = folder, sets, words, every
+        self.mono_steps = plan['mono_steps']
+        self.curve = folder / 'curve.json'
+        self.held = []
+        self.last = time.monotonic()
+
+    def go_on_from(self, step):
+        "What was measured before a training was stopped."
+        if self.curve.exists():
+            rows = json.loads(self.curve.read_text())['held_out']
+            self.held = [row for row in rows if row['step'] <= step]
+
+    def __call__(self, trainer):
+        step, generator = trainer.step_number, trainer.generator
+        if step == self.mono_steps:
+            generator.save(self.folder / 'mono.safetensors', **self.words)
+        at_end = step in (self.mono_steps, trainer.total)
+        if not at_end and time.monotonic() - self.last < 60 * self.every:
             return
-        s = (
-            scores(g, sets, (1, 2, 3, 4) if at_end else (1, 4))
-            if at_end
-            else scores(g, {k: sets[k] for k in ('mono', 'multi')}, (4,))
-        )
-        held.append(dict(step=t.step_number, seconds=round(t.seconds), **s))
-        common.save(curve, dict(about, machine=common.machine(), log=t.log, held_out=held))
-        print(
-            f'step {t.step_number}/{t.total}  {t.seconds:.0f} s ',
-            f'loss {t.log[-1]["loss"]:.4f} ' if t.log else '',
-            line(s),
-            flush=True,
-        )
-        last[0] = time.monotonic()
+        if at_end:
+            found = scores(generator, self.sets, (1, 2, 3, 4))
+        else:
+            found = scores(generator, {name: self.sets[name] for name in TESTS[:2]}, (4,))
+        self.held.append(dict(step=step, seconds=round(trainer.seconds), **found))
+        self.tell(trainer, found)
+        self.last = time.monotonic()
 
-    t.run(state=state, callback=watch, show=False)
-    if t.step_number < t.total:
+    def tell(self, trainer, found):
+        "To the file and the screen."
+        log = dict(machine=common.machine(), log=trainer.log, held_out=self.held)
+        common.save(self.curve, dict(self.words, **log))
+        loss = f'loss {trainer.log[-1]["loss"]:.4f} ' if trainer.log else ''
+        done = f'step {trainer.step_number}/{trainer.total}  {trainer.seconds:.0f} s '
+        print(done, loss, line(found), flush=True)
+
+
+def train(given):
+    "One checkpoint."
+    folder = Path(given.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = from_preset(given.preset, seed=given.seed)
+    size, looks = generator.config.image_size, given.looks or folder / 'looks'
+    many = shelf('mono', given.people, generator, looks, size)
+    few = shelf('multi', given.subjects, generator, looks, size, instants=6)
+    plan = plan_of(given, [many, few], folder)
+    sets = tests(generator, size)
+    print('steps:', plan, flush=True)
+    rates = dict(lr=given.lr, multi_lr=given.multi_lr)
+    phases = laptop_schedule(plan['mono_steps'], plan['multi_steps'], given.batch, **rates)
+    trainer = Trainer(generator, phases, [many, few], given.seed)
+    state, words = folder / 'state.safetensors', about(given, plan, size)
+    if state.exists():
+        trainer.load(state)
+        print('going on from step', trainer.step_number, flush=True)
+    watch = Watch(folder, sets, plan, words, given.every)
+    watch.go_on_from(trainer.step_number)
+    trainer.run(state=state, callback=watch, show=False)
+    if trainer.step_number < trainer.total:
         return
-    g.save(folder / 'generator.safetensors', **about, held_out=held[-1] if held else None)
-    print(
-        (
-            f'{folder / "generator.safetensors"}: '
-            f'{(folder / "generator.safetensors").stat().st_size / 1e6:.1f} MB'
-        ),
-        flush=True,
-    )
+    path = folder / 'generator.safetensors'
+    generator.save(path, **words, held_out=watch.held[-1] if watch.held else None)
+    print(f'{path}: {path.stat().st_size / 1e6:.1f} MB', flush=True)
 
 
 # ---- the table
@@ -183,286 +192,262 @@ VARIANTS = {  # another network, or another loss, in both phases
     'no residual': dict(residual=False),
     'view-Jacobian': {},
 }
-ROWS = ['A', *ARMS, *(f'{p} {v}' for v in VARIANTS for p in ('A', 'C 1e-2'))]
+ROWS = ['A', *ARMS]
+for variant in VARIANTS:
+    ROWS += [f'A {variant}', f'C 1e-2 {variant}']
 
 
 def parse_row(row):
     "'C 1e-2 plain pool' -> arm 'C 1e-2', variant 'plain pool'."
-    v = next((v for v in VARIANTS if row.endswith(v)), '')
-    arm = row[: len(row) - len(v)].strip()
+    variant = next((name for name in VARIANTS if row.endswith(name)), '')
+    arm = row[: len(row) - len(variant)].strip()
     if arm != 'A' and arm not in ARMS:
         raise SystemExit(f'no row is called {row!r}; there are {", ".join(ROWS)}')
-    return arm, v
+    return arm, variant
 
 
-def phase1(variant, seed, a, data, work):
+def weights_of(variant, **changes):
+    jacobian = 0.1 if variant == 'view-Jacobian' else 0.0
+    return replace(LAPTOP, jacobian=jacobian, **changes)
+
+
+def run_whole(trainer, **options):
+    "Train to the end; a training that was stopped is no row."
+    trainer.run(show=False, **options)
+    if trainer.step_number < trainer.total:
+        raise SystemExit(1)
+
+
+def phase1(variant, seed, given, data, work):
     "A trained Phase 1, and the seconds it took; kept for the other rows of this seed."
     path = work / f'A_{variant or "base"}_{seed}.safetensors'.replace(' ', '_')
-    g = from_preset('laptop', seed=seed, **VARIANTS.get(variant, {}))
     if path.exists():
         return from_pretrained(path), 0.0
-    w = replace(LAPTOP, jacobian=0.1) if variant == 'view-Jacobian' else LAPTOP
-    t = Trainer(g, laptop_schedule(a.steps, 0, a.batch, w), [data[0]], seed)
+    generator = from_preset('laptop', seed=seed, **VARIANTS.get(variant, {}))
+    phases = laptop_schedule(given.steps, 0, given.batch, weights_of(variant))
+    trainer = Trainer(generator, phases, [data[0]], seed)
     state = path.with_name('state_' + path.name)
     if state.exists():
-        t.load(state)
-    t.run(state=state, show=False)
-    if t.step_number < t.total:
-        raise SystemExit(1)
-    g.save(path, steps=a.steps, seed=seed)
+        trainer.load(state)
+    run_whole(trainer, state=state)
+    generator.save(path, steps=given.steps, seed=seed)
     state.unlink(missing_ok=True)
-    return g, t.seconds
+    return generator, trainer.seconds
 
 
-def run(row, seed, a, data, sets, work):
+def phase2(generator, arm, variant, seed, given, data):
+    "Phase 2 of an arm; the seconds it took, and its last line of the log."
+    l2sp, cross_time = ARMS[arm]
+    weights = weights_of(variant, residual=1e-2, l2sp=l2sp)
+    options = dict(warmup=30, cross_time=cross_time)
+    phase = MultiPhase(given.steps2, given.batch, given.lr2, weights, **options)
+    trainer = Trainer(generator.train(), [phase], [data[1]], seed)
+    run_whole(trainer)
+    return trainer.seconds, trainer.log[-1]
+
+
+def run(row, seed, given, data, sets, work):
     "One line of the table."
     arm, variant = parse_row(row)
-    g, seconds = phase1(variant, seed, a, data, work)
-    terms = {}
+    generator, seconds = phase1(variant, seed, given, data, work)
+    last = {}
     if arm != 'A':
-        sp, mix = ARMS[arm]
-        w = replace(
-            LAPTOP, residual=1e-2, l2sp=sp, jacobian=0.1 if variant == 'view-Jacobian' else 0.0
-        )
-        t = Trainer(
-            g.train(),
-            [MultiPhase(a.steps2, a.batch, a.lr2, w, warmup=30, cross_time=mix)],
-            [data[1]],
-            seed,
-        )
-        t.run(show=False)
-        if t.step_number < t.total:
-            raise SystemExit(1)
-        seconds = t.seconds
-        terms = t.log[-1]
-    return dict(
-        row=row,
-        seed=seed,
-        seconds=round(seconds, 1),
-        last=terms,
-        held_out=scores(
-            g.eval(), sets, (1, 2, 3, 4) if arm in ('A', 'C 1e-2') and not variant else (1, 4)
-        ),
-    )
+        seconds, last = phase2(generator, arm, variant, seed, given, data)
+    every_K = arm in ('A', 'C 1e-2') and not variant
+    found = scores(generator.eval(), sets, (1, 2, 3, 4) if every_K else (1, 4))
+    return dict(row=row, seed=seed, seconds=round(seconds, 1), last=last, held_out=found)
 
 
-def spread(values):  # mean +- standard deviation
-    m = sum(values) / len(values)
-    return f'{m:6.2f}' + (
-        f' +-{math.sqrt(sum((v - m) ** 2 for v in values) / (len(values) - 1)):.2f}'
-        if len(values) > 1
-        else ' ' * 7
-    )
+def spread(values):
+    "Mean +- standard deviation."
+    mean = sum(values) / len(values)
+    if len(values) == 1:
+        return f'{mean:6.2f}' + ' ' * 7
+    squares = sum((value - mean) ** 2 for value in values)
+    return f'{mean:6.2f} +-{math.sqrt(squares / (len(values) - 1)):.2f}'
+
+
+def column(rows, test, K, what):
+    return [row['held_out'][test][str(K)][what] for row in rows]
 
 
 def print_table(rows):
     "Means and spreads over seeds: head-only PSNR, and whole-picture PSNR and SSIM at K = 4."
-    print(
-        f'\n{"":26}seeds  '
-        + ''.join(f'{n + " K1":>14}{n + " K4":>14}' for n in TESTS)
-        + f'{"mono whole":>12}{"SSIM":>8}'
-    )
-    for name in [r for r in ROWS if any(x['row'] == r for x in rows)]:
-        r = [x for x in rows if x['row'] == name]
-
-        def of(n, K, k):
-            return [x['held_out'][n][K][k] for x in r]
-
-        cells = ''.join(f'{spread(of(n, K, "head_psnr")):>14}' for n in TESTS for K in ('1', '4'))
-        print(
-            f'{name:26}{len(r):5}  '
-            f'{cells}{spread(of("mono", "4", "psnr"))[:6]:>12}{sum(of("mono", "4", "ssim")) / len(r):8.3f}'
-        )
+    heads = ''.join(f'{name + " K1":>14}{name + " K4":>14}' for name in TESTS)
+    print(f'\n{"":26}seeds  {heads}{"mono whole":>12}{"SSIM":>8}')
+    by_name = {name: [row for row in rows if row['row'] == name] for name in ROWS}
+    by_name = {name: found for name, found in by_name.items() if found}
+    for name, found in by_name.items():
+        decibels = [spread(column(found, t, K, 'head_psnr')) for t in TESTS for K in (1, 4)]
+        cells = ''.join(f'{cell:>14}' for cell in decibels)
+        whole = spread(column(found, 'mono', 4, 'psnr'))[:6]
+        similar = sum(column(found, 'mono', 4, 'ssim')) / len(found)
+        print(f'{name:26}{len(found):5}  {cells}{whole:>12}{similar:8.3f}')
     for name in ('A', 'C 1e-2'):
-        r = [x for x in rows if x['row'] == name]
-        if r:
-            print(
-                f'{name}, K = 1..4: '
-                + '; '.join(
-                    f'{n} '
-                    + ' '.join(
-                        spread([x['held_out'][n][str(K)]['head_psnr'] for x in r]).strip()
-                        for K in (1, 2, 3, 4)
-                    )
-                    for n in TESTS
-                )
-            )
+        if name in by_name:
+            print_by_K(name, by_name[name])
 
 
-def table(a):
-    torch.set_flush_denormal(True)
-    common.set_threads(a.threads)
-    work, out = Path(a.work), Path(a.out)
-    work.mkdir(parents=True, exist_ok=True)
-    settings = dict(
-        people=a.people,
-        subjects=a.subjects,
-        steps=a.steps,
-        steps2=a.steps2,
-        batch=a.batch,
-        lr2=a.lr2,
-    )
-    old = json.loads(out.read_text()) if out.exists() else dict(settings=settings, rows=[])
+def print_by_K(name, rows):
+    parts = []
+    for test in TESTS:
+        cells = [spread(column(rows, test, K, 'head_psnr')).strip() for K in (1, 2, 3, 4)]
+        parts.append(f'{test} {" ".join(cells)}')
+    print(f'{name}, K = 1..4: {"; ".join(parts)}')
+
+
+def rows_so_far(out, settings):
+    "What an earlier run wrote, with the same settings."
+    if not out.exists():
+        return []
+    old = json.loads(out.read_text())
     if old['settings'] != settings:
         raise SystemExit(
             f'{out} holds a table with other settings, {old["settings"]}; give another --out'
         )
-    rows = old['rows']
-    todo = [
-        (r, s)
-        for s in range(a.seeds)
-        for r in a.rows.split(',')
-        if not any((x['row'], x['seed']) == (r, s) for x in rows)
-    ]
-    for r, _ in todo:
-        parse_row(r)
+    return old['rows']
+
+
+def table(given):
+    "Every row and seed that is not in the file yet."
+    work, out = Path(given.work), Path(given.out)
+    work.mkdir(parents=True, exist_ok=True)
+    names = 'people', 'subjects', 'steps', 'steps2', 'batch', 'lr2'
+    settings = {name: getattr(given, name) for name in names}
+    rows = rows_so_far(out, settings)
+    done = {(row['row'], row['seed']) for row in rows}
+    wanted = [(row, seed) for seed in range(given.seeds) for row in given.rows.split(',')]
+    todo = [pair for pair in wanted if pair not in done]
+    for row, _ in todo:
+        parse_row(row)
     if todo:
-        g = from_preset('laptop')
-        data = [
-            shelf('mono', a.people, g, work, 128),
-            shelf('multi', a.subjects, g, work, 128, instants=6),
-        ]
-        sets = tests(g, 128)
-    for r, s in todo:
-        rows.append(run(r, s, a, data, sets, work))
-        print(
-            f'{r:26} seed {s}: {line(rows[-1]["held_out"])}  {rows[-1]["seconds"]:.0f} s',
-            flush=True,
-        )
-        common.save(
-            out,
-            dict(
-                settings=settings,
-                machine=common.machine(),
-                rows=sorted(rows, key=lambda x: (ROWS.index(x['row']), x['seed'])),
-            ),
-        )
+        generator = from_preset('laptop')
+        many = shelf('mono', given.people, generator, work, 128)
+        few = shelf('multi', given.subjects, generator, work, 128, instants=6)
+        sets = tests(generator, 128)
+    for row, seed in todo:
+        found = run(row, seed, given, [many, few], sets, work)
+        rows.append(found)
+        told = line(found['held_out'])
+        print(f'{row:26} seed {seed}: {told}  {found["seconds"]:.0f} s', flush=True)
+        ordered = sorted(rows, key=lambda x: (ROWS.index(x['row']), x['seed']))
+        common.save(out, dict(settings=settings, machine=common.machine(), rows=ordered))
     print_table(rows)
 
 
 # ---- speed
 
 
-def speed(a):
+def pace(trainer, steps=40):
+    "Milliseconds a step, by the clock and of all threads, after ten steps to warm up."
+    trainer.run(10, show=False)
+    before, cpu = trainer.seconds, time.process_time()
+    trainer.run(steps, show=False)
+    wall, cpu = trainer.seconds - before, time.process_time() - cpu
+    return dict(wall_ms=round(1e3 * wall / steps, 1), cpu_ms=round(1e3 * cpu / steps, 1))
+
+
+def speed(given):
     "Milliseconds per step at batch 4, and what they are spent on."
-    torch.set_flush_denormal(True)
-    common.set_threads(a.threads)
-    g = from_preset('laptop')
-    data = [Shelf(people(mono(), 12), g)]
-    out = {}
-    full = dict(ssim=0.0, ms_ssim=1.0, face=1.0, jacobian=0.1)
-    for name, w in {
+    generator = from_preset('laptop')
+    data = [Shelf(people(mono(), 12), generator)]
+    losses = {
         'L1 + SSIM + TV': replace(LAPTOP, offset=0.0),
         'laptop': LAPTOP,
-        'full, without LPIPS': replace(LAPTOP, **full),
-    }.items():
-        t = Trainer(g, laptop_schedule(1000, 0, 4, w), data)
-        t.run(10, show=False)
-        before, cpu = t.seconds, time.process_time()
-        t.run(40, show=False)
-        out[name] = dict(
-            wall_ms=round(1e3 * (t.seconds - before) / 40, 1),
-            cpu_ms=round(1e3 * (time.process_time() - cpu) / 40, 1),
-        )  # CPU time: of all threads
-    out['parts'] = parts(t)
+        'full, without LPIPS': replace(LAPTOP, ssim=0.0, ms_ssim=1.0, face=1.0, jacobian=0.1),
+    }
+    out = {}
+    for name, weights in losses.items():
+        trainer = Trainer(generator, laptop_schedule(1000, 0, 4, weights), data)
+        out[name] = pace(trainer)
+    out['parts'] = parts(trainer)
     out['memory_mb'] = peak_mb()
     print(json.dumps(out))
-    return dict(out, machine=common.machine())
+    common.save(given.out, dict(out, machine=common.machine()))
 
 
-def parts(t):
+def parts(trainer):
     "Milliseconds of the pieces of one laptop step, forward and backward."
-    b = t.draw()
-    g = t.generator
-    w = LAPTOP
+    batch, generator = trainer.draw(), trainer.generator
+    directions = torch.stack([look.direction for look in batch.targets])
+
+    def decoded():
+        return generator.decode(generator.encode(batch.sources), directions)
 
     def networks():
-        d = g.decode(g.encode(b.sources), torch.stack([l.direction for l in b.targets]))
-        (sum(m.square().sum() for m in d.maps.values())).backward()
+        sum(values.square().sum() for values in decoded().maps.values()).backward()
 
     with torch.no_grad():
-        d = g.decode(g.encode(b.sources), torch.stack([l.direction for l in b.targets]))
-    leaves = [{k: v.detach().requires_grad_() for k, v in s.items()} for s in d.splats]
+        splats = decoded().splats
+    leaves = [{k: v.detach().requires_grad_() for k, v in person.items()} for person in splats]
 
-    def drawing():
-        sum(
-            g.draw(s, l, c)[0].sum() for s, l, c in zip(leaves, b.targets, b.backgrounds)
-        ).backward()
+    def posing_and_rasterizing():
+        drawn = zip(leaves, batch.targets, batch.backgrounds)
+        sum(generator.draw(*person)[0].sum() for person in drawn).backward()
 
-    def optimise():
-        torch.nn.utils.clip_grad_norm_(t.params, 5.0)
-        t.opt.step()
+    def optimiser():
+        torch.nn.utils.clip_grad_norm_(trainer.params, 5.0)
+        trainer.opt.step()
 
-    t.backward(b, w)
-    return {
-        k: round(common.wall_ms(f, 10), 1)
-        for k, f in dict(
-            draw=t.draw,
-            step=lambda: t.backward(b, w),
-            networks=networks,
-            posing_and_rasterizing=drawing,
-            optimiser=optimise,
-        ).items()
-    }
+    step = partial(trainer.backward, batch, LAPTOP)
+    step()
+    pieces = dict(draw=trainer.draw, step=step, networks=networks)
+    pieces.update(posing_and_rasterizing=posing_and_rasterizing, optimiser=optimiser)
+    return {name: round(common.wall_ms(piece, 10), 1) for name, piece in pieces.items()}
 
 
 def peak_mb():
     "Largest resident memory of this process so far, megabytes."
-    import resource
-
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
 
 
+# ---- the command line
+
+TRAIN = dict(
+    out='out/generator',
+    minutes=60.0,
+    steps=0,
+    share=0.2,
+    seed=0,
+    threads=2,
+    people=600,
+    subjects=16,
+    batch=4,
+    lr=2e-3,
+    multi_lr=1e-3,
+    preset='laptop',
+    every=4.0,
+    looks=None,
+)
+TABLE = dict(
+    rows=','.join(ROWS),
+    seeds=3,
+    threads=1,
+    people=200,
+    subjects=4,
+    steps=1400,
+    steps2=400,
+    batch=2,
+    lr2=2e-3,
+    work='out/generator_table',
+    out='results/generator_128.json',
+)
+SPEED = dict(threads=2, out='results/generator_speed.json')
+
+
 def main():
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    sub = p.add_subparsers(dest='what', required=True)
-
-    def command(name, **defaults):
-        q = sub.add_parser(name)
-        for k, v in defaults.items():
-            q.add_argument(
-                '--' + k.replace('_', '-'), type=type(v) if v is not None else str, default=v
-            )
-
-    command(
-        'train',
-        out='out/generator',
-        minutes=60.0,
-        steps=0,
-        share=0.2,
-        seed=0,
-        threads=2,
-        people=600,
-        subjects=16,
-        batch=4,
-        lr=2e-3,
-        multi_lr=1e-3,
-        preset='laptop',
-        every=4.0,
-        looks=None,
-    )
-    command(
-        'table',
-        rows=','.join(ROWS),
-        seeds=3,
-        threads=1,
-        people=200,
-        subjects=4,
-        steps=1400,
-        steps2=400,
-        batch=2,
-        lr2=2e-3,
-        work='out/generator_table',
-        out='results/generator_128.json',
-    )
-    command('speed', threads=2, out='results/generator_speed.json')
-    a = p.parse_args()
-    if a.what == 'speed':
-        common.save(a.out, speed(a))
-    else:
-        (train if a.what == 'train' else table)(a)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    commands = parser.add_subparsers(dest='what', required=True)
+    for name, defaults in dict(train=TRAIN, table=TABLE, speed=SPEED).items():
+        command = commands.add_parser(name)
+        for option, default in defaults.items():
+            kind = str if default is None else type(default)
+            command.add_argument('--' + option.replace('_', '-'), type=kind, default=default)
+    given = parser.parse_args()
+    torch.set_flush_denormal(True)
+    common.set_threads(given.threads)
+    dict(train=train, table=table, speed=speed)[given.what](given)
 
 
 if __name__ == '__main__':

@@ -2,30 +2,31 @@
 
 import json
 import os
+import resource
 import time
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from spatialavatar0.avatar.avatar import Avatar
 from spatialavatar0.ground.core import InputError
+from spatialavatar0.ground.geometry import axis_angle_to_mat
 from spatialavatar0.head.flame_files import load_flame, write_flame_folder
 from spatialavatar0.head.head import open_head
 from spatialavatar0.pictures.people import make_person, mono_clip
-from spatialavatar0.stage1.generator import (
-    CHANNELS,
-    Generator,
-    harmonics,
-)
+from spatialavatar0.stage1.generator import CHANNELS, Generator, harmonics
 
 SMALL = dict(unet=(8, 16, 24, 32), encoder=(8, 8, 16, 16), features=8, hidden=8)
+FRONT = torch.tensor([[0.0, 0, -1]])
 
 
 @pytest.fixture(scope='module')
 def clip():
-    c = mono_clip(make_person(1), 12, 64, seed=1)
-    return [c[i] for i in (0, 2, 4, 6, 8, 10)]
+    whole = mono_clip(make_person(1), 12, 64, seed=1)
+    return [whole[i] for i in (0, 2, 4, 6, 8, 10)]
 
 
 @pytest.fixture(scope='module')
@@ -38,117 +39,125 @@ def looks(gen, clip):
     return gen.looks(clip)
 
 
-def stir(gen, seed=0, size=0.05):
+def stir(generator, seed=0, size=0.05):
     "Weights as after some training: what starts at zero no longer is."
-    g = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in gen.parameters():
-            p += size * torch.randn(p.shape, generator=g)
-    return gen
+        for param in generator.parameters():
+            param += size * torch.randn(param.shape, generator=rng)
+    return generator
+
+
+def largest(difference):
+    return float(difference.abs().max())
 
 
 # ---- the pool
 
 
 @pytest.mark.parametrize('pool', ['visible', 'plain', 'attention'])
+@torch.no_grad()
 def test_order_and_number_of_sources(clip, pool):
-    g = stir(Generator.from_preset('tiny', pool=pool, **SMALL))
-    looks = g.looks(clip)
-    assert (g.attention is None) == (pool != 'attention')
-    with torch.no_grad():
-        a, b = g.encode([looks[:4], looks[3::-1]]).map
-        assert (a - b).abs().max() < 1e-4 * a.abs().max()
-        for k in (1, 2, 5, 6):
-            assert g.encode([looks[:k]]).map.isfinite().all()
-        alone = g.encode([looks[:2]]).map[0]
-        crowded = g.encode([looks[2:5], looks[:2], looks[5:]]).map[1]
-        assert (
-            alone - crowded
-        ).abs().max() < 1e-4 * a.abs().max()  # who else is in the batch does not matter
-        skin, shells, w, token = g.warp(looks[:1])
-        pooled, seen, t = g.gather(skin, shells, w, token)
-        f = g.config.source_features + 4
-        assert torch.equal(seen, w[0, 0])
-        assert torch.allclose(t, token[0])  # K = 1 is the identity
-        assert torch.allclose(
-            pooled[:, :f],
-            (skin[0] if pool != 'visible' else skin[0] * (w[0, 0] > 0)[:, None]) * seen[:, None],
-            atol=1e-6,
-        )
+    generator = stir(Generator.from_preset('tiny', pool=pool, **SMALL))
+    looks = generator.looks(clip)
+    assert (generator.attention is None) == (pool != 'attention')
+    there, back = generator.encode([looks[:4], looks[3::-1]]).map
+    tolerance = 1e-4 * largest(there)
+    assert largest(there - back) < tolerance
+    for K in (1, 2, 5, 6):
+        assert generator.encode([looks[:K]]).map.isfinite().all()
+    alone = generator.encode([looks[:2]]).map[0]
+    crowded = generator.encode([looks[2:5], looks[:2], looks[5:]]).map[1]
+    assert largest(alone - crowded) < tolerance  # who else is in the batch does not matter
 
 
+@pytest.mark.parametrize('pool', ['visible', 'plain', 'attention'])
+@torch.no_grad()
+def test_one_source_is_the_identity(clip, pool):
+    generator = stir(Generator.from_preset('tiny', pool=pool, **SMALL))
+    warped = generator.warp(generator.looks(clip[:1]))
+    pooled = generator.gather(*warped)
+    skin, seen = warped.skin[0], warped.weights[0, 0]
+    if pool == 'visible':
+        skin = skin * (seen > 0)[:, None]
+    columns = generator.config.source_features + 4
+    assert torch.equal(pooled.seen, seen)
+    assert torch.allclose(pooled.token, warped.tokens[0])
+    assert torch.allclose(pooled.values[:, :columns], skin * seen[:, None], atol=1e-6)
+
+
+@torch.no_grad()
 def test_a_copy_of_a_source_adds_nothing(gen, looks):
-    with torch.no_grad():
-        a, b = gen.encode([looks[:2], looks[:2] * 3]).map
-    assert (a - b).abs().max() < 1e-4
+    once, thrice = gen.encode([looks[:2], looks[:2] * 3]).map
+    assert largest(once - thrice) < 1e-4
 
 
+@torch.no_grad()
 def test_what_is_seen_grows_with_sources(gen, looks):
-    with torch.no_grad():
-        seen = [gen.encode([looks[:k]]).seen.sum() for k in (1, 2, 4)]
+    seen = [gen.encode([looks[:K]]).seen.sum() for K in (1, 2, 4)]
     assert seen[0] <= seen[1] <= seen[2]
 
 
 # ---- gradients
 
+PLAIN = dict(residual=False, view=False, mirror=False, shells=(0.0,))
 
-@pytest.mark.parametrize(
-    'changes',
-    [{}, dict(pool='attention'), dict(residual=False, view=False, mirror=False, shells=(0.0,))],
-)
+
+@pytest.mark.parametrize('changes', [{}, dict(pool='attention'), PLAIN])
 def test_gradients_reach_every_weight(clip, changes):
-    g = stir(Generator.from_preset('tiny', **{**SMALL, **changes}))
-    looks = g.looks(clip)
-    rgb, alpha, d = g.render(g.encode([looks[:3], looks[3:5]]), looks[4:6], torch.rand(2, 3))
-    (
-        rgb.square().mean() + alpha.mean() + sum(x.square().mean() for x in d.maps.values())
-    ).backward()
-    dead = [n for n, p in g.named_parameters() if p.grad is None or not p.grad.any()]
+    generator = stir(Generator.from_preset('tiny', **{**SMALL, **changes}))
+    looks = generator.looks(clip)
+    code = generator.encode([looks[:3], looks[3:5]])
+    rgb, alpha, decoded = generator.render(code, looks[4:6], torch.rand(2, 3))
+    sizes = sum(values.square().mean() for values in decoded.maps.values())
+    (rgb.square().mean() + alpha.mean() + sizes).backward()
+    params = dict(generator.named_parameters())
+    dead = [name for name, param in params.items() if param.grad is None or not param.grad.any()]
     assert not dead
-    assert all(p.grad.isfinite().all() for p in g.parameters())
+    assert all(param.grad.isfinite().all() for param in params.values())
 
 
 def test_residual_starts_as_nothing_and_leaves_opacity_alone(gen, looks):
-    code = gen.encode([looks[:2]])
-    c = torch.randn(1, gen.code_size)
-    assert not any(x.any() for x in gen.decode(code, expr_code=c).residual.values())
-    other = stir(Generator.from_preset('tiny', **SMALL))
-    code = other.encode([looks[:2]])
-    a = other.decode(code)
-    b = other.decode(code, expr_code=c)
-    for k in CHANNELS:
-        assert torch.equal(a.maps[k], b.maps[k]) == (k == 'opacity')
+    expression = torch.randn(1, gen.code_size)
+    first = gen.decode(gen.encode([looks[:2]]), expr_code=expression)
+    assert not any(delta.any() for delta in first.residual.values())
+    stirred = stir(Generator.from_preset('tiny', **SMALL))
+    code = stirred.encode([looks[:2]])
+    calm, lively = stirred.decode(code), stirred.decode(code, expr_code=expression)
+    for name in CHANNELS:
+        assert torch.equal(calm.maps[name], lively.maps[name]) == (name == 'opacity')
 
 
 def test_view_jacobian_goes_through_the_heads_alone(gen, looks):
-    gamma = harmonics(torch.tensor([[0.0, 0, -1]])).requires_grad_()
-    code = gen.encode([looks[:1]])
-    (slope,) = torch.autograd.grad(
-        gen.decode(code, gamma=gamma).maps['position'].sum(), gamma, create_graph=True
-    )
-    grads = torch.autograd.grad(
-        slope.square().sum(), list(gen.heads.parameters()), allow_unused=True, retain_graph=True
-    )
-    assert sum(g is not None and bool(g.any()) for g in grads) >= 2
+    gamma = harmonics(FRONT).requires_grad_()
+    position = gen.decode(gen.encode([looks[:1]]), gamma=gamma).maps['position']
+    (slope,) = torch.autograd.grad(position.sum(), gamma, create_graph=True)
+    params = list(gen.heads.parameters())
+    options = dict(allow_unused=True, retain_graph=True)
+    grads = torch.autograd.grad(slope.square().sum(), params, **options)
+    assert sum(grad is not None and bool(grad.any()) for grad in grads) >= 2
+
+
+def test_a_generator_without_the_view_input_is_blind(looks):
     blind = Generator.from_preset('tiny', view=False, **SMALL)
     code = blind.encode([looks[:1]])
-    assert torch.equal(
-        blind.decode(code, torch.tensor([[0.0, 0, -1]])).maps['color'],
-        blind.decode(code, torch.tensor([[1.0, 0, 0]])).maps['color'],
-    )
+    views = FRONT, torch.tensor([[1.0, 0, 0]])
+    from_front, from_side = (blind.decode(code, view).maps['color'] for view in views)
+    assert torch.equal(from_front, from_side)
 
 
 def test_a_few_steps_lower_the_loss(clip):
-    g = Generator.from_preset('tiny', **SMALL)
-    looks = g.looks(clip)
-    opt = torch.optim.Adam(g.parameters(), 5e-3)
-    losses = []
-    y = looks[4].target([0.5, 0.5, 0.5])[0]
+    generator = Generator.from_preset('tiny', **SMALL)
+    looks = generator.looks(clip)
+    optimiser = torch.optim.Adam(generator.parameters(), 5e-3)
+    grey, losses = (0.5, 0.5, 0.5), []
+    truth = looks[4].target(grey)[0]
     for _ in range(25):
-        loss = (g.render(g.encode([looks[:2]]), looks[4], (0.5, 0.5, 0.5))[0][0] - y).abs().mean()
-        opt.zero_grad()
+        rgb = generator.render(generator.encode([looks[:2]]), looks[4], grey).rgb[0]
+        loss = (rgb - truth).abs().mean()
+        optimiser.zero_grad()
         loss.backward()
-        opt.step()
+        optimiser.step()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
 
@@ -157,176 +166,180 @@ def test_a_few_steps_lower_the_loss(clip):
 
 
 def test_an_avatar(gen, clip, looks):
-    a = gen(clip[:3])
-    assert isinstance(a, Avatar)
-    assert len(a) == len(gen.binding)
-    assert a.info['sources'] == 3
-    b = gen([looks[2], looks[0], looks[1]])
-    for k in a.splats:
-        assert torch.allclose(a.splats[k], b.splats[k], atol=1e-4), k
-    assert torch.allclose(a.shape[:, : clip[0].params['shape'].shape[1]], clip[0].params['shape'])
-    f = clip[1]
-    rgb, alpha = a.render(f.viewmat, f.K, 64, 64, **f.pose)
-    assert rgb.isfinite().all() and alpha.max() > 0.9
-    assert len(gen(clip[0])) == len(a)  # a single frame will do
+    avatar = gen(clip[:3])
+    assert isinstance(avatar, Avatar)
+    assert len(avatar) == len(gen.binding)
+    assert avatar.info['sources'] == 3
+    shuffled = gen([looks[2], looks[0], looks[1]])
+    for name, values in avatar.splats.items():
+        assert torch.allclose(values, shuffled.splats[name], atol=1e-4), name
+    shape = clip[0].params['shape']
+    assert torch.allclose(avatar.shape[:, : shape.shape[1]], shape)
+    frame = clip[1]
+    rgb, alpha = avatar.render(frame.viewmat, frame.K, 64, 64, **frame.pose)
+    assert rgb.isfinite().all()
+    assert alpha.max() > 0.9
+    assert len(gen(clip[0])) == len(avatar)  # a single frame will do
 
 
 def test_an_avatar_is_a_file(gen, clip, tmp_path):
-    a = gen(clip[:2])
-    a.save(tmp_path / 'a.safetensors')
-    b = Avatar.load(tmp_path / 'a.safetensors')
-    for k in a.splats:
-        assert torch.equal(a.splats[k], b.splats[k])
+    avatar = gen(clip[:2])
+    avatar.save(tmp_path / 'a.safetensors')
+    again = Avatar.load(tmp_path / 'a.safetensors')
+    for name, values in avatar.splats.items():
+        assert torch.equal(values, again.splats[name])
 
 
 def test_determinism(clip):
-    a, b = (Generator.from_preset('tiny', seed=3, **SMALL) for _ in range(2))
+    first, second = (Generator.from_preset('tiny', seed=3, **SMALL) for _ in range(2))
     torch.manual_seed(99)
-    for x, y in zip(a(clip[:2]).splats.values(), b(clip[:2]).splats.values()):
-        assert torch.equal(x, y)
+    avatars = first(clip[:2]), second(clip[:2])
+    for one, other in zip(*[avatar.splats.values() for avatar in avatars]):
+        assert torch.equal(one, other)
     before = torch.random.get_rng_state()
     Generator.from_preset('tiny', **SMALL)
-    assert torch.equal(
-        before, torch.random.get_rng_state()
-    )  # making one leaves the random numbers alone
+    assert torch.equal(before, torch.random.get_rng_state())  # the random numbers are left alone
 
 
 def test_looks_do_not_know_the_hair(gen, clip):
-    p = make_person(1)
-    worn = replace(clip[0], params=dict(clip[0].params, static_offset=p.static_offset[None]))
-    a, b = gen.look(worn), gen.look(replace(clip[0]))
-    assert torch.equal(a.uv, b.uv)
-    assert 'static_offset' not in a.params
+    hair = make_person(1).static_offset[None]
+    worn = replace(clip[0], params=dict(clip[0].params, static_offset=hair))
+    with_hair, without = gen.look(worn), gen.look(clip[0])
+    assert torch.equal(with_hair.uv, without.uv)
+    assert 'static_offset' not in with_hair.params
 
 
 def test_the_skull_turns_or_the_camera_does(gen, clip):
-    from spatialavatar0.ground.geometry import axis_angle_to_mat
-
-    turn = torch.tensor([[0.1, 0.6, 0.0]])
-    R = torch.eye(4)
-    R[:3, :3] = axis_angle_to_mat(turn)[0]
-    f = clip[0]
-    still = {k: v for k, v in f.params.items() if k not in ('rotation', 'neck', 'translation')}
-    a = gen.look(replace(f, params=dict(still, rotation=turn))).direction
-    b = gen.look(replace(f, params=still, viewmat=f.viewmat @ R)).direction
-    assert torch.allclose(a, b, atol=1e-5)
-    assert abs(float(a.norm()) - 1) < 1e-5
+    turn, camera, frame = torch.tensor([[0.1, 0.6, 0.0]]), torch.eye(4), clip[0]
+    camera[:3, :3] = axis_angle_to_mat(turn)[0]
+    moving = 'rotation', 'neck', 'translation'
+    still = {name: x for name, x in frame.params.items() if name not in moving}
+    by_skull = gen.look(replace(frame, params=dict(still, rotation=turn))).direction
+    by_camera = gen.look(replace(frame, params=still, viewmat=frame.viewmat @ camera)).direction
+    assert torch.allclose(by_skull, by_camera, atol=1e-5)
+    assert abs(float(by_skull.norm()) - 1) < 1e-5
 
 
 def test_pictures_of_another_size_are_resized(gen):
-    c = mono_clip(make_person(1), 8, 128, seed=1)
-    l = gen.look(c[0])
-    small = gen.look(mono_clip(make_person(1), 8, 64, seed=1)[0])
-    assert l.size == 64
-    assert (l.uv.float() - small.uv.float()).abs().max() < 0.01
+    large, small = (mono_clip(make_person(1), 8, size, seed=1)[0] for size in (128, 64))
+    look = gen.look(large)
+    assert look.size == 64
+    assert largest(look.uv.float() - gen.look(small).uv.float()) < 0.01
 
 
 # ---- files
 
 
-def test_save_and_load(gen, looks, tmp_path):
+def test_save_and_load(looks, tmp_path):
     path = tmp_path / 'g.safetensors'
-    g = stir(Generator.from_preset('tiny', pool='attention', view=False, **SMALL))
-    g.save(path, steps=7)
+    generator = stir(Generator.from_preset('tiny', pool='attention', view=False, **SMALL))
+    generator.save(path, steps=7)
     again = Generator.from_pretrained(path)
-    assert again.config == g.config and not again.training
-    for (n, x), (m, y) in zip(g.state_dict().items(), again.state_dict().items()):
-        assert n == m and torch.equal(x, y)
+    assert again.config == generator.config
+    assert not again.training
+    mine, theirs = generator.state_dict(), again.state_dict()
+    assert list(mine) == list(theirs)
+    assert all(torch.equal(values, theirs[name]) for name, values in mine.items())
     with torch.no_grad():
-        assert torch.equal(g.encode([looks[:3]]).map, again.encode([looks[:3]]).map)
+        maps = [g.encode([looks[:3]]).map for g in (generator, again)]
+    assert torch.equal(*maps)
 
 
-def test_files_that_cannot_be_used(gen, clip, tmp_path):
-    from safetensors.torch import load_file, save_file
+def refuse(path, match):
+    with pytest.raises(InputError, match=match):
+        Generator.from_pretrained(path)
 
+
+def test_files_that_broke_off_or_are_others(gen, clip, tmp_path):
     path = tmp_path / 'g.safetensors'
     gen.save(path)
     good = path.read_bytes()
-    t = load_file(path)
-    from safetensors import safe_open
-
-    with safe_open(path, 'pt') as f:
-        meta = json.loads(f.metadata()['spatialavatar0_generator'])
-
-    def written(t, **changes):
-        save_file(t, path, metadata=dict(spatialavatar0_generator=json.dumps({**meta, **changes})))
-        return path
-
     for data in (good[:1000], b'', b'no safetensors at all', good[:-100]):
         path.write_bytes(data)
-        with pytest.raises(InputError, match='not a readable checkpoint'):
-            Generator.from_pretrained(path)
+        refuse(path, 'not a readable checkpoint')
     gen(clip[:1]).save(path)
-    with pytest.raises(InputError, match='not a generator'):
-        Generator.from_pretrained(path)
-    k = next(iter(t))
-    for bad, match in ((written({n: v for n, v in t.items() if n != k}), '1 missing'),):
-        with pytest.raises(InputError, match=match):
-            Generator.from_pretrained(bad)
-    with pytest.raises(InputError, match='1 unknown'):
-        Generator.from_pretrained(written({**t, 'other': torch.zeros(1)}))
-    with pytest.raises(InputError, match='nan or inf'):
-        Generator.from_pretrained(written({**t, k: t[k] * float('nan')}))
-    with pytest.raises(InputError, match='should be'):
-        Generator.from_pretrained(written({**t, k: t[k].flatten()[:1]}))
-    with pytest.raises(InputError, match='update spatialavatar0'):
-        Generator.from_pretrained(written(t, schema=99))
-    with pytest.raises(InputError, match='another head'):
-        Generator.from_pretrained(written(t, head='0' * 16))
-    with pytest.raises(InputError, match='configuration'):
-        Generator.from_pretrained(written(t, config={**meta['config'], 'pool': 7}))
-    with pytest.raises(InputError, match='no generator at'):
-        Generator.from_pretrained(tmp_path / 'nothing')
+    refuse(path, 'not a generator')
+    refuse(tmp_path / 'nothing', 'no generator at')
+
+
+def test_files_with_wrong_weights_or_headers(gen, tmp_path):
+    path = tmp_path / 'g.safetensors'
+    gen.save(path)
+    key, tensors = 'spatialavatar0_generator', load_file(path)
+    with safe_open(path, 'pt') as file:
+        meta = json.loads(file.metadata()[key])
+    first = next(iter(tensors))
+
+    def refuse_written(match, tensors=tensors, **changes):
+        save_file(tensors, path, metadata={key: json.dumps({**meta, **changes})})
+        refuse(path, match)
+
+    refuse_written('1 missing', {n: x for n, x in tensors.items() if n != first})
+    refuse_written('1 unknown', {**tensors, 'other': torch.zeros(1)})
+    refuse_written('nan or inf', {**tensors, first: tensors[first] * float('nan')})
+    refuse_written('should be', {**tensors, first: tensors[first].flatten()[:1]})
+    refuse_written('update spatialavatar0', schema=99)
+    refuse_written('another head', head='0' * 16)
+    refuse_written('configuration', config={**meta['config'], 'pool': 7})
 
 
 # ---- errors
 
 
-def test_wrong_input(gen, clip, looks):
-    for frames in ([], ()):
+def refuse_frames(generator, frames, match):
+    with pytest.raises(InputError, match=match):
+        generator(frames)
+
+
+def test_wrong_sources(gen, clip, looks):
+    for none in ([], ()):
+        refuse_frames(gen, none, 'K = 0')
+    for nobody in ([looks[:1], []], []):
         with pytest.raises(InputError, match='K = 0'):
-            gen(frames)
-    with pytest.raises(InputError, match='K = 0'):
-        gen.encode([looks[:1], []])
-    with pytest.raises(InputError, match='K = 0'):
-        gen.encode([])
-    big = mono_clip(make_person(1), 8, 96)[0]
-    with pytest.raises(InputError, match='share one size'):
-        gen([clip[0], big])
-    with pytest.raises(InputError, match='square'):
-        gen(replace(clip[0], image=clip[0].image[:40], mask=clip[0].mask[:40]))
-    for k in ('viewmat', 'K'):
-        with pytest.raises(InputError, match='no camera'):
-            gen(replace(clip[0], **{k: torch.zeros_like(getattr(clip[0], k))}))
-        with pytest.raises(InputError, match='no camera'):
-            gen(replace(clip[0], **{k: getattr(clip[0], k) * float('nan')}))
-    for k in ('image', 'mask'):
-        x = getattr(clip[0], k).clone()
-        x[0, 0] = float('inf')
-        with pytest.raises(InputError, match=f'NaN or infinite values in its {k}'):
-            gen(replace(clip[0], **{k: x}))
-    with pytest.raises(InputError, match='params'):
-        gen(replace(clip[0], params=dict(clip[0].params, expr=torch.full((1, 52), float('nan')))))
-    with pytest.raises(InputError, match='shows anything'):
-        gen(replace(clip[0], mask=torch.zeros(64, 64)))
-    with pytest.raises(InputError, match='should be a Frame'):
-        gen(['photo.jpg'])
+            gen.encode(nobody)
+    refuse_frames(gen, [clip[0], mono_clip(make_person(1), 8, 96)[0]], 'share one size')
+    refuse_frames(gen, ['photo.jpg'], 'should be a Frame')
+    other = Generator.from_preset('tiny', **{**SMALL, 'shells': (0.0,)})
     with pytest.raises(InputError, match='another generator'):
-        Generator.from_preset('tiny', **{**SMALL, 'shells': (0.0,)}).encode([looks[:1]])
+        other.encode([looks[:1]])
 
 
-def test_wrong_configurations():
-    with pytest.raises(InputError, match='tiny, laptop, paper'):
-        Generator.from_preset('large')
-    for changes, match in (
+def test_wrong_frames(gen, clip):
+    frame = clip[0]
+    wide = replace(frame, image=frame.image[:40], mask=frame.mask[:40])
+    refuse_frames(gen, wide, 'square')
+    refuse_frames(gen, replace(frame, mask=torch.zeros(64, 64)), 'shows anything')
+    for name in ('viewmat', 'K'):
+        values = getattr(frame, name)
+        refuse_frames(gen, replace(frame, **{name: torch.zeros_like(values)}), 'no camera')
+        refuse_frames(gen, replace(frame, **{name: values * float('nan')}), 'no camera')
+    for name in ('image', 'mask'):
+        values = getattr(frame, name).clone()
+        values[0, 0] = float('inf')
+        bad = replace(frame, **{name: values})
+        refuse_frames(gen, bad, f'NaN or infinite values in its {name}')
+    params = dict(frame.params, expr=torch.full((1, 52), float('nan')))
+    refuse_frames(gen, replace(frame, params=params), 'params')
+
+
+@pytest.mark.parametrize(
+    'changes, match',
+    [
         (dict(pool='max'), 'pool should be'),
         (dict(shells=(0.01,)), 'start at 0'),
         (dict(resolution=30), 'multiple of 8'),
         (dict(image_size=50), 'multiple of 16'),
         (dict(width=3), 'width'),
-    ):
-        with pytest.raises(InputError, match=match):
-            Generator.from_preset('tiny', **changes)
+    ],
+)
+def test_wrong_configurations(changes, match):
+    with pytest.raises(InputError, match=match):
+        Generator.from_preset('tiny', **changes)
+
+
+def test_an_unknown_preset():
+    with pytest.raises(InputError, match='tiny, laptop, paper'):
+        Generator.from_preset('large')
 
 
 # ---- other heads
@@ -334,31 +347,23 @@ def test_wrong_configurations():
 
 def test_a_flame_head(tmp_path, clip):
     "Regions by other names or none, other numbers of vertices and expressions."
-    flame = load_flame(
-        write_flame_folder(open_head(), tmp_path / 'open'), num_shape=20, num_expr=30
-    )
-    g = stir(Generator.from_preset('tiny', head=flame, **SMALL), size=0.01)
-    assert g.code_size == 42
-    frames = [
-        replace(
-            f,
-            params={
-                k: v
-                for k, v in f.params.items()
-                if k in ('jaw', 'neck', 'rotation', 'eyes', 'translation')
-            },
-        )
-        for f in clip[:3]
-    ]
-    a = g(frames[:2])
-    assert a.head is flame
-    assert all(x.isfinite().all() for x in a.splats.values())
-    rgb, _, _ = g.render(g.encode([g.looks(frames[:2])]), g.look(frames[2]))
-    rgb.mean().backward()
-    g.save(tmp_path / 'g.safetensors')
+    folder = write_flame_folder(open_head(), tmp_path / 'open')
+    flame = load_flame(folder, num_shape=20, num_expr=30)
+    generator = stir(Generator.from_preset('tiny', head=flame, **SMALL), size=0.01)
+    assert generator.code_size == 42
+    pose = 'jaw', 'neck', 'rotation', 'eyes', 'translation'
+    frames = []
+    for frame in clip[:3]:
+        params = {name: values for name, values in frame.params.items() if name in pose}
+        frames.append(replace(frame, params=params))
+    avatar = generator(frames[:2])
+    assert avatar.head is flame
+    assert all(values.isfinite().all() for values in avatar.splats.values())
+    code = generator.encode([generator.looks(frames[:2])])
+    generator.render(code, generator.look(frames[2])).rgb.mean().backward()
+    generator.save(tmp_path / 'g.safetensors')
     Generator.from_pretrained(tmp_path / 'g.safetensors', flame)
-    with pytest.raises(InputError, match='another head'):
-        Generator.from_pretrained(tmp_path / 'g.safetensors')
+    refuse(tmp_path / 'g.safetensors', 'another head')
 
 
 # ---- the paper's encoder
@@ -368,23 +373,24 @@ VIT = dict(SMALL, encoder=(), backbone='vit_tiny_patch16_dinov3_qkvb', token=192
 
 def test_a_vision_transformer_behind_the_same_interface(clip, tmp_path):
     pytest.importorskip('timm')
-    g = stir(Generator.from_preset('tiny', weights=False, **VIT), size=0.01)
-    looks = g.looks(clip)
-    rgb, _, _ = g.render(g.encode([looks[:2]]), looks[3])
-    rgb.mean().backward()
-    assert not g.train().encoder.backbone.training
-    assert all(p.grad is None for p in g.encoder.backbone.parameters())  # frozen
-    assert not [n for n, p in g.named_parameters() if p.requires_grad and p.grad is None]
-    g.save(tmp_path / 'g.safetensors')
+    generator = stir(Generator.from_preset('tiny', weights=False, **VIT), size=0.01)
+    looks = generator.looks(clip)
+    generator.render(generator.encode([looks[:2]]), looks[3]).rgb.mean().backward()
+    assert not generator.train().encoder.backbone.training
+    assert all(param.grad is None for param in generator.encoder.backbone.parameters())  # frozen
+    trained = {name: p for name, p in generator.named_parameters() if p.requires_grad}
+    assert not [name for name, param in trained.items() if param.grad is None]
+    generator.save(tmp_path / 'g.safetensors')
     again = Generator.from_pretrained(tmp_path / 'g.safetensors')
     with torch.no_grad():
-        assert torch.equal(g.eval().encode([looks[:2]]).map, again.encode([looks[:2]]).map)
+        maps = [g.encode([looks[:2]]).map for g in (generator.eval(), again)]
+    assert torch.equal(*maps)
 
 
 def test_backbone_weights_that_cannot_be_had(monkeypatch):
     timm = pytest.importorskip('timm')
 
-    def offline(*a, pretrained, **kw):
+    def offline(*names, pretrained, **options):
         raise OSError('offline')
 
     monkeypatch.setattr(timm, 'create_model', offline)
@@ -398,26 +404,33 @@ def test_backbone_weights_that_cannot_be_had(monkeypatch):
 def test_the_papers_sizes(tmp_path):
     "Built, one step, saved, loaded: random weights; minutes on a CPU."
     pytest.importorskip('timm')
-    start = time.perf_counter()
-    g = Generator.from_preset('paper', weights=False)
-    built = time.perf_counter()
-    c = mono_clip(make_person(1), 8, 512, seed=1)
-    looks = g.looks([c[0], c[4]])
-    looked = time.perf_counter()
-    rgb, _, _ = g.render(g.encode([looks[:1]]), looks[1])
+    times = {'start': time.perf_counter()}
+    generator = Generator.from_preset('paper', weights=False)
+    times['built'] = time.perf_counter()
+    clip = mono_clip(make_person(1), 8, 512, seed=1)
+    looks = generator.looks([clip[0], clip[4]])
+    times['looks'] = time.perf_counter()
+    rgb = generator.render(generator.encode([looks[:1]]), looks[1]).rgb
     assert rgb.shape == (1, 512, 512, 3)
-    forward = time.perf_counter()
+    times['forward'] = time.perf_counter()
     rgb.mean().backward()
-    done = time.perf_counter()
-    assert 50_000 < len(g.binding) < 66_000
-    import resource
-
-    print(
-        f'{len(g.binding):,} Gaussians, {sum(p.numel() for p in g.parameters()) / 1e6:.0f} M weights, {sum(p.numel() for p in g.parameters() if p.requires_grad) / 1e6:.1f} M trained; built {built - start:.1f} s, looks {looked - built:.1f} s, '
-        f'forward {forward - looked:.1f} s, backward {done - forward:.1f} s, peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB'
-    )
-    g.eval()
-    g.save(tmp_path / 'paper.safetensors')
+    times['backward'] = time.perf_counter()
+    tell_sizes(generator, times)
+    generator.eval().save(tmp_path / 'paper.safetensors')
     again = Generator.from_pretrained(tmp_path / 'paper.safetensors')
     with torch.no_grad():
-        assert torch.equal(g.encode([looks[:1]]).map, again.encode([looks[:1]]).map)
+        maps = [g.encode([looks[:1]]).map for g in (generator, again)]
+    assert torch.equal(*maps)
+
+
+def tell_sizes(generator, times):
+    "Gaussians, weights, seconds and memory."
+    assert 50_000 < len(generator.binding) < 66_000
+    counts = {p: p.numel() for p in generator.parameters()}
+    trained = sum(count for param, count in counts.items() if param.requires_grad)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(f'{len(generator.binding):,} Gaussians, {sum(counts.values()) / 1e6:.0f} M weights')
+    print(f'{trained / 1e6:.1f} M of them trained, peak {memory:.1f} GB')
+    names = list(times)
+    for before, after in zip(names, names[1:]):
+        print(f'{after}: {times[after] - times[before]:.1f} s')

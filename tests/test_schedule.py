@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from spatialavatar0.ground.core import InputError
 from spatialavatar0.ground.geometry import intrinsics
@@ -31,6 +32,7 @@ from spatialavatar0.stage1.objective import (
     texel_pairs,
     uv_tv,
     view_jacobian,
+    weighted_sum,
 )
 from spatialavatar0.stage1.schedule import (
     LAPTOP,
@@ -62,304 +64,292 @@ def schedule(mono_steps=4, multi_steps=3, **changes):
 
 @pytest.fixture(scope='module')
 def data():
-    g = network()
-    return [
-        Shelf(people(mono(64, instants=6), 3), g),
-        Shelf(people(multi(64, instants=5, cameras=5), 2), g),
-    ]
+    generator = network()
+    many, few = people(mono(64, instants=6), 3), people(multi(64, instants=5, cameras=5), 2)
+    return [Shelf(many, generator), Shelf(few, generator)]
 
 
 def rng(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def same(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a.params, b.params))
+def same(one, other):
+    return all(torch.equal(x, y) for x, y in zip(one.params, other.params))
 
 
 # ---- losses
 
 
 def test_ms_ssim_of_flat_pictures_is_the_brightness_term():
-    a, b = (
-        torch.full((2, 24, 24, 3), 0.6),
-        torch.full((2, 24, 24, 3), 0.3),
-    )  # no structure: every structure term is 1
-    assert torch.allclose(
-        ms_ssim(a, b), torch.full((2,), (2 * 0.6 * 0.3 + 1e-4) / (0.36 + 0.09 + 1e-4)), atol=2e-3
-    )
-    assert torch.allclose(ms_ssim(a, a), torch.ones(2), atol=1e-5)
+    light, dark = torch.full((2, 24, 24, 3), 0.6), torch.full((2, 24, 24, 3), 0.3)
+    brightness = (2 * 0.6 * 0.3 + 1e-4) / (0.36 + 0.09 + 1e-4)  # every structure term is 1
+    assert torch.allclose(ms_ssim(light, dark), torch.full((2,), brightness), atol=2e-3)
+    assert torch.allclose(ms_ssim(light, light), torch.ones(2), atol=1e-5)
+
+
+def ssim_of(mean_a, mean_b, var_a, var_b, cov):
+    "Brightness times structure."
+    brightness = (2 * mean_a * mean_b + 1e-4) / (mean_a**2 + mean_b**2 + 1e-4)
+    return brightness * (2 * cov + 9e-4) / (var_a + var_b + 9e-4)
+
+
+def moments_of(means):
+    "Means, variances and covariance from the windowed means of a, b, a², b² and ab."
+    mean_a, mean_b, square_a, square_b, product = means
+    variances = square_a - mean_a**2, square_b - mean_b**2
+    return mean_a, mean_b, *variances, product - mean_a * mean_b
 
 
 def test_ms_ssim_of_one_scale_by_hand():
     a, b = torch.rand(2, 1, 9, 9, 3, generator=rng())
-    w = blur_matrix(9, 2.0).float()
-    assert torch.allclose(w.sum(1), torch.ones(9))
-
-    def mean(x):
-        return sum(
-            w[4, i] * w[4, j] * x[0, i, j, 0] for i in range(9) for j in range(9)
-        )  # the window around the middle pixel, by loops
-
-    ma, mb = mean(a), mean(b)
-    va = mean(a * a) - ma * ma
-    vb = mean(b * b) - mb * mb
-    cov = mean(a * b) - ma * mb
-    middle = (2 * ma * mb + 1e-4) / (ma * ma + mb * mb + 1e-4) * (2 * cov + 9e-4) / (va + vb + 9e-4)
-    x = torch.stack([a, b, a * a, b * b, a * b])[:, 0, ..., 0]
-    m = w @ x @ w.T
-    full = (
-        (2 * m[0] * m[1] + 1e-4)
-        / (m[0] ** 2 + m[1] ** 2 + 1e-4)
-        * (2 * (m[4] - m[0] * m[1]) + 9e-4)
-        / (m[2] - m[0] ** 2 + m[3] - m[1] ** 2 + 9e-4)
-    )
+    window = blur_matrix(9, 2.0).float()
+    assert torch.allclose(window.sum(1), torch.ones(9))
+    products = torch.stack([a, b, a * a, b * b, a * b])[:, 0, ..., 0]
+    places = list(itertools.product(range(9), repeat=2))
+    by_loops = [sum(window[4, i] * window[4, j] * x[i, j] for i, j in places) for x in products]
+    middle = ssim_of(*moments_of(by_loops))
+    full = ssim_of(*moments_of(window @ products @ window.T))
     assert torch.allclose(full[4, 4], middle, atol=1e-4)
-    assert torch.allclose(ms_ssim(a[..., :1], b[..., :1], (2.0,)), full.mean()[None], atol=1e-5)
+    found = ms_ssim(a[..., :1], b[..., :1], (2.0,))
+    assert torch.allclose(found, full.mean()[None], atol=1e-5)
 
 
 def test_ms_ssim_sees_what_one_window_does_not():
-    a = 0.5 * torch.ones(1, 48, 48, 3)
-    a[:, :, 24:] = 0.6
-    b = a.flip(2)  # a wide step the wrong way round
-    assert ms_ssim(a, b) < ms_ssim(a, b, (0.5,)) < 1
+    step = 0.5 * torch.ones(1, 48, 48, 3)
+    step[:, :, 24:] = 0.6
+    wrong = step.flip(2)  # a wide step the wrong way round
+    assert ms_ssim(step, wrong) < ms_ssim(step, wrong, (0.5,)) < 1
 
 
 def test_face_box_is_dilated_and_cut():
-    K, view = intrinsics(100.0, 100, 100), torch.eye(4)
-    p = torch.tensor([[-0.1, -0.2, 1.0], [0.1, 0.2, 1.0]])  # pixels 40..60 by 30..70
-    assert face_box(p, view, K, 100, 100, 1.0) == (40, 30, 60, 70)
-    assert face_box(p, view, K, 100, 100) == (34, 17, 66, 83)
-    assert face_box(p * torch.tensor([9.0, 9.0, 1.0]), view, K, 100, 100) == (0, 0, 100, 100)
-    x0, y0, x1, y1 = face_box(p + torch.tensor([9.0, 9.0, 0]), view, K, 100, 100)
-    assert x1 > x0 and y1 > y0  # out of the picture: still a pixel
+    camera = torch.eye(4), intrinsics(100.0, 100, 100), 100, 100
+    face = torch.tensor([[-0.1, -0.2, 1.0], [0.1, 0.2, 1.0]])  # pixels 40..60 by 30..70
+    assert face_box(face, *camera, 1.0) == (40, 30, 60, 70)
+    assert face_box(face, *camera) == (34, 17, 66, 83)
+    assert face_box(face * torch.tensor([9.0, 9.0, 1.0]), *camera) == (0, 0, 100, 100)
+    x0, y0, x1, y1 = face_box(face + torch.tensor([9.0, 9.0, 0]), *camera)
+    assert x1 > x0  # out of the picture: still a pixel
+    assert y1 > y0
 
 
 def test_box_l1_counts_the_box_alone():
-    a = torch.zeros(10, 10, 3)
-    b = torch.zeros(10, 10, 3)
-    b[2:4, 5:9] = 0.5
-    b[9, 9] = 1
-    assert float(box_l1(a, b, (5, 2, 9, 4))) == 0.5
-    assert float(box_l1(a, b, (5, 2, 9, 6))) == 0.25
+    black, spots = torch.zeros(2, 10, 10, 3)
+    spots[2:4, 5:9] = 0.5
+    spots[9, 9] = 1
+    assert float(box_l1(black, spots, (5, 2, 9, 4))) == 0.5
+    assert float(box_l1(black, spots, (5, 2, 9, 6))) == 0.25
 
 
 def test_uv_tv_by_hand_and_gaps_do_not_count():
-    b = network().binding
-    across, down = texel_pairs(b)
-    r, c = b.texels.T.float()
-    assert torch.allclose(
-        uv_tv(torch.stack([3 * c - 2 * r], -1)[None], (across, down)), torch.tensor(5.0)
-    )  # 3 a step across, 2 down
-    for p, d in ((across, (0, 1)), (down, (1, 0))):
-        assert ((b.texels[p[:, 1]] - b.texels[p[:, 0]]) == torch.tensor(d)).all()
+    binding = network().binding
+    across, down = texel_pairs(binding)
+    row, column = binding.texels.T.float()
+    plane = torch.stack([3 * column - 2 * row], -1)[None]
+    assert torch.allclose(uv_tv(plane, (across, down)), torch.tensor(5.0))
+    for pairs, step in ((across, (0, 1)), (down, (1, 0))):
+        steps = binding.texels[pairs[:, 1]] - binding.texels[pairs[:, 0]]
+        assert (steps == torch.tensor(step)).all()
 
 
 def test_view_jacobian_averages_to_the_frobenius_norm():
     A, B = torch.randn(2, 4, 5, generator=rng())
     gamma = torch.randn(1, 5, generator=rng(1)).requires_grad_()
     total = 0.0
-    for v in itertools.product((-1.0, 1.0), repeat=4):  # all sign vectors: the mean is exact
-        v = torch.tensor(v)[None]
+    for probe in itertools.product((-1.0, 1.0), repeat=4):  # all sign vectors: the mean is exact
+        v = torch.tensor(probe)[None]
         total += view_jacobian((gamma @ A.T, gamma @ B.T), gamma, (v, v)).expm1()
-    assert torch.allclose(total / 16, (A.square().sum() + B.square().sum())[None], rtol=1e-5)
+    norm = (A.square().sum() + B.square().sum())[None]
+    assert torch.allclose(total / 16, norm, rtol=1e-5)
 
 
 def test_view_jacobian_can_be_trained():
-    W = torch.randn(3, 2, generator=rng()).requires_grad_()
+    weights = torch.randn(3, 2, generator=rng()).requires_grad_()
     gamma = torch.randn(1, 2, generator=rng(1)).requires_grad_()
-    v = signs((1, 3), rng(2))
-    view_jacobian((torch.tanh(gamma @ W.T),), gamma, (v,)).sum().backward()
+    probe = signs((1, 3), rng(2))
 
-    def f(W):
-        return view_jacobian((torch.tanh(gamma @ W.T),), gamma, (v,)).sum()
+    def penalty(weights):
+        return view_jacobian((torch.tanh(gamma @ weights.T),), gamma, (probe,)).sum()
 
-    e = torch.zeros(3, 2)
-    e[1, 0] = 1e-3
-    assert W.grad.any()
-    assert abs(float((f(W + e) - f(W - e)).detach()) / 2e-3 - float(W.grad[1, 0])) < 1e-3
+    penalty(weights).backward()
+    step = torch.zeros(3, 2)
+    step[1, 0] = 1e-3
+    slope = float((penalty(weights + step) - penalty(weights - step)).detach()) / 2e-3
+    assert weights.grad.any()
+    assert abs(slope - float(weights.grad[1, 0])) < 1e-3
 
 
 def test_l2_sp_is_a_sum_and_its_gradient_is_twice_the_way():
     home = [torch.tensor([1.0, 2.0]), torch.tensor([[3.0]])]
     params = [torch.tensor([1.5, 2.0]).requires_grad_(), torch.tensor([[1.0]]).requires_grad_()]
     assert float(l2_sp(params, home)) == 0.25 + 4.0
-    for p in params:
-        p.grad = torch.ones_like(p)
+    for param in params:
+        param.grad = torch.ones_like(param)
     pull_home(params, home, 0.1)
     assert torch.allclose(params[0].grad, torch.tensor([1.1, 1.0]))
     assert torch.allclose(params[1].grad, torch.tensor([[1 - 0.4]]))
 
 
 def test_terms_of_a_batch_are_what_they_say(data):
-    t = Trainer(network(), schedule(), data)
-    batch = t.draw()
-    w = replace(FULL, residual=1e-2)
-    batch.probes = [signs((2, len(t.generator.binding), 3), rng(k)) for k in (1, 2)]
+    trainer = Trainer(network(), schedule(), data)
+    batch = trainer.draw()
+    weights = replace(FULL, residual=1e-2)
+    gaussians = len(trainer.generator.binding)
+    batch.probes = [signs((2, gaussians, 3), rng(seed)) for seed in (1, 2)]
     with torch.no_grad():
-        t.generator.residual.out['color'].bias.fill_(0.2)
-    rgb, truth, d, _ = t.render(batch, w)
-    terms, each = t.terms(batch, w)
-
-    def near(a, b):
-        return abs(float(a.detach()) - float(b.detach() if hasattr(b, 'detach') else b)) < 1e-5
-
-    assert near(terms['l1'], (rgb - truth).abs().mean())
+        trainer.generator.residual.out['color'].bias.fill_(0.2)
+    seen = trainer.render(batch, weights)
+    terms, each = trainer.terms(batch, weights)
+    expected = dict(
+        l1=(seen.rgb - seen.truth).abs().mean(),
+        ms_ssim=1 - ms_ssim(seen.rgb, seen.truth).mean(),
+        residual=torch.tensor(0.2 / 4),
+        offset=seen.decoded.maps['position'].square().mean(),
+    )
+    for name, value in expected.items():
+        assert abs(float(terms[name].detach()) - float(value.detach())) < 1e-5, name
     assert each.shape == (2,)
-    assert near(terms['ms_ssim'], 1 - ms_ssim(rgb, truth).mean())
-    assert near(terms['residual'], 0.2 / 4)
-    assert near(terms['offset'], d.maps['position'].square().mean())
     assert terms['jacobian'] > 0
     assert terms['face'] > 0
-    assert set(terms) == {'l1', 'ssim', 'ms_ssim', 'face', 'tv', 'jacobian', 'residual', 'offset'}
+    assert set(terms) == {*expected, 'ssim', 'face', 'tv', 'jacobian'}
 
 
 def test_lpips_is_real_or_left_out(monkeypatch, data, capsys):
-    import spatialavatar0.ground.assets as m
+    import spatialavatar0.ground.assets as assets
 
-    monkeypatch.setattr(m, 'find_local', lambda a: None)
+    monkeypatch.setattr(assets, 'find_local', lambda asset: None)
     assert open_lpips() is None
-    t = Trainer(network(), schedule(weights=replace(LAPTOP, lpips=1.0)), data)
+    trainer = Trainer(network(), schedule(weights=replace(LAPTOP, lpips=1.0)), data)
     assert 'LPIPS' in capsys.readouterr().out
-    assert 'lpips' not in t.step()
+    assert 'lpips' not in trainer.step()
 
 
 # ---- who is shown
 
 
 def roll(times=6, cameras=5):
-    g = rng(3)
-    n = times * cameras
-    d = torch.nn.functional.normalize(torch.randn(n, 3, generator=g), dim=-1)
+    pictures, draws = times * cameras, rng(3)
+    directions = torch.randn(pictures, 3, generator=draws)
     return Roll(
-        d,
-        torch.randn(n, 5, generator=g),
-        [i // cameras for i in range(n)],
-        [f'{i % cameras:02d}' for i in range(n)],
+        torch.nn.functional.normalize(directions, dim=-1),
+        torch.randn(pictures, 5, generator=draws),
+        [i // cameras for i in range(pictures)],
+        [f'{i % cameras:02d}' for i in range(pictures)],
         'person 7',
     )
 
 
 def test_dissimilarity_counts_both_parts_alike():
-    r = roll()
-    d = dissimilarity(r.directions, r.exprs, 2)
-    others = torch.arange(len(r)) != 2
-    assert abs(float(d[others].mean()) - 2) < 1e-5
-    assert float(d[2]) < 1e-2
-    assert torch.allclose(
-        d, dissimilarity(r.directions, 100 * r.exprs, 2), atol=1e-4
-    )  # no unit matters
-    assert (
-        abs(float(dissimilarity(r.directions, 0 * r.exprs, 2)[others].mean()) - 1) < 1e-5
-    )  # one expression: the angle decides
+    whole = roll()
+    unlike = dissimilarity(whole.directions, whole.exprs, 2)
+    others = torch.arange(len(whole)) != 2
+    assert abs(float(unlike[others].mean()) - 2) < 1e-5
+    assert float(unlike[2]) < 1e-2
+    louder = dissimilarity(whole.directions, 100 * whole.exprs, 2)
+    assert torch.allclose(unlike, louder, atol=1e-4)  # no unit matters
+    one_expression = dissimilarity(whole.directions, 0 * whole.exprs, 2)
+    assert abs(float(one_expression[others].mean()) - 1) < 1e-5  # the angle decides
 
 
 def test_temperature_and_softmax_by_hand():
     assert [temperature(t, 1000) for t in (0, 125, 250, 999)] == [2.0, 1.25, 0.5, 0.5]
-    p = source_chances(torch.tensor([1.0, 2.0]), 0.5)
-    assert abs(float(p[1] / p[0]) - math.exp(2)) < 1e-4
+    chances = source_chances(torch.tensor([1.0, 2.0]), 0.5)
+    assert abs(float(chances[1] / chances[0]) - math.exp(2)) < 1e-4
 
 
 def test_drawn_as_often_as_the_softmax_says():
-    r = roll(2, 3)
-    places = torch.arange(6)
-    g = rng(5)
-    counts = torch.zeros(6, 6)
-    n = 3000
-    for _ in range(n):
-        s, t = choose(r, places, 2, 0.5, g)
-        counts[t, s[0]] += 1
-        assert t not in s and len(set(s)) == 2
-    assert (counts.sum(1) / n - 1 / 6).abs().max() < 0.02
-    for t in range(6):
-        p = source_chances(dissimilarity(r.directions, r.exprs, t), 0.5)
-        p[t] = 0
-        p /= p.sum()
-        assert (counts[t] / counts[t].sum() - p).abs().max() < 4 * math.sqrt(0.25 / (n / 6))
+    whole, draws, count = roll(2, 3), rng(5), 3000
+    drawn = torch.zeros(6, 6)
+    for _ in range(count):
+        sources, target = choose(whole, torch.arange(6), 2, 0.5, draws)
+        drawn[target, sources[0]] += 1
+        assert target not in sources
+        assert len(set(sources)) == 2
+    assert (drawn.sum(1) / count - 1 / 6).abs().max() < 0.02
+    for target in range(6):
+        chances = source_chances(dissimilarity(whole.directions, whole.exprs, target), 0.5)
+        chances[target] = 0
+        off = drawn[target] / drawn[target].sum() - chances / chances.sum()
+        assert off.abs().max() < 4 * math.sqrt(0.25 / (count / 6))
 
 
 def test_colder_prefers_the_different():
-    r = roll()
+    whole, everything = roll(), torch.arange(30)
 
     def mean(T):
-        return (
-            sum(
-                float(dissimilarity(r.directions, r.exprs, t)[s[0]])
-                for g in [rng(1)]
-                for _ in range(200)
-                for s, t in [choose(r, torch.arange(len(r)), 1, T, g)]
-            )
-            / 200
-        )
+        "Dissimilarity of source 0."
+        draws, total = rng(1), 0.0
+        for _ in range(200):
+            sources, target = choose(whole, everything, 1, T, draws)
+            total += float(dissimilarity(whole.directions, whole.exprs, target)[sources[0]])
+        return total / 200
 
     assert mean(0.25) > mean(0.5) > mean(2.0) + 0.1
 
 
+def touched(whole, sources, target):
+    "Instants and cameras of a draw."
+    places = *sources, target
+    return {whole.times[i] for i in places}, {whole.cameras[i] for i in places}
+
+
 def test_phase_2_draws():
-    r = roll()
-    g = rng(2)
-    crossed = 0
-    n = 1200
-    for i in range(n):
-        K = 1 + i % 4
-        if K == 4:
-            K = 3  # four cameras: three sources
-        s, t = draw_multi(r, K, 1.0, g)
-        times = {r.times[j] for j in (*s, t)}
-        cameras = {r.cameras[j] for j in (*s, t)}
-        assert len(s) == K and len({*s, t}) == K + 1
+    whole, draws, crossed = roll(), rng(2), 0
+    for i in range(1200):
+        K = min(1 + i % 4, 3)
+        sources, target = draw_multi(whole, K, 1.0, draws)
+        times, cameras = touched(whole, sources, target)
+        assert len(sources) == K
+        assert len({*sources, target}) == K + 1
         if len(times) == 1:
             assert len(cameras) == K + 1
         else:
             crossed += 1
-            assert len(times) == K + 1 and (K > 1 or len(cameras) == 1)
-    assert abs(crossed / n - 0.25) < 0.05
-    assert all(
-        len({r.times[j] for j in (*s, t)}) == 1
-        for s, t in (draw_multi(r, 2, 1.0, g, cross_time=0.0) for _ in range(50))
-    )
-    assert all(
-        len({r.times[j] for j in (*s, t)}) == 3
-        for s, t in (draw_multi(r, 2, 1.0, g, cross_time=1.0) for _ in range(50))
-    )
+            assert len(times) == K + 1
+            assert K > 1 or len(cameras) == 1
+    assert abs(crossed / 1200 - 0.25) < 0.05
+
+
+@pytest.mark.parametrize('cross_time, instants', [(0.0, 1), (1.0, 3)])
+def test_phase_2_draws_of_one_kind(cross_time, instants):
+    whole, draws = roll(), rng(2)
+    for _ in range(50):
+        drawn = draw_multi(whole, 2, 1.0, draws, cross_time=cross_time)
+        assert len(touched(whole, *drawn)[0]) == instants
 
 
 def test_what_cannot_be_drawn():
-    r = roll()
-    g = rng()
+    whole, draws = roll(), rng()
     with pytest.raises(InputError, match='K should be at least 1'):
-        draw_mono(r, 0, 1.0, g)
+        draw_mono(whole, 0, 1.0, draws)
     with pytest.raises(InputError, match='person 7: 30 sources and a target need 31'):
-        draw_mono(r, 30, 1.0, g)
+        draw_mono(whole, 30, 1.0, draws)
     with pytest.raises(InputError, match='cross-time with 6 sources needs 7 instants; there are 6'):
-        draw_multi(r, 6, 1.0, g, cross_time=1.0)
-    gone = Roll(r.directions[:-1], r.exprs[:-1], r.times[:-1], r.cameras[:-1], 'person 7')
+        draw_multi(whole, 6, 1.0, draws, cross_time=1.0)
+    columns = whole.directions, whole.exprs, whole.times, whole.cameras
+    gone = Roll(*[column[:-1] for column in columns], 'person 7')
     with pytest.raises(InputError, match="camera '04' is missing at instant 5"):
-        draw_multi(gone, 1, 1.0, g)
+        draw_multi(gone, 1, 1.0, draws)
 
 
 # ---- the schedule
 
 
 def test_papers_numbers():
-    a, b = paper_schedule()
-    assert (a.steps, a.batch, a.clip, a.weights) == (200_000, 48, 5.0, Weights())
-    assert (
-        b.batch,
-        b.cross_time,
-        b.weights.l2sp,
-        b.weights.residual,
-        b.layer_decay,
-        b.bf16,
-    ) == (12, 0.25, 1e-3, 1e-2, 0.65, True)
-    assert a.rate(0) == 2.5e-4
-    assert abs(a.rate(80_000) - 0.55 * 2.5e-4) < 1e-12
-    assert all(abs(a.rate(t) - 2.5e-5) < 1e-12 for t in (160_000, 199_999))
-    assert b.rate(0) < 1e-6
-    assert abs(b.rate(1000) - 1e-4) < 1e-6
-    assert b.rate(b.steps - 1) < 1e-9
-    assert type(a.optimiser([torch.zeros(1).requires_grad_()])) is torch.optim.Adam
-    assert type(b.optimiser([torch.zeros(1).requires_grad_()])) is torch.optim.AdamW
+    first, second = paper_schedule()
+    assert (first.steps, first.batch, first.clip) == (200_000, 48, 5.0)
+    assert first.weights == Weights()
+    assert (second.batch, second.cross_time) == (12, 0.25)
+    assert (second.weights.l2sp, second.weights.residual) == (1e-3, 1e-2)
+    assert (second.layer_decay, second.bf16) == (0.65, True)
+    assert first.rate(0) == 2.5e-4
+    assert abs(first.rate(80_000) - 0.55 * 2.5e-4) < 1e-12
+    assert all(abs(first.rate(t) - 2.5e-5) < 1e-12 for t in (160_000, 199_999))
+    assert second.rate(0) < 1e-6
+    assert abs(second.rate(1000) - 1e-4) < 1e-6
+    assert second.rate(second.steps - 1) < 1e-9
+    weights = [torch.zeros(1).requires_grad_()]
+    assert type(first.optimiser(weights)) is torch.optim.Adam
+    assert type(second.optimiser(weights)) is torch.optim.AdamW
 
 
 def test_deeper_layers_learn_slower():
@@ -372,39 +362,38 @@ def test_deeper_layers_learn_slower():
     ]
     assert layer_scales(names, 0.5) == [0.125, 0.25, 0.5, 1.0, 1.0]
     assert layer_scales(names, 1) == [1.0] * 5
-    assert layer_scales(
-        ['encoder.down.0.0.weight', 'encoder.down.3.0.weight', 'encoder.fine.weight'], 0.5
-    ) == [0.0625, 0.5, 1.0]
+    small = ['encoder.down.0.0.weight', 'encoder.down.3.0.weight', 'encoder.fine.weight']
+    assert layer_scales(small, 0.5) == [0.0625, 0.5, 1.0]
 
 
 def test_loss_falls_and_phases_follow(data):
-    t = Trainer(network(), [MonoPhase(30, 2, 3e-3, LAPTOP, warmup=3), schedule(4, 4)[1]], data)
-    batch = t.draw()
+    phases = [MonoPhase(30, 2, 3e-3, LAPTOP, warmup=3), schedule(4, 4)[1]]
+    trainer = Trainer(network(), phases, data)
+    batch = trainer.draw()
 
     def cost():
-        return sum(
-            float(x.detach()) * getattr(LAPTOP, k) for k, x in t.terms(batch, LAPTOP)[0].items()
-        )
+        return float(weighted_sum(LAPTOP, trainer.terms(batch, LAPTOP)[0]).detach())
 
     first = cost()
-    t.run(30, show=False)
+    trainer.run(30, show=False)
     assert cost() < 0.93 * first
-    old = t.opt
-    before = [p.detach().clone() for p in t.params]
-    t.run(show=False)
-    assert t.opt is not old
-    assert type(t.opt) is torch.optim.AdamW
-    assert all(map(torch.equal, t.home, before))
-    assert not torch.equal(t.params[0], t.home[0])
-    assert [r['phase'] for r in t.log][-1] == 'multi'
-    assert t.log[-1]['l2sp'] > 0
+    optimiser = trainer.opt
+    before = [param.detach().clone() for param in trainer.params]
+    trainer.run(show=False)
+    assert trainer.opt is not optimiser
+    assert type(trainer.opt) is torch.optim.AdamW
+    assert all(map(torch.equal, trainer.home, before))
+    assert not torch.equal(trainer.params[0], trainer.home[0])
+    assert trainer.log[-1]['phase'] == 'multi'
+    assert trainer.log[-1]['l2sp'] > 0
 
 
 def test_a_stronger_spring_keeps_closer(data):
-    def way(l):
-        t = Trainer(network(), [MultiPhase(6, 2, 1e-3, replace(LAPTOP, l2sp=l))], data[1:])
-        t.run(show=False)
-        return float(l2_sp(t.params, t.home))
+    def way(spring):
+        phase = MultiPhase(6, 2, 1e-3, replace(LAPTOP, l2sp=spring))
+        trainer = Trainer(network(), [phase], data[1:])
+        trainer.run(show=False)
+        return float(l2_sp(trainer.params, trainer.home))
 
     assert way(10.0) < 0.7 * way(1e-9)
 
@@ -412,270 +401,286 @@ def test_a_stronger_spring_keeps_closer(data):
 # ---- resume
 
 RUN = """
-import sys, torch
+import sys
+
+import torch
 from spatialavatar0.pictures.domains import mono, multi, people
 from spatialavatar0.stage1.generator import from_preset
 from spatialavatar0.stage1.schedule import laptop_schedule
 from spatialavatar0.stage1.trainer import Shelf, Trainer
-torch.set_num_threads(1); g = from_preset('tiny', seed=0)
-data = [Shelf(people(mono(64, instants=6), 3), g), Shelf(people(multi(64, instants=5, cameras=5), 2), g)]
-t = Trainer(g, laptop_schedule(4, 3, 2), data, 3)
-def tell(t): t.save(sys.argv[1]); print(t.step_number, flush=True); sys.argv[2]=='wait' and t.step_number==5 and input()
-t.run(callback=tell, show=False)
+
+path, mode = sys.argv[1:]
+torch.set_num_threads(1)
+generator = from_preset('tiny', seed=0)
+many, few = people(mono(64, instants=6), 3), people(multi(64, instants=5, cameras=5), 2)
+data = [Shelf(many, generator), Shelf(few, generator)]
+
+
+def tell(trainer):
+    trainer.save(path)
+    print(trainer.step_number, flush=True)
+    if mode == 'wait' and trainer.step_number == 5:
+        input()
+
+
+Trainer(generator, laptop_schedule(4, 3, 2), data, 3).run(callback=tell, show=False)
 """
 
 
-def test_killed_and_resumed(data, tmp_path):
-    "kill -9 in Phase 2; a new process goes on and ends with the weights of an undisturbed run."
+def killed_after_five(state):
+    "A run of another process, killed in Phase 2."
     env = dict(os.environ, OMP_NUM_THREADS='1', NUMBA_NUM_THREADS='1')
-    state = tmp_path / 'state.safetensors'
-    p = subprocess.Popen(
-        [sys.executable, '-c', RUN, str(state), 'wait'],
-        stdout=subprocess.PIPE,
-        stdin=subprocess.PIPE,
-        text=True,
-        env=env,
-    )
-    for line in p.stdout:
+    call = [sys.executable, '-c', RUN, str(state), 'wait']
+    pipes = dict(stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True)
+    process = subprocess.Popen(call, env=env, **pipes)
+    for line in process.stdout:
         if line.strip() == '5':
             break
-    p.send_signal(signal.SIGKILL)
-    p.wait()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+@pytest.fixture
+def one_thread():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    try:
-        a = Trainer(network(), schedule(), data, 3)
-        a.load(state)
-        assert a.step_number == 5 and a.phase_number == 1
-        a.run(show=False)
-        b = Trainer(network(), schedule(), data, 3)
-        b.run(show=False)
-    finally:
-        torch.set_num_threads(threads)
-    assert a.step_number == b.step_number == 7
-    for x, y in zip(a.params, b.params):
-        assert torch.allclose(x, y, atol=1e-6, rtol=1e-5)  # across processes: to rounding
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_killed_and_resumed(data, tmp_path, one_thread):
+    "kill -9 in Phase 2; a new process goes on and ends with the weights of an undisturbed run."
+    state = tmp_path / 'state.safetensors'
+    killed_after_five(state)
+    resumed = Trainer(network(), schedule(), data, 3)
+    resumed.load(state)
+    assert (resumed.step_number, resumed.phase_number) == (5, 1)
+    resumed.run(show=False)
+    whole = Trainer(network(), schedule(), data, 3)
+    whole.run(show=False)
+    assert resumed.step_number == whole.step_number == 7
+    for one, other in zip(resumed.params, whole.params):
+        assert torch.allclose(one, other, atol=1e-6, rtol=1e-5)  # across processes: to rounding
 
 
 def test_saved_and_loaded_is_the_same_to_the_last_bit(data, tmp_path):
-    a = Trainer(network(), schedule(), data, 3)
-    a.run(3, state=tmp_path / 's.safetensors', show=False)
-    a.run(show=False)
-    b = Trainer(network(9), schedule(), data, 3)
-    b.load(tmp_path / 's.safetensors')
-    b.run(show=False)
-    assert same(a, b)
-    assert a.log[-1]['loss'] == b.log[-1]['loss']
+    state = tmp_path / 's.safetensors'
+    whole = Trainer(network(), schedule(), data, 3)
+    whole.run(3, state=state, show=False)
+    whole.run(show=False)
+    resumed = Trainer(network(9), schedule(), data, 3)
+    resumed.load(state)
+    resumed.run(show=False)
+    assert same(whole, resumed)
+    assert whole.log[-1]['loss'] == resumed.log[-1]['loss']
     assert not list(tmp_path.glob('.*'))
-    c = Trainer(network(), schedule(), data, 4)
-    c.run(show=False)
-    assert not same(a, c)
+    other_seed = Trainer(network(), schedule(), data, 4)
+    other_seed.run(show=False)
+    assert not same(whole, other_seed)
 
 
 def test_ctrl_c_finishes_the_step(data, tmp_path, capsys):
-    a = Trainer(network(), schedule(), data, 3)
+    stopped = Trainer(network(), schedule(), data, 3)
     state = tmp_path / 's.safetensors'
 
-    def interrupt(t):
-        if t.step_number == 2:
+    def interrupt(trainer):
+        if trainer.step_number == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
-    a.run(state=state, callback=interrupt, show=False)
-    assert a.step_number == 2
+    stopped.run(state=state, callback=interrupt, show=False)
+    assert stopped.step_number == 2
     assert 'stopped after 2 of 7' in capsys.readouterr().out
-    b = Trainer(network(), schedule(), data, 3)
-    b.load(state)
-    b.run(show=False)
-    c = Trainer(network(), schedule(), data, 3)
-    c.run(show=False)
-    assert same(b, c)
+    resumed = Trainer(network(), schedule(), data, 3)
+    resumed.load(state)
+    resumed.run(show=False)
+    whole = Trainer(network(), schedule(), data, 3)
+    whole.run(show=False)
+    assert same(resumed, whole)
 
 
 def test_states_of_others_are_refused(data, tmp_path):
-    a = Trainer(network(), schedule(), data)
-    a.run(1, show=False)
+    trainer = Trainer(network(), schedule(), data)
+    trainer.run(1, show=False)
     path = tmp_path / 's.safetensors'
-    a.save(path)
+    trainer.save(path)
     with pytest.raises(InputError, match='belongs to another run: its seed differ'):
         Trainer(network(), schedule(), data, 1).load(path)
     with pytest.raises(InputError, match='its schedule differ'):
         Trainer(network(), schedule(5), data).load(path)
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(InputError, match='is not the state of a training'):
-        a.load(path)
-    a.generator.save(path)
+        trainer.load(path)
+    trainer.generator.save(path)
     with pytest.raises(InputError, match='is not the state of a training'):
-        a.load(path)
+        trainer.load(path)
 
 
 # ---- what stops it
 
 
+def with_broken_target(batch):
+    "The batch with a camera that is not finite."
+    first, *rest = batch.targets
+    return replace(batch, targets=[replace(first, K=float('nan') * first.K), *rest])
+
+
 def test_nan_names_step_and_frame(data, tmp_path):
-    t = Trainer(network(), schedule(), data, 3)
-    t.run(1, show=False)
-    good = [p.detach().clone() for p in t.params]
-    state = tmp_path / 's.safetensors'
-    before = t.rng.get_state()
-    batch = t.draw()
-    t.rng.set_state(before)
-    bad = batch.names[0]
-    broken = replace(
-        batch,
-        targets=[
-            replace(batch.targets[0], K=float('nan') * batch.targets[0].K),
-            *batch.targets[1:],
-        ],
-    )
-    t.draw = lambda: broken
-    with pytest.raises(
-        BadBatch, match='at step 1: Ks should be finite.*' + bad.split(' (')[0]
-    ) as e:
-        t.run(state=state, show=False)
-    assert str(state) in str(e.value)
-    assert all(map(torch.equal, t.params, good))
-    u = Trainer(network(), schedule(), data, 3)
-    u.load(state)
-    u.run(show=False)
-    v = Trainer(network(), schedule(), data, 3)
-    v.run(show=False)
-    assert same(u, v)
+    trainer = Trainer(network(), schedule(), data, 3)
+    trainer.run(1, show=False)
+    good = [param.detach().clone() for param in trainer.params]
+    before = trainer.rng.get_state()
+    batch = trainer.draw()
+    trainer.rng.set_state(before)
+    trainer.draw = lambda: with_broken_target(batch)
+    state, frame = tmp_path / 's.safetensors', batch.names[0].split(' (')[0]
+    with pytest.raises(BadBatch, match=f'at step 1: Ks should be finite.*{frame}') as error:
+        trainer.run(state=state, show=False)
+    assert str(state) in str(error.value)
+    assert all(map(torch.equal, trainer.params, good))
+    resumed = Trainer(network(), schedule(), data, 3)
+    resumed.load(state)
+    resumed.run(show=False)
+    whole = Trainer(network(), schedule(), data, 3)
+    whole.run(show=False)
+    assert same(resumed, whole)
 
 
 def test_a_gradient_alone_may_be_bad(data):
-    t = Trainer(network(), schedule(), data)
-    t.generator.heads.last['color'].bias.register_hook(lambda g: g * float('inf'))
-    before = t.rng.get_state()
+    trainer = Trainer(network(), schedule(), data)
+    bias = trainer.generator.heads.last['color'].bias
+    bias.register_hook(lambda grad: grad * float('inf'))
+    before = trainer.rng.get_state()
     with pytest.raises(BadBatch, match='at step 0: a gradient became nan or inf: person'):
-        t.step()
-    assert torch.equal(t.rng.get_state(), before)
-    assert t.step_number == 0
+        trainer.step()
+    assert torch.equal(trainer.rng.get_state(), before)
+    assert trainer.step_number == 0
+
+
+def refuse_clips(clips, generator, match, **options):
+    with pytest.raises(InputError, match=match):
+        Shelf(clips, generator, **options)
 
 
 def test_bad_data():
-    g = network()
+    generator = network()
     clip = Clip(people(mono(64, instants=3), 1)[0].frames)
-    nan = Clip([clip[0], replace(clip[1], image=clip[1].image * float('nan')), clip[2]])
-    with pytest.raises(InputError, match='person 1, frame 1: .*NaN'):
-        Shelf([clip, nan], g)
-    with pytest.raises(InputError, match='at least one person'):
-        Shelf([], g)
-    with pytest.raises(InputError, match='give a folder='):
-        Shelf([clip], g, limit=1e4)
-    bare = Clip(
-        [clip[0], replace(clip[1], params={k: v for k, v in clip[1].params.items() if k != 'jaw'})]
-    )
-    with pytest.raises(InputError, match='every frame needs the same ones'):
-        Shelf([bare], g)
-    few = Trainer(g, schedule(), [[clip], [clip]])
-    with pytest.raises(
-        InputError, match='person 0: . sources and a target need . pictures; there are 3'
-    ):
+    first, second, third = clip
+    nan = Clip([first, replace(second, image=second.image * float('nan')), third])
+    refuse_clips([clip, nan], generator, 'person 1, frame 1: .*NaN')
+    refuse_clips([], generator, 'at least one person')
+    refuse_clips([clip], generator, 'give a folder=', limit=1e4)
+    without_jaw = {name: values for name, values in second.params.items() if name != 'jaw'}
+    bare = Clip([first, replace(second, params=without_jaw)])
+    refuse_clips([bare], generator, 'every frame needs the same ones')
+
+
+def test_too_few_pictures():
+    generator = network()
+    clip = Clip(people(mono(64, instants=3), 1)[0].frames)
+    trainer = Trainer(generator, schedule(), [[clip], [clip]])
+    few = 'person 0: . sources and a target need . pictures; there are 3'
+    with pytest.raises(InputError, match=few):
         for _ in range(20):
-            few.draw()
+            trainer.draw()
     with pytest.raises(InputError, match='one data set per phase, 2; got 1'):
-        Trainer(g, schedule(), [[clip]])
+        Trainer(generator, schedule(), [[clip]])
 
 
-def test_a_shelf_in_a_folder(data, tmp_path):
-    g = network()
+def test_a_shelf_in_a_folder(tmp_path):
+    generator, folder = network(), tmp_path / 'looks'
     crowd = people(mono(64, instants=3), 2)
-    a = Shelf(crowd, g, tmp_path / 'looks')
-
-    class Untouchable(list):
-        pass
-
-    b = Shelf(crowd, g, tmp_path / 'looks')
-    x = a.look(1, 2)
-    y = b.look(1, 2)
-    z = g.look(crowd[1][2])
-    for k in ('image', 'uv', 'weight', 'viewmat', 'K'):
-        assert torch.equal(getattr(x, k), getattr(z, k))
-        assert torch.equal(getattr(y, k), getattr(z, k))
-    assert all(torch.equal(y.params[k], z.params[k]) for k in z.params)
-    assert b.rolls[1].times == [
-        0,
-        1,
-        2,
-    ]
+    made, found = Shelf(crowd, generator, folder), Shelf(crowd, generator, folder)
+    fresh = generator.look(crowd[1][2])
+    for shelf in (made, found):
+        kept = shelf.look(1, 2)
+        for name in ('image', 'uv', 'weight', 'viewmat', 'K'):
+            assert torch.equal(getattr(kept, name), getattr(fresh, name))
+        for name, values in fresh.params.items():
+            assert torch.equal(kept.params[name], values)
+    assert found.rolls[1].times == [0, 1, 2]
     with pytest.raises(InputError, match='looks of another data set'):
-        Shelf(people(mono(64, instants=4), 2), g, tmp_path / 'looks')
+        Shelf(people(mono(64, instants=4), 2), generator, folder)
 
 
 # ---- several processes
 
 SHARE = """
-import os, sys, torch
-torch.set_num_threads(1)
+import sys
+from dataclasses import replace
+
+import torch
 from accelerate import Accelerator
+from safetensors.torch import save_file
 from spatialavatar0.pictures.domains import mono, people
 from spatialavatar0.stage1.generator import from_preset
 from spatialavatar0.stage1.schedule import LAPTOP, laptop_schedule
 from spatialavatar0.stage1.trainer import Shelf, Trainer
-from dataclasses import replace
-g = from_preset('tiny', seed=0); acc = Accelerator(cpu=True)
-t = Trainer(g, laptop_schedule(3, 0, 4, weights=replace(LAPTOP, jacobian=.1, face=1.)), [Shelf(people(mono(64, instants=6), 3), g)], 3, accelerator=acc)
-assert t.world==2, t.world
-t.backward(t.draw(), t.schedule[0].weights); grads = {n:p.grad.clone() for n,p in zip(t.names,t.params)}
-t.rng.manual_seed(3); t.run(show=False)
-from safetensors.torch import save_file
-save_file({**{'g.'+k:v for k,v in grads.items()}, **{'w.'+n:p.detach() for n,p in zip(t.names,t.params)}}, sys.argv[1]+f'.{t.rank}')
+
+torch.set_num_threads(1)
+generator = from_preset('tiny', seed=0)
+accelerator = Accelerator(cpu=True)
+plan = laptop_schedule(3, 0, 4, weights=replace(LAPTOP, jacobian=0.1, face=1.0))
+data = [Shelf(people(mono(64, instants=6), 3), generator)]
+trainer = Trainer(generator, plan, data, 3, accelerator=accelerator)
+assert trainer.world == 2, trainer.world
+trainer.backward(trainer.draw(), trainer.schedule[0].weights)
+named = list(zip(trainer.names, trainer.params))
+found = {'g.' + name: param.grad.clone() for name, param in named}
+trainer.rng.manual_seed(3)
+trainer.run(show=False)
+found.update({'w.' + name: param.detach() for name, param in named})
+save_file(found, f'{sys.argv[1]}.{trainer.rank}')
 """
 
 
-def test_two_processes_have_the_gradients_of_one(data, tmp_path):
-    from safetensors.torch import load_file
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        return probe.getsockname()[1]
 
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
 
-    def env(r):
-        return dict(
-            os.environ,
-            RANK=str(r),
-            LOCAL_RANK=str(r),
-            WORLD_SIZE='2',
-            LOCAL_WORLD_SIZE='2',
-            MASTER_ADDR='127.0.0.1',
-            MASTER_PORT=str(port),
-            OMP_NUM_THREADS='1',
-            NUMBA_NUM_THREADS='1',
-            ACCELERATE_USE_CPU='true',
-        )
-
-    ps = [
-        subprocess.Popen(
-            [sys.executable, '-c', SHARE, str(tmp_path / 'out')],
-            env=env(r),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for r in (0, 1)
-    ]
-    for p in ps:
-        _, err = p.communicate(timeout=180)
-        assert p.returncode == 0, err[-2000:]
-    a, b = [load_file(str(tmp_path / f'out.{r}')) for r in (0, 1)]
-    assert all(torch.equal(a[k], b[k]) for k in a)
-    t = Trainer(
-        network(),
-        laptop_schedule(3, 0, 4, weights=replace(LAPTOP, jacobian=0.1, face=1.0)),
-        data[:1],
-        3,
+def launch(rank, port, out):
+    "One of two processes."
+    env = dict(
+        os.environ,
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE='2',
+        LOCAL_WORLD_SIZE='2',
+        MASTER_ADDR='127.0.0.1',
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS='1',
+        NUMBA_NUM_THREADS='1',
+        ACCELERATE_USE_CPU='true',
     )
-    t.backward(t.draw(), t.schedule[0].weights)
-    for n, p in zip(t.names, t.params):
-        g = p.grad
-        assert torch.allclose(
-            a['g.' + n], g, rtol=1e-3, atol=1e-5 * float(g.abs().max() + 1e-8) + 1e-9
-        ), n
-    t.rng.manual_seed(3)
-    t.run(show=False)
-    for n, p in zip(t.names, t.params):
-        assert torch.allclose(a['w.' + n], p, atol=5e-3), (
-            n
-        )  # Adam's first steps magnify rounding of vanishing gradients
+    call = [sys.executable, '-c', SHARE, str(out)]
+    return subprocess.Popen(call, env=env, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope='module')
+def of_two(tmp_path_factory):
+    "Gradients and weights of two processes that shared each batch."
+    out, port = tmp_path_factory.mktemp('shared') / 'out', free_port()
+    for process in [launch(rank, port, out) for rank in (0, 1)]:
+        _, said = process.communicate(timeout=180)
+        assert process.returncode == 0, said[-2000:]
+    first, second = (load_file(f'{out}.{rank}') for rank in (0, 1))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    return first
+
+
+def test_two_processes_have_the_gradients_of_one(data, of_two):
+    plan = laptop_schedule(3, 0, 4, weights=replace(LAPTOP, jacobian=0.1, face=1.0))
+    alone = Trainer(network(), plan, data[:1], 3)
+    alone.backward(alone.draw(), alone.schedule[0].weights)
+    for name, param in zip(alone.names, alone.params):
+        shared, tolerance = of_two['g.' + name], 1e-5 * float(param.grad.abs().max() + 1e-8) + 1e-9
+        assert torch.allclose(shared, param.grad, rtol=1e-3, atol=tolerance), name
+    alone.rng.manual_seed(3)
+    alone.run(show=False)
+    for name, param in zip(alone.names, alone.params):
+        # Adam's first steps magnify rounding of vanishing gradients
+        assert torch.allclose(of_two['w.' + name], param, atol=5e-3), name
 
 
 def test_a_batch_that_cannot_be_shared(data):
@@ -689,26 +694,33 @@ def test_a_batch_that_cannot_be_shared(data):
 # ---- evaluation
 
 
-def test_evaluate(data):
-    g = network()
+@pytest.fixture(scope='module')
+def questions():
     clip = people(mono(64, instants=6), 1, seed=5)[0]
-    trials = [Trial([clip[i] for i in range(4)], clip[j], 0) for j in (4, 5)]
-    ready = looked(g, trials)
-    a = evaluate(g, trials, 4)
-    b = evaluate(g, ready, 4, batch=1)
-    assert all(abs(a[k] - b[k]) < 1e-3 for k in a)
-    assert evaluate(g, ready, 4) == evaluate(g, ready, 4)
-    assert evaluate(g, ready, 1) != a
-    assert set(a) == {'psnr', 'head_psnr', 'ssim'}
-    assert not any(p.grad is not None for p in g.parameters())
+    return [Trial([clip[i] for i in range(4)], clip[target], 0) for target in (4, 5)]
+
+
+def test_evaluate(questions):
+    generator = network()
+    ready = looked(generator, questions)
+    once, one_by_one = evaluate(generator, questions, 4), evaluate(generator, ready, 4, batch=1)
+    assert all(abs(once[name] - one_by_one[name]) < 1e-3 for name in once)
+    assert evaluate(generator, ready, 4) == evaluate(generator, ready, 4)
+    assert evaluate(generator, ready, 1) != once
+    assert set(once) == {'psnr', 'head_psnr', 'ssim'}
+    assert not any(param.grad is not None for param in generator.parameters())
     for K in (0, 5):
         with pytest.raises(InputError, match='K should be 1 to 4'):
-            evaluate(g, ready, K)
-    rgb = (
-        g.render(g.encode([ready[0].sources[:1]]), [ready[0].target], torch.full((3,), 0.5))[0][0]
-        .detach()
-        .clamp(0, 1)
-    )
-    y, m = ready[0].target.target([0.5] * 3)
-    mse = ((rgb - y) ** 2 * m[..., None]).sum() / (3 * m.sum())
-    assert abs(evaluate(g, ready[:1], 1)['head_psnr'] + 10 * math.log10(float(mse))) < 1e-4
+            evaluate(generator, ready, K)
+
+
+@torch.no_grad()
+def test_decibels_inside_the_head_by_hand(questions):
+    generator = network()
+    (trial, *_) = looked(generator, questions)
+    code = generator.encode([trial.sources[:1]])
+    rgb = generator.render(code, [trial.target], torch.full((3,), 0.5)).rgb[0].clamp(0, 1)
+    truth, matte = trial.target.target([0.5] * 3)
+    mse = ((rgb - truth) ** 2 * matte[..., None]).sum() / (3 * matte.sum())
+    found = evaluate(generator, [trial], 1)['head_psnr']
+    assert abs(found + 10 * math.log10(float(mse))) < 1e-4
