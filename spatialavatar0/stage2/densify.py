@@ -325,15 +325,15 @@ def step(self: Densification):
     "One step of refinement, and growth or a reset where one is due."
     Refinement.step(self)
     self.add_pull()
-    if self.step_number >= self.cfg.begin * self.iters and self.is_due(self.cfg.every):
+    if self.step_number >= self.cfg.begin * self.iters and self._is_due(self.cfg.every):
         self.grow_and_prune()
-    if self.is_due(self.cfg.reset):
+    if self._is_due(self.cfg.reset):
         self.reset_opacities()
     return self.row()
 
 
 @patch
-def is_due(self: Densification, share):
+def _is_due(self: Densification, share):
     "Whether what happens every `share` of all steps happens after this one."
     every = max(1, round(share * self.iters))
     return self.step_number < self.iters and self.step_number % every == 0

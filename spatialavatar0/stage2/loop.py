@@ -259,16 +259,16 @@ class Refinement:
         self.step_number = 0
         self.log = []
         self.rng = torch.Generator().manual_seed(self.seed)
-        self.set_up_views()
-        self.set_up_splats()
-        self.set_up_bounds()
-        self.set_up_ties()
-        self.set_up_optimiser()
+        self._set_up_views()
+        self._set_up_splats()
+        self._set_up_bounds()
+        self._set_up_ties()
+        self._set_up_optimiser()
 
 
 # %% ../../nbs/stage2/61_loop.ipynb #b1ea6c65
 @patch
-def set_up_views(self: Refinement):
+def _set_up_views(self: Refinement):
     "The pictures that are kept, and room for more."
     self.layout = self.avatar.binding.to(self.device)
     self.views = {}
@@ -292,20 +292,25 @@ def view(self: Refinement, i):
 
 # %% ../../nbs/stage2/61_loop.ipynb #12c463be
 @patch
-def set_up_splats(self: Refinement):
+def _set_up_splats(self: Refinement):
     "Where the splats begin, their gates, and the way they went: none yet."
-    splats = {k: self.avatar.splats[k].detach().to(self.device) for k in RAW}
-    self.start = {k: v.clone(memory_format=torch.contiguous_format) for k, v in splats.items()}
-    open_gate = torch.ones(len(self.avatar), device=self.device)
-    gates = {k: self.gate[k].to(self.device) if self.gate else open_gate for k in RAW}
-    self.gate = {k: _beside(gates[k], v).expand_as(v).contiguous() for k, v in self.start.items()}
-    self.delta = {k: torch.zeros_like(v, requires_grad=True) for k, v in self.start.items()}
+    one = torch.ones(len(self.avatar), device=self.device)
+    gates = self.gate or {name: one for name in RAW}
+    self.start, self.gate, self.delta = {}, {}, {}
+    for name in RAW:
+        start = self.avatar.splats[name].detach().to(self.device)
+        gate = _beside(gates[name].to(self.device), start).expand_as(start)
+        self.start[name] = start.clone(memory_format=torch.contiguous_format)
+        self.gate[name] = gate.contiguous()
+        self.delta[name] = torch.zeros_like(self.start[name], requires_grad=True)
 
 
 @patch
 def splats(self: Refinement):
     "The attributes as they are now."
-    return {k: torch.addcmul(self.start[k], self.gate[k], self.delta[k]) for k in RAW}
+    return {
+        name: torch.addcmul(self.start[name], self.gate[name], self.delta[name]) for name in RAW
+    }
 
 
 def _beside(per_gaussian, values):
@@ -315,7 +320,7 @@ def _beside(per_gaussian, values):
 
 # %% ../../nbs/stage2/61_loop.ipynb #41f42138
 @patch
-def set_up_bounds(self: Refinement):
+def _set_up_bounds(self: Refinement):
     "How far every colour is from black, and from white."
     colors = self.start['sh0'], self.gate['sh0']
     self.shades = [_distance(value, *colors) for value in (-0.5 / SH_C0, 0.5 / SH_C0)]
@@ -328,7 +333,7 @@ def _distance(value, start, gate):
 
 # %% ../../nbs/stage2/61_loop.ipynb #0bf7d4c4
 @patch
-def set_up_ties(self: Refinement):
+def _set_up_ties(self: Refinement):
     "Who is tied to whom, and how strongly (the remedy of page 60)."
     if self.cfg.keep:
         self.near = texel_neighbours(self.avatar.binding).to(self.device)
@@ -337,7 +342,7 @@ def set_up_ties(self: Refinement):
 
 
 @patch
-def set_up_optimiser(self: Refinement):
+def _set_up_optimiser(self: Refinement):
     "Adam on the distances, one group per attribute."
     groups = [dict(params=[self.delta[k]], lr=0.0, name=k) for k in RAW]
     self.opt = torch.optim.Adam(groups, eps=self.cfg.eps, fused=True)
@@ -358,12 +363,12 @@ def keep_bounds(self: Refinement):
     "Hard clamps after a step (A.4), in the coordinates the optimiser works in."
     torch.clamp(self.delta['sh0'], *self.shades, out=self.delta['sh0'])
     if self.step_number >= self.cfg.freeze:
-        self.clamp_log_scales()
+        self._clamp_log_scales()
 
 
 # %% ../../nbs/stage2/61_loop.ipynb #5d4ccd54
 @patch
-def clamp_log_scales(self: Refinement):
+def _clamp_log_scales(self: Refinement):
     places = [x['log_scales'] for x in (self.start, self.gate, self.delta)]
     if self.device.type != 'cpu':
         self.delta['log_scales'].copy_(_bounded(*places, self.cfg))
@@ -422,12 +427,26 @@ def loss(self: Refinement, view, background):
     if cfg.aspect and self.step_number >= cfg.aspect_from:
         loss = loss + cfg.aspect * fast_aspect_loss(*world, view, cfg.tau)
     if cfg.keep:
-        ties = (c * fast_keep_loss(self.delta[k], self.near, self.tie) for k, c in KEEP.items())
-        loss = loss + cfg.keep * sum(ties)
+        loss = loss + cfg.keep * self._tied_change()
     if cfg.anchor:
-        springs = (ANCHOR[k] * (d**2).mean() for k, d in self.delta.items())
-        loss = loss + cfg.anchor * sum(springs)
+        loss = loss + cfg.anchor * self._pulled_back()
     return Shot(loss, rgb.detach(), target)
+
+
+# %% ../../nbs/stage2/61_loop.ipynb #51709316
+@patch
+def _tied_change(self: Refinement):
+    "L_keep of all attributes (page 60)."
+    return sum(
+        weight * fast_keep_loss(self.delta[name], self.near, self.tie)
+        for name, weight in KEEP.items()
+    )
+
+
+@patch
+def _pulled_back(self: Refinement):
+    "The spring to the start."
+    return sum(ANCHOR[name] * (way**2).mean() for name, way in self.delta.items())
 
 
 # %% ../../nbs/stage2/61_loop.ipynb #05d61ff1
@@ -435,9 +454,9 @@ def loss(self: Refinement, view, background):
 def step(self: Refinement):
     "One random picture, one step; returns what it cost."
     self.set_lrs()
-    view, background = self.draw()
+    view, background = self._draw()
     loss, *self.pair = self.loss(view, background)  # pair: render and target
-    self.descend(loss, view)
+    self._descend(loss, view)
     self.keep_bounds()
     self.step_number += 1
     self.cost = float(loss.detach())
@@ -445,7 +464,7 @@ def step(self: Refinement):
 
 
 @patch
-def draw(self: Refinement):
+def _draw(self: Refinement):
     "A random picture and a random background; every fourth time an extra one, if there are any."
     i = int(torch.randint(len(self.clip), (), generator=self.rng))
     background = torch.rand(3, generator=self.rng)
@@ -455,7 +474,7 @@ def draw(self: Refinement):
 
 
 @patch
-def descend(self: Refinement, loss, view):
+def _descend(self: Refinement, loss, view):
     "Let the optimiser move, unless something is not finite."
     self.opt.zero_grad()
     loss.backward()
@@ -502,10 +521,10 @@ STATE = FileKind('refinement', 'the state of a refinement', 'remove it to begin 
 @patch
 def save(self: Refinement, path):
     "Write all that lives between steps to one .safetensors file, whole or not at all."
-    tensors = {f'delta.{k}': v for k, v in self.delta.items()}
-    for k, way in self.delta.items():
-        tensors |= {f'{name}.{k}': v for name, v in self.opt.state[way].items()}
-    tensors['rng'] = self.rng.get_state()
+    tensors = dict(rng=self.rng.get_state())
+    for name, way in self.delta.items():
+        tensors[f'delta.{name}'] = way
+        tensors |= {f'{moment}.{name}': value for moment, value in self.opt.state[way].items()}
     meta = dict(step=self.step_number, log=self.log, **self.identity())
     write_tensors(path, tensors, STATE, meta)
 
@@ -513,13 +532,14 @@ def save(self: Refinement, path):
 @patch
 def identity(self: Refinement):
     "What must be the same for a run to go on."
+    sums = [value.double().abs().sum() for value in self.start.values()]
     return dict(
         iters=self.iters,
         seed=self.seed,
         gaussians=len(self.avatar),
         frames=len(self.clip),
         config=asdict(self.cfg),
-        start=round(float(sum(v.double().abs().sum() for v in self.start.values())), 6),
+        start=round(float(sum(sums)), 6),
     )
 
 
@@ -528,21 +548,25 @@ def identity(self: Refinement):
 def load(self: Refinement, path):
     "Go on from a file written by `save`."
     tensors, meta = read_tensors(path, STATE)
-    self.check_identity(path, meta)
-    for k, way in self.delta.items():
-        way.data.copy_(tensors[f'delta.{k}'])
-        found = {name: tensors.get(f'{name}.{k}') for name in ('step', 'exp_avg', 'exp_avg_sq')}
-        self.opt.state[way] = {n: x.to(way.device) for n, x in found.items() if x is not None}
+    self._check_identity(path, meta)
+    for name, way in self.delta.items():
+        way.data.copy_(tensors[f'delta.{name}'])
+        moments = [m for m in ('step', 'exp_avg', 'exp_avg_sq') if f'{m}.{name}' in tensors]
+        self.opt.state[way] = {m: tensors[f'{m}.{name}'].to(way.device) for m in moments}
     self.rng.set_state(tensors['rng'])
     self.step_number = meta['step']
     self.log = meta['log']
 
 
 @patch
-def check_identity(self: Refinement, path, meta):
+def _check_identity(self: Refinement, path, meta):
     "Refuse the file of another run."
     mine = self.identity()
-    differ = [f'{k} was {meta.get(k)}, now {v}' for k, v in mine.items() if meta.get(k) != v]
+    differ = [
+        f'{name} was {meta.get(name)}, now {value}'
+        for name, value in mine.items()
+        if meta.get(name) != value
+    ]
     if differ:
         raise InputError(
             f'{path} belongs to another run: {", ".join(differ)}; give the same arguments, or '
@@ -550,10 +574,12 @@ def check_identity(self: Refinement, path, meta):
         )
 
 
+# %% ../../nbs/stage2/61_loop.ipynb #21c4e3b1
 @patch
 def result(self: Refinement):  # -> Avatar
     "The avatar as it is now."
-    return replace(self.avatar, splats={k: v.detach().cpu() for k, v in self.splats().items()})
+    splats = {name: value.detach().cpu() for name, value in self.splats().items()}
+    return replace(self.avatar, splats=splats)
 
 
 # %% ../../nbs/stage2/61_loop.ipynb #53dc58f0
@@ -581,7 +607,7 @@ def go(self: Refinement, callback=None, state=None, every=50):
     "Run to the end; an interrupt keeps what is there."
     try:
         with calm(self.view(0).width * self.view(0).height):
-            self.walk(callback, state, every)
+            self._walk(callback, state, every)
     except KeyboardInterrupt:
         again = f'; the same call goes on from {state}' if state else ''
         print(f'stopped after {self.step_number} of {self.iters} steps{again}')
@@ -592,7 +618,7 @@ def go(self: Refinement, callback=None, state=None, every=50):
 
 
 @patch
-def walk(self: Refinement, callback, state, every):
+def _walk(self: Refinement, callback, state, every):
     "All steps that are left, with a bar, a log and a file for the worst case."
     begun = time.perf_counter()
     bar = progress(range(self.step_number, self.iters), 'refine')

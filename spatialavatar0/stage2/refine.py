@@ -61,7 +61,7 @@ def start_frame(
     "The frame to make the first avatar from: jaw closed (Sec. 3.3, A.4), then most frontal (ours)."
     if not len(clip):
         raise InputError('refine needs at least one frame; the clip is empty')
-    jaw, turn = torch.tensor([jaw_and_turn(f) for f in clip]).T
+    jaw, turn = torch.tensor([jaw_and_turn(frame) for frame in clip]).T
     lowest = jaw.argsort()[: max(1, len(clip) // 10)]
     return int(lowest[turn[lowest].argmin()])
 
@@ -109,7 +109,7 @@ def render_frame(
     frame,  # has viewmat, K, width, height
     background: Tensor,  # (3,) b
 ) -> tuple:  # picture (H,W,3); (means, quats, scales) in the world
-    "Render splats on a background as a frame's camera sees them: alpha C + (1 - alpha) b (Eq. 12)."
+    "Render splats on a background as a frame's camera sees them: alpha C + (1 - alpha) b (Eq. 13)."
     world = open_splats(splats, frames)
     camera = frame.viewmat[None], frame.K[None], frame.width, frame.height
     rgb, _, _ = rasterize(*world, *camera, backgrounds=background[None])
@@ -214,8 +214,9 @@ def texel_neighbours(
     R = binding.resolution
     wide = torch.full((R + 2, R + 2), -1)
     wide[1:-1, 1:-1] = ids
-    r, c = binding.texels.T + 1
-    return torch.stack([wide[r, c + 1], wide[r, c - 1], wide[r + 1, c], wide[r - 1, c]], -1).int()
+    row, column = binding.texels.T + 1
+    around = [(0, 1), (0, -1), (1, 0), (-1, 0)]
+    return torch.stack([wide[row + dr, column + dc] for dr, dc in around], -1).int()
 
 
 # %% ../../nbs/stage2/60_refine.ipynb #6fd2ed02
@@ -245,7 +246,7 @@ def ref_loss(
     cfg: RefineConfig,
     step: int,
 ) -> Tensor:
-    "L_ref of one picture (Eq. 5), render and picture on the same background (Eq. 12, Eq. 13)."
+    "L_ref of one picture (Eq. 5), render and picture on the same background (Eq. 13)."
     triangles = fast_frames(avatar.binding, avatar.verts(**frame.pose))
     rgb, world = render_frame(splats, triangles, frame, background)
     loss = photo_loss(rgb, on_background(frame, background), cfg)
@@ -279,7 +280,8 @@ def refine_readable(
     "Stage 2 (Sec. 3.3) as one reads it; `refine` in [61](61_loop.ipynb) does the same, faster."
     start = {k: avatar.splats[k].detach() for k in RAW}
     splats = {k: v.clone().requires_grad_() for k, v in start.items()}
-    adam = torch.optim.Adam([dict(params=[splats[k]], name=k) for k in RAW], eps=cfg.eps)
+    groups = [dict(params=[splats[k]], name=k) for k in RAW]
+    adam = torch.optim.Adam(groups, eps=cfg.eps)
     tie = tie_strength(light_share(avatar, clip), cfg.dim)
     near = texel_neighbours(avatar.binding)
     dice = torch.Generator().manual_seed(seed)
