@@ -1170,6 +1170,11 @@ def in_steps(x):
     return steady(metres(x) / SHAPE_STEP).astype(np.int16)
 
 
+def origin(joints):
+    "Below and behind the eyes, about where FLAME has it; decimetres."
+    return joints[3:].mean(0) - np.array([0, 0.26, 0.30])
+
+
 def build(files, out):
     "Write the open head."
     src = Source(files)
@@ -1185,10 +1190,8 @@ def build(files, out):
     units = without_rotation(units, mean, weights, regressor[2] @ mean, jaw.rot)
     masks = regions(mesh, units)
     uv_faces, uv, _ = atlas(mesh, mean, masks)
-    eye = (regressor[3:] @ mean).mean(0)
-    origin = eye - np.array([0, 0.26, 0.30])  # decimetres: FLAME has its eyes about here
     arrays = dict(
-        v_template=steady(metres(mean - origin), 7).astype(np.float32),
+        v_template=steady(metres(mean - origin(regressor @ mean)), 7).astype(np.float32),
         faces=mesh.faces.astype(np.uint16),
         shape_steps=np.moveaxis(in_steps(people.basis), -1, 0),
         expr_steps=np.stack([in_steps(units[name]) for name in names]),

@@ -1,37 +1,42 @@
-"""Build spatialavatar0/assets/open_landmarks.npz: where MediaPipe's 478 face landmarks lie on the open head.
+"""Build spatialavatar0/assets/open_landmarks.npz: MediaPipe's 478 face landmarks on the open head.
 
-    python tools/build_landmarks.py [--model face_landmarker.task] [--out spatialavatar0/assets/open_landmarks.npz] [--picture FILE.png]
+    python tools/build_landmarks.py [--model face_landmarker.task] [--out FILE.npz]
+                                    [--picture FILE.png]
 
-Nobody publishes this table for this head, so we measure it: paint 16 people from 13 sides, let MediaPipe find its landmarks, look up
-in the z-buffer which triangle lies under each, and take a robust mean over people and views. Three precautions (all matter).
-Landmarks slide along the silhouette when they are turned away, up to the nose: each is taken only from views that do not turn its side
-away, those of the face's outline from nearly frontal views. Closed lips meet in one line: the inner lips are taken from open mouths.
-And every landmark gets a spread `sigma`, so that a fit can weight it by 1/sigma. The result is symmetric. Needs the extra `track`; a minute.
+Nobody publishes this table for this head, so we measure it: paint 16 people from 13 sides, let
+MediaPipe find its landmarks, look up in the z-buffer which triangle lies under each, and take a
+robust mean over people and views. Three precautions (all matter). Landmarks slide along the
+silhouette when they are turned away, up to the nose: each is taken only from views that do not turn
+its side away, those of the face's outline from nearly frontal views. Closed lips meet in one line:
+the inner lips are taken from open mouths. And every landmark gets a spread `sigma`, so that a fit
+can weight it by 1/sigma. The result is symmetric. Needs the extra `track`; some minutes.
 """
 
 import argparse
+import io
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from scipy.ndimage import distance_transform_edt
 from scipy.optimize import linear_sum_assignment
+
+from spatialavatar0.ground.assets import asset
 from spatialavatar0.ground.core import atomic_path, set_seed, to_uint8
-from spatialavatar0.ground.geometry import intrinsics, orbit
+from spatialavatar0.ground.geometry import intrinsics, orbit, project
 from spatialavatar0.head.head import open_head
-from spatialavatar0.pictures import people as synth
-from spatialavatar0.splats.mesh import rasterize_mesh, vertex_normals
+from spatialavatar0.pictures.people import STUDIO, Light, face_centre, make_person, paint
+from spatialavatar0.splats.mesh import rasterize_mesh, shade_mesh, vertex_normals, visible_points
 
 PEOPLE = 16
 FIRST_SEED = 500
 SIZE = 384
-VIEWS = [(y, 0) for y in (-45, -30, -15, 0, 15, 30, 45)] + [
-    (y, p) for y in (-20, 0, 20) for p in (-15, 15)
-]
-LIGHTS = [synth.STUDIO, synth.Light((0.5, 0.5, 0.7), 0.6, 0.4, in_room=False)]
+LEVEL = [(yaw, 0) for yaw in (-45, -30, -15, 0, 15, 30, 45)]
+VIEWS = LEVEL + [(yaw, pitch) for yaw in (-20, 0, 20) for pitch in (-15, 15)]
+LIGHTS = [STUDIO, Light((0.5, 0.5, 0.7), 0.6, 0.4, in_room=False)]
 IRIS = list(range(468, 478))
-# MediaPipe's numbering of one side, and in the same order of the other; what is left is paired by
-# position
+# MediaPipe's numbers on one side, in the same order on the other; the rest is paired by position
 RIGHT = dict(
     contour=[109, 67, 103, 54, 21, 162, 127, 234, 93, 132, 58, 172, 136, 150, 149, 176, 148],
     eyes=[33, 7, 163, 144, 145, 153, 154, 155, 133, 173, 157, 158, 159, 160, 161, 246],
@@ -58,15 +63,11 @@ MIDDLE = dict(
 )
 GROUPS = {**{k: RIGHT[k] + LEFT[k] + MIDDLE[k] for k in RIGHT}, 'iris': IRIS}
 LOWER_LIP = [95, 88, 178, 87, 14, 317, 402, 318, 324]  # of the inner lips
-FLOOR, UNSEEN, MIN_SEEN, OFF = (
-    0.0015,
-    0.05,
-    12,
-    8,
-)  # metres, metres, observations, pixels beside the skin that still count as its edge
-OPEN = {
-    'jawOpen': 0.3
-}  # every second person: only an open mouth tells the upper lip from the lower
+FLOOR = 0.0015  # least sigma, metres
+UNSEEN = 0.05  # sigma of a landmark that was hardly seen, metres
+MIN_SEEN = 12  # observations
+OFF = 8  # pixels beside the skin that still count as its edge
+OPEN = {'jawOpen': 0.3}  # every second person: only so the upper lip is told from the lower
 
 
 # ---------------------------------------------------------------- look
@@ -76,18 +77,16 @@ def detector(model):
     from mediapipe.tasks import python as tasks
     from mediapipe.tasks.python import vision
 
-    options = vision.FaceLandmarkerOptions(
-        base_options=tasks.BaseOptions(model_asset_path=str(model)), num_faces=1
-    )
+    file = tasks.BaseOptions(model_asset_path=str(model))
+    options = vision.FaceLandmarkerOptions(base_options=file, num_faces=1)
     landmarker = vision.FaceLandmarker.create_from_options(options)
 
     def detect(image):
         rgb = np.ascontiguousarray(to_uint8(image))
-        h, w = rgb.shape[:2]
-        found = landmarker.detect(
-            mp.Image(image_format=mp.ImageFormat.SRGB, data=rgb)
-        ).face_landmarks
-        return np.array([[p.x * w, p.y * h] for p in found[0]]) if found else None
+        height, width = rgb.shape[:2]
+        image = mp.Image(image_format=mp.ImageFormat.SRGB, data=rgb)
+        found = landmarker.detect(image).face_landmarks
+        return np.array([[p.x * width, p.y * height] for p in found[0]]) if found else None
 
     detect.close = landmarker.close
     return detect
@@ -95,48 +94,51 @@ def detector(model):
 
 def camera(yaw, pitch, head):
     "A camera 55 cm from the middle of the head."
-    return orbit(yaw, pitch, 0.55, synth.face_centre(head)), intrinsics(1.95 * SIZE, SIZE, SIZE)
+    return orbit(yaw, pitch, 0.55, face_centre(head)), intrinsics(1.95 * SIZE, SIZE, SIZE)
+
+
+def under(lmks, ids, bary, head, fine):
+    "Triangle and barycentrics under each landmark: the iris on the eyeballs, the others on skin."
+    face_ids = np.full(478, -1)
+    weights = np.zeros((478, 3), np.float32)
+    for which, names, off in (
+        (np.arange(468), ('skin',), OFF),
+        (np.array(IRIS), ('eye_l', 'eye_r'), 0.5),
+    ):
+        parts = torch.tensor([head.part_names.index(name) for name in names])
+        wanted = (ids >= 0) & torch.isin(head.parts[ids.clamp_min(0)], parts)
+        found = look_up(lmks[which] * fine, wanted.numpy(), ids.numpy(), bary.numpy(), off * fine)
+        face_ids[which], weights[which] = found
+    return face_ids, weights
+
+
+def facing_camera(verts, faces, face_ids, bary, viewmat):
+    "Cosine between the surface's normal and the way to the camera."
+    normalize = torch.nn.functional.normalize
+    corners = faces[torch.as_tensor(face_ids).clamp_min(0)]
+
+    def at(values):
+        return (values[corners] * torch.as_tensor(bary)[..., None]).sum(1)
+
+    eye = -viewmat[:3, :3].T @ viewmat[:3, 3]
+    normal = normalize(at(vertex_normals(verts, faces)), dim=-1)
+    return (normal * normalize(eye - at(verts), dim=-1)).sum(-1).numpy()
 
 
 def observe(person, params, view, light, head, detect):
     """One painted picture: for each landmark the triangle, barycentrics and facing (cosine) under
     it; -1 where there is none; or None."""
     viewmat, K = camera(*view, head)
-    fine = 2
-    lmks = detect(synth.paint(person, viewmat, K, SIZE, params=params, light=light).image)
+    fine = 2  # z-buffer pixels per picture pixel
+    lmks = detect(paint(person, viewmat, K, SIZE, params=params, light=light).image)
     if lmks is None:
         return None
     verts = head(shape=person.shape, static_offset=person.static_offset, **params)[0]
-    ids, bary, _ = rasterize_mesh(
-        verts,
-        head.faces,
-        viewmat,
-        K * torch.tensor([fine, fine, 1.0])[:, None],
-        SIZE * fine,
-        SIZE * fine,
-    )
-    t = np.full(478, -1)
-    b = np.zeros((478, 3), np.float32)
-    for which, names, off in (
-        (np.arange(468), ('skin',), OFF),
-        (np.array(IRIS), ('eye_l', 'eye_r'), 0.5),
-    ):
-        wanted = (ids >= 0) & torch.isin(
-            head.parts[ids.clamp_min(0)], torch.tensor([head.part_names.index(n) for n in names])
-        )
-        t[which], b[which] = look_up(
-            lmks[which] * fine, wanted.numpy(), ids.numpy(), bary.numpy(), off * fine
-        )
-    f = head.faces[torch.as_tensor(t).clamp_min(0)]
-
-    def at(values):
-        return (values[f] * torch.as_tensor(b)[..., None]).sum(1)
-
-    to_eye = torch.nn.functional.normalize(-viewmat[:3, :3].T @ viewmat[:3, 3] - at(verts), dim=-1)
-    facing = (
-        torch.nn.functional.normalize(at(vertex_normals(verts, head.faces)), dim=-1) * to_eye
-    ).sum(-1)
-    return t, b, facing.numpy()
+    fine_K = K * torch.tensor([fine, fine, 1.0])[:, None]
+    size = SIZE * fine
+    ids, bary, _ = rasterize_mesh(verts, head.faces, viewmat, fine_K, size, size)
+    face_ids, weights = under(lmks, ids, bary, head, fine)
+    return face_ids, weights, facing_camera(verts, head.faces, face_ids, weights, viewmat)
 
 
 def look_up(xy, wanted, ids, bary, off):
@@ -152,15 +154,16 @@ def look_up(xy, wanted, ids, bary, off):
 def observations(head, detect, people=PEOPLE):
     """All pictures: arrays (M,478) face ids, (M,478,3) barycentrics, (M,478) facing, and (M,2)
     person and view."""
-    out, tags = [], []
+    out = []
+    tags = []
     for p in range(people):
-        person = synth.make_person(FIRST_SEED + p, head)
+        person = make_person(FIRST_SEED + p, head)
         person.static_offset = torch.zeros_like(person.static_offset)
         params = head.arkit(OPEN if p % 2 else {})
         for v, view in enumerate(VIEWS):
-            o = observe(person, params, view, LIGHTS[p // 2 % 2], head, detect)
-            if o is not None:
-                out.append(o)
+            seen = observe(person, params, view, LIGHTS[p // 2 % 2], head, detect)
+            if seen is not None:
+                out.append(seen)
                 tags.append((p, v))
     print(f'MediaPipe found the face in {len(out)} of {people * len(VIEWS)} pictures')
     return [np.stack(x) for x in zip(*out)] + [np.array(tags)]
@@ -170,38 +173,46 @@ def observations(head, detect, people=PEOPLE):
 def geometric_median(x, w, steps=30):
     """The point with the least weighted sum of distances (Weiszfeld); outliers hardly move it.
     Metres."""
-    c = np.median(x, 0)
+    centre = np.median(x, 0)
     for _ in range(steps):
-        k = w / (np.linalg.norm(x - c, axis=1) + 5e-4)
-        c = (k[:, None] * x).sum(0) / k.sum()
-    return c
+        pull = w / (np.linalg.norm(x - centre, axis=1) + 5e-4)
+        centre = (pull[:, None] * x).sum(0) / pull.sum()
+    return centre
+
+
+def counts(i, ok, facing, side, tags):
+    "Which observations of a landmark count, and how much each."
+    yaw, pitch = np.array([VIEWS[v] for _, v in tags]).T
+    towards = (yaw * side >= 0) | (abs(side) < 0.02)  # not from the side that is turned away
+    use = ok & towards
+    weight = facing**2
+    if i in GROUPS['contour']:
+        use = use & (np.abs(yaw) <= 15) & (pitch == 0)
+        weight = np.ones(len(weight))
+    else:
+        use = use & (facing > 0.35)
+    if i in GROUPS['lips_in']:
+        use = use & (tags[:, 0] % 2 == 1)
+    return use, weight
 
 
 def average(points, ok, facing, tags):
     "Robust mean (478,3), spread (478,) in metres and number of observations of each landmark."
-    yaw, pitch = np.array([VIEWS[v] for _, v in tags]).T
-    opened = tags[:, 0] % 2 == 1
+    from_front = np.array([VIEWS[v][0] for _, v in tags]) == 0
     mean = np.zeros((478, 3))
     spread = np.full(478, np.nan)
     seen = np.zeros(478, int)
     for i in range(478):
-        if not (ok[:, i] & (yaw == 0)).any():
+        front = ok[:, i] & from_front
+        if not front.any():
             continue
-        side = np.median(points[ok[:, i] & (yaw == 0), i, 0])
-        towards = (yaw * side >= 0) | (abs(side) < 0.02)  # not from the side that is turned away
-        use, w = ok[:, i] & towards, facing[:, i] ** 2
-        if i in GROUPS['contour']:
-            use = use & (np.abs(yaw) <= 15) & (pitch == 0)
-            w = np.ones(len(w))
-        else:
-            use &= facing[:, i] > 0.35
-        if i in GROUPS['lips_in']:
-            use &= opened
+        side = np.median(points[front, i, 0])
+        use, weight = counts(i, ok[:, i], facing[:, i], side, tags)
         seen[i] = use.sum()
         if seen[i] < MIN_SEEN:
             continue
         x = points[use, i]
-        mean[i] = geometric_median(x, w[use])
+        mean[i] = geometric_median(x, weight[use])
         spread[i] = np.median(np.linalg.norm(x - mean[i], axis=1))
     return mean, spread, seen
 
@@ -209,9 +220,9 @@ def average(points, ok, facing, tags):
 def mirror_table(mean):
     "Each landmark's twin on the other side, by the best one-to-one matching of mirrored positions."
     mirror = np.arange(478)
-    for k in RIGHT:
-        mirror[RIGHT[k]] = LEFT[k]
-        mirror[LEFT[k]] = RIGHT[k]
+    for group in RIGHT:
+        mirror[RIGHT[group]] = LEFT[group]
+        mirror[LEFT[group]] = RIGHT[group]
     rest = np.setdiff1d(np.arange(468), sum(GROUPS.values(), []))
     for ids in (rest, np.array(IRIS)):
         cost = np.linalg.norm(mean[ids][:, None] - mean[ids][None] * [-1, 1, 1], axis=-1)
@@ -220,78 +231,93 @@ def mirror_table(mean):
     return mirror
 
 
-def closest(p, tri):
-    "Closest point to p on triangles (F,3,3): (index, barycentrics, distance)."
-    a = tri[:, 0]
+def in_plane(p, tri):
+    "Barycentrics (F,3) of p's nearest point in each triangle's plane."
     ab = tri[:, 1] - tri[:, 0]
     ac = tri[:, 2] - tri[:, 0]
-    ap = p - a
-    g = np.stack(
-        [(ab * ab).sum(1), (ab * ac).sum(1), (ac * ac).sum(1), (ab * ap).sum(1), (ac * ap).sum(1)]
-    )
-    det = np.maximum(g[0] * g[2] - g[1] ** 2, 1e-30)
-    v = (g[2] * g[3] - g[1] * g[4]) / det
-    w = (g[0] * g[4] - g[1] * g[3]) / det
-    cand = [np.stack([1 - v - w, v, w], 1)]
-    for i, j in ((0, 1), (1, 2), (2, 0)):  # the three edges
-        e = tri[:, j] - tri[:, i]
-        t = (((p - tri[:, i]) * e).sum(1) / np.maximum((e * e).sum(1), 1e-30)).clip(0, 1)
-        b = np.zeros((len(tri), 3))
-        b[:, i], b[:, j] = 1 - t, t
-        cand.append(b)
-    cand = np.stack(cand, 1)
-    d = np.linalg.norm((cand[..., None] * tri[:, None]).sum(2) - p, axis=-1)
-    d[(cand < -1e-9).any(-1)] = np.inf
-    k = d.argmin()
-    return k // 4, cand.reshape(-1, 3)[k], d.flat[k]
+    ap = p - tri[:, 0]
+    bb = (ab * ab).sum(1)
+    bc = (ab * ac).sum(1)
+    cc = (ac * ac).sum(1)
+    bp = (ab * ap).sum(1)
+    cp = (ac * ap).sum(1)
+    det = np.maximum(bb * cc - bc**2, 1e-30)
+    v = (cc * bp - bc * cp) / det
+    w = (bb * cp - bc * bp) / det
+    return np.stack([1 - v - w, v, w], 1)
+
+
+def on_edge(p, tri, i, j):
+    "Barycentrics (F,3) of p's nearest point on an edge of each triangle."
+    edge = tri[:, j] - tri[:, i]
+    length2 = np.maximum((edge * edge).sum(1), 1e-30)
+    t = (((p - tri[:, i]) * edge).sum(1) / length2).clip(0, 1)
+    bary = np.zeros((len(tri), 3))
+    bary[:, i] = 1 - t
+    bary[:, j] = t
+    return bary
+
+
+def closest(p, tri):
+    "Closest point to p on triangles (F,3,3): (index, barycentrics, distance)."
+    edges = [on_edge(p, tri, i, j) for i, j in ((0, 1), (1, 2), (2, 0))]
+    bary = np.stack([in_plane(p, tri), *edges], 1)
+    distance = np.linalg.norm((bary[..., None] * tri[:, None]).sum(2) - p, axis=-1)
+    distance[(bary < -1e-9).any(-1)] = np.inf
+    best = distance.argmin()
+    return best // 4, bary.reshape(-1, 3)[best], distance.flat[best]
 
 
 def snap(points, which, verts, faces):
     "Points onto the triangles `which[i]`: face ids, barycentrics, distances."
-    out = [closest(p, verts[faces[w]]) for p, w in zip(points, which)]
-    return (
-        np.array([w[k] for (k, _, _), w in zip(out, which)]),
-        np.stack([b for _, b, _ in out]),
-        np.array([d for *_, d in out]),
-    )
+    found = [closest(p, verts[faces[ids]]) for p, ids in zip(points, which)]
+    face_ids = np.array([ids[k] for (k, _, _), ids in zip(found, which)])
+    return face_ids, np.stack([bary for _, bary, _ in found]), np.array([d for *_, d in found])
 
 
 # ---------------------------------------------------------------- build
+def triangles_of(head, *names):
+    "The triangles of some parts."
+    parts = [head.part_names.index(name) for name in names]
+    return np.flatnonzero(np.isin(np.asarray(head.parts), parts))
+
+
+def places(head):
+    """The triangles on which each landmark lies. At rest the lips touch: the opening jaw tells one
+    from the other."""
+    faces = head.faces.numpy()
+    skin = triangles_of(head, 'skin')
+    left, right = triangles_of(head, 'eye_l'), triangles_of(head, 'eye_r')
+    where = [skin] * 468 + [right] * 5 + [left] * 5
+    opened = head(**head.arkit({'jawOpen': 1.0})) - head()
+    swing = opened[0].norm(dim=-1).numpy()[faces].mean(1)
+    jaw = swing[skin] > 0.35 * swing.max()
+    for i in set(GROUPS['lips_in']) - {78, 308}:
+        where[i] = skin[jaw == (i in LOWER_LIP)]
+    return where
+
+
 def build(head, detect):
     "The table, and what it was measured from."
     ids, bary, facing, tags = observations(head, detect)
     verts = head()[0].numpy().astype(float)
     faces = head.faces.numpy()
-    parts = np.asarray(head.parts)
     points = (verts[faces[ids.clip(0)]] * bary[..., None]).sum(2)
-
-    def label(*n):
-        return np.isin(parts, [head.part_names.index(x) for x in n])
-
-    skin = np.flatnonzero(label('skin'))
-    eyes = [np.flatnonzero(label(n)) for n in ('eye_l', 'eye_r')]
     ok = ids >= 0
     mean, spread, seen = average(points, ok, facing, tags)
     valid = seen >= MIN_SEEN
     mirror = mirror_table(mean)
     valid &= valid[mirror]
-    apart = np.linalg.norm(mean - mean[mirror] * [-1, 1, 1], axis=1)[valid]
+    flipped = mean[mirror] * [-1, 1, 1]
+    apart = np.linalg.norm(mean - flipped, axis=1)[valid]
     assert apart.max() < 0.012, f'twins {apart.max() * 1e3:.0f} mm apart'
-    both = (mean + mean[mirror] * [-1, 1, 1]) / 2
     spread = np.fmax(spread, spread[mirror])
-    where = [skin if i < 468 else eyes[int(i < 473)] for i in range(478)]
-    swing = (head(**head.arkit({'jawOpen': 1.0})) - head())[0].norm(dim=-1).numpy()[faces].mean(1)
-    jaw = swing[skin] > 0.35 * swing.max()
-    for i in set(GROUPS['lips_in']) - {78, 308}:
-        where[i] = skin[
-            jaw == (i in LOWER_LIP)
-        ]  # at rest the lips touch: the opening jaw tells one from the other
-    face_ids, b, gap = snap(both, where, verts, faces)
+    face_ids, weights, gap = snap((mean + flipped) / 2, places(head), verts, faces)
     sigma = np.where(valid, np.fmax(spread, FLOOR), UNSEEN)
     sigma[gap > 0.003] = np.maximum(sigma[gap > 0.003], 0.006)
     table = dict(
         face_ids=face_ids.astype(np.int32),
-        bary=b.round(6).astype(np.float32),
+        bary=weights.round(6).astype(np.float32),
         sigma=sigma.round(6).astype(np.float32),
         contour=np.isin(np.arange(478), GROUPS['contour']),
         valid=valid,
@@ -302,112 +328,98 @@ def build(head, detect):
 
 def write_npz(path, arrays):
     "An npz which is the same file, byte for byte, for the same arrays."
-    import io
-    import zipfile
-
-    with atomic_path(path) as tmp, zipfile.ZipFile(tmp, 'w', zipfile.ZIP_DEFLATED) as z:
-        for name, a in arrays.items():
-            buf = io.BytesIO()
-            np.lib.format.write_array(buf, np.ascontiguousarray(a), version=(1, 0))
-            z.writestr(
-                zipfile.ZipInfo(f'{name}.npy', (1980, 1, 1, 0, 0, 0)),
-                buf.getvalue(),
-                zipfile.ZIP_DEFLATED,
-            )
+    with atomic_path(path) as tmp, zipfile.ZipFile(tmp, 'w', zipfile.ZIP_DEFLATED) as package:
+        for name, array in arrays.items():
+            data = io.BytesIO()
+            np.lib.format.write_array(data, np.ascontiguousarray(array), version=(1, 0))
+            info = zipfile.ZipInfo(f'{name}.npy', (1980, 1, 1, 0, 0, 0))
+            package.writestr(info, data.getvalue(), zipfile.ZIP_DEFLATED)
 
 
 # ---------------------------------------------------------------- report
 def split_half(raw):
     "Distance between the tables of the first and the second half of the people, metres."
-    half = [
-        average(
-            *(
-                raw[k][(raw['tags'][:, 0] < PEOPLE // 2) == h]
-                for k in ('points', 'ok', 'facing', 'tags')
-            )
-        )[0]
-        for h in (True, False)
-    ]
-    d = np.linalg.norm(half[0] - half[1], axis=1)
-    return d[(half[0] != 0).any(1) & (half[1] != 0).any(1)]
+    first = raw['tags'][:, 0] < PEOPLE // 2
+    names = 'points', 'ok', 'facing', 'tags'
+    one, two = (average(*(raw[name][half] for name in names))[0] for half in (first, ~first))
+    apart = np.linalg.norm(one - two, axis=1)
+    return apart[(one != 0).any(1) & (two != 0).any(1)]
 
 
 def report(table, raw):
     "Numbers per group, in millimetres."
     mm = raw['spread'] * 1e3
-    v = table['valid']
-    print(
-        f'usable {v.sum()} of 478; median spread {np.nanmedian(mm[v]):.2f} mm, split-half {np.median(split_half(raw)) * 1e3:.2f} mm, '
-        f'distance to the mesh median {np.median(raw["gap"][v]) * 1e3:.2f} mm; unusable: {np.flatnonzero(~v).tolist()}'
-    )
+    valid = table['valid']
+    print(f'usable {valid.sum()} of 478; not: {np.flatnonzero(~valid).tolist()}')
+    print(f'median spread {np.nanmedian(mm[valid]):.2f} mm')
+    print(f'split-half {np.median(split_half(raw)) * 1e3:.2f} mm')
+    print(f'distance to the mesh, median {np.median(raw["gap"][valid]) * 1e3:.2f} mm')
     rest = sorted(set(range(478)) - set(sum(GROUPS.values(), [])))
     for name, ids in {**GROUPS, 'rest': rest}.items():
         ids = np.array(ids)
-        u = ids[v[ids]]
+        used = mm[ids[valid[ids]]]
         print(
-            f'{name:9} usable {len(u):3} of {len(ids):3}  median {np.median(mm[u]):.2f}  p90 '
-            f'{np.quantile(mm[u], 0.9):.2f} mm'
+            f'{name:9} usable {len(used):3} of {len(ids):3}  median {np.median(used):.2f}  p90 '
+            f'{np.quantile(used, 0.9):.2f} mm'
         )
 
 
+def colours(table):
+    "Green below 2 mm, orange below 4, red above, blue: contour."
+    sigma = table['sigma']
+    by_spread = np.where(sigma < 0.004, 'darkorange', 'red')
+    by_spread = np.where(sigma < 0.002, 'green', by_spread)
+    return np.where(table['contour'], 'royalblue', by_spread)
+
+
+def draw(ax, table, head, yaw):
+    "The landmarks on the grey head from one side."
+    verts = head()[0]
+    corners = verts[head.faces[table['face_ids']]]
+    points = (corners * torch.as_tensor(table['bary'])[..., None]).sum(1)
+    viewmat, _ = camera(yaw, 0, head)
+    K = intrinsics(1900, 900, 900)
+    ax.imshow(shade_mesh(verts, head.faces, viewmat, K, 900, 900)[0])
+    ax.axis('off')
+    depth = rasterize_mesh(verts, head.faces, viewmat, K, 900, 900)[2]
+    seen = visible_points(points, depth, viewmat, K).numpy() & table['valid']
+    xy = project(points, viewmat, K)[0].numpy()
+    ax.scatter(*xy[seen].T, s=9, c=colours(table)[seen])
+    for i in np.flatnonzero(seen):
+        ax.annotate(str(i), xy[i], fontsize=4.5)
+
+
 def picture(table, head, path):
-    """The landmarks on the grey head, front and side: green below 2 mm, orange below 4, red above,
-    blue: contour."""
+    "The landmarks on the grey head, front and side."
     import matplotlib
 
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    from spatialavatar0.ground.geometry import project
-    from spatialavatar0.splats.mesh import shade_mesh, visible_points
 
-    verts = head()[0]
-    p = (verts[head.faces[table['face_ids']]] * torch.as_tensor(table['bary'])[..., None]).sum(1)
     fig, axs = plt.subplots(1, 2, figsize=(18, 9.3), layout='constrained')
     for ax, yaw in zip(axs, (0, 50)):
-        V, _ = camera(yaw, 0, head)
-        K = intrinsics(1900, 900, 900)
-        ax.imshow(shade_mesh(verts, head.faces, V, K, 900, 900)[0])
-        ax.axis('off')
-        see = (
-            visible_points(p, rasterize_mesh(verts, head.faces, V, K, 900, 900)[2], V, K).numpy()
-            & table['valid']
-        )
-        xy = project(p, V, K)[0].numpy()
-        s = table['sigma']
-        colour = np.where(
-            table['contour'],
-            'royalblue',
-            np.where(s < 0.002, 'green', np.where(s < 0.004, 'darkorange', 'red')),
-        )
-        ax.scatter(*xy[see].T, s=9, c=colour[see])
-        for i in np.flatnonzero(see):
-            ax.annotate(str(i), xy[i], fontsize=4.5)
+        draw(ax, table, head, yaw)
     fig.savefig(path, dpi=100)
 
 
-if __name__ == '__main__':
-    args = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    args.add_argument(
-        '--model', help='face_landmarker.task; default: the asset face_landmarker of the manifest'
-    )
-    args.add_argument(
-        '--out',
-        default=Path(__file__).parents[1] / 'spatialavatar0/assets/open_landmarks.npz',
-        type=Path,
-    )
-    args.add_argument('--picture', type=Path, help='also draw the table here')
-    args = args.parse_args()
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--model', help="face_landmarker.task; default: the manifest's")
+    default = Path(__file__).parents[1] / 'spatialavatar0/assets/open_landmarks.npz'
+    parser.add_argument('--out', default=default, type=Path)
+    parser.add_argument('--picture', type=Path, help='also draw the table here')
+    given = parser.parse_args()
     set_seed(0)
     head = open_head()
-    if args.model is None:
-        from spatialavatar0.ground.assets import asset
-
-        args.model = asset('face_landmarker')
-    detect = detector(args.model)
+    detect = detector(given.model or asset('face_landmarker'))
     table, raw = build(head, detect)
     detect.close()
-    write_npz(args.out, table)
+    write_npz(given.out, table)
     report(table, raw)
-    print(f'wrote {args.out} ({args.out.stat().st_size / 1e3:.0f} kB)')
-    if args.picture:
-        picture(table, head, args.picture)
+    print(f'wrote {given.out} ({given.out.stat().st_size / 1e3:.0f} kB)')
+    if given.picture:
+        picture(table, head, given.picture)
+
+
+if __name__ == '__main__':
+    main()
