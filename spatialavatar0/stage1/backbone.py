@@ -19,9 +19,11 @@ __all__ = [
     'DptEncoder',
     'make_encoder',
     'layer_scales',
+    'check_config',
+    'fill_weights',
 ]
 
-# %% ../../nbs/stage1/50_backbone.ipynb #01d8a2da
+# %% ../../nbs/stage1/50_backbone.ipynb #2248839b
 import re
 from dataclasses import dataclass, replace
 
@@ -419,3 +421,45 @@ def layer_scales(
         return decay ** (depth + 1) if stem.search(name) else 1.0
 
     return [scale(name, layer) for name, layer in zip(names, layers)]
+
+
+# %% ../../nbs/stage1/50_backbone.ipynb #8e821d74
+def check_config(
+    config,  # a GeneratorConfig
+):
+    "One clear error for sizes that do not fit together."
+    if config.pool not in ('visible', 'plain', 'attention'):
+        raise InputError(f"pool should be 'visible', 'plain' or 'attention'; got {config.pool!r}")
+    if not config.shells or config.shells[0] != 0:
+        raise InputError(f'shells should start at 0, the skin; got {config.shells}')
+    halved = 2 ** (len(config.unet) - 1)
+    if config.resolution % halved:
+        raise InputError(
+            f'resolution should be a multiple of {halved}, once halved per level of the UV '
+            f'network; got {config.resolution}'
+        )
+    halved = 2 ** len(config.encoder)
+    if not config.backbone and config.image_size % halved:
+        raise InputError(f'image_size should be a multiple of {halved}; got {config.image_size}')
+
+
+# %% ../../nbs/stage1/50_backbone.ipynb #f52ce1b9
+def fill_weights(
+    module: nn.Module,
+    tensors: dict,  # name -> Tensor
+    path,  # where they come from, for errors
+) -> nn.Module:
+    "Load weights after comparing every name and shape."
+    wanted = module.state_dict()
+    missing, unknown = set(wanted) - set(tensors), set(tensors) - set(wanted)
+    if missing or unknown:
+        raise InputError(
+            f'{path} does not hold the weights its configuration needs: {len(missing)} missing, '
+            f'{len(unknown)} unknown'
+        )
+    for name, values in tensors.items():
+        want, got = tuple(wanted[name].shape), tuple(values.shape)
+        if want != got:
+            raise InputError(f'{path}: {name} should be {want}; got {got}')
+    module.load_state_dict(tensors)
+    return module

@@ -40,7 +40,9 @@ from torch import Tensor, nn
 
 from spatialavatar0.stage1.backbone import (
     Look,
+    check_config,
     double,
+    fill_weights,
     look_at,
     make_encoder,
     sample,
@@ -330,24 +332,6 @@ def _texel_axes(avatar, verts, unit=0.02):
     return unit * torch.stack([right, out, down], -1) / sizes[:, None, None]
 
 
-# %% ../../nbs/stage1/51_generator.ipynb #8e821d74
-def _check_config(config):
-    "One clear error for sizes that do not fit together."
-    if config.pool not in ('visible', 'plain', 'attention'):
-        raise InputError(f"pool should be 'visible', 'plain' or 'attention'; got {config.pool!r}")
-    if not config.shells or config.shells[0] != 0:
-        raise InputError(f'shells should start at 0, the skin; got {config.shells}')
-    halved = 2 ** (len(config.unet) - 1)
-    if config.resolution % halved:
-        raise InputError(
-            f'resolution should be a multiple of {halved}, once halved per level of the UV '
-            f'network; got {config.resolution}'
-        )
-    halved = 2 ** len(config.encoder)
-    if not config.backbone and config.image_size % halved:
-        raise InputError(f'image_size should be a multiple of {halved}; got {config.image_size}')
-
-
 # %% ../../nbs/stage1/51_generator.ipynb #bc00c4f4
 class Generator(nn.Module):
     "K portraits in, one avatar out (Stage 1, Sec. 3.2)."
@@ -359,7 +343,7 @@ class Generator(nn.Module):
         weights: bool = True,  # fetch those of the backbone, if the configuration has one
     ):
         super().__init__()
-        _check_config(config)
+        check_config(config)
         self.config = config
         self.head_ = [head or open_head()]  # in a list: a head is not trained and not saved
         self.avatar_ = [new_avatar(self.head, config.resolution)]
@@ -812,23 +796,6 @@ def _rebuild(path, meta, head):
         raise InputError(f'{path} holds a configuration that cannot be built: {error}') from error
 
 
-def _fill(generator, tensors, path):
-    "Load weights after comparing every name and shape."
-    wanted = generator.state_dict()
-    missing, unknown = set(wanted) - set(tensors), set(tensors) - set(wanted)
-    if missing or unknown:
-        raise InputError(
-            f'{path} does not hold the weights its configuration needs: {len(missing)} missing, '
-            f'{len(unknown)} unknown'
-        )
-    for name, values in tensors.items():
-        want, got = tuple(wanted[name].shape), tuple(values.shape)
-        if want != got:
-            raise InputError(f'{path}: {name} should be {want}; got {got}')
-    generator.load_state_dict(tensors)
-    return generator
-
-
 # %% ../../nbs/stage1/51_generator.ipynb #c1c5b720
 def from_pretrained(
     name,  # 'toy', 'toy_mono', or a path
@@ -844,7 +811,7 @@ def from_pretrained(
             f'{path} was trained on another head ({meta["head_name"]}, {meta["head"]}); pass that '
             f'one as head=, this is {head.name}, {head_id(head)}'
         )
-    return _fill(_rebuild(path, meta, head), tensors, path).eval()
+    return fill_weights(_rebuild(path, meta, head), tensors, path).eval()
 
 
 Generator.from_pretrained = staticmethod(from_pretrained)

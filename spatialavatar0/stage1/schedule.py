@@ -349,6 +349,7 @@ class Compared(NamedTuple):
     gamma: Tensor  # (B,27) what was decoded for
 
 
+# %% ../../nbs/stage1/53_schedule.ipynb #702dc7a8
 def view_input(generator: Generator, batch: Batch, weights: Weights) -> Tensor:  # (B,27)
     "gamma(d) of the targets (Eq. 6); with a gradient where the view-Jacobian wants one."
     directions = torch.stack([look.direction for look in batch.targets])

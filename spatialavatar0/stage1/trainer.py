@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['look_type', 'Shelf', 'BadBatch', 'Trainer', 'Now', 'finish_first', 'looked', 'evaluate']
 
-# %% ../../nbs/stage1/54_trainer.ipynb #906152a4
+# %% ../../nbs/stage1/54_trainer.ipynb #19626cac
 import json
 import math
 import signal
@@ -542,9 +542,8 @@ def run(
     "Train; Ctrl-C finishes the step and keeps what is there."
     end = self.total if steps is None else min(self.total, self.step_number + steps)
     saved, rows = time.monotonic(), []
-    bar = progress(range(self.step_number, end), 'train', show=show)
     with finish_first() as stop:
-        for _ in bar:
+        for _ in (bar := progress(range(self.step_number, end), 'train', show=show)):
             rows.append(self._try_step(state))
             if self.step_number % every == 0 or self.step_number == end:
                 self._note(rows, bar)
