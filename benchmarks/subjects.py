@@ -28,7 +28,8 @@ import json, sys, torch
 from accelerate import Accelerator
 from spatialavatar0.pictures.domains import mono, people
 from spatialavatar0.stage1.generator import from_preset
-from spatialavatar0.stage1.schedule import Shelf, Trainer, laptop_schedule
+from spatialavatar0.stage1.schedule import laptop_schedule
+from spatialavatar0.stage1.trainer import Shelf, Trainer
 
 torch.set_num_threads(1)
 me = Accelerator(cpu=True)
