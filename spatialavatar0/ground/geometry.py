@@ -50,7 +50,8 @@ def look_at(
     if not torch.isfinite(R).all() or R.det() < 0.5:
         raise ValueError('look_at: eye and target coincide, or up is parallel to the view')
     t = -(R @ eye)
-    return torch.cat([torch.cat([R, t[:, None]], 1), torch.tensor([[0.0, 0, 0, 1]])])
+    rows = torch.cat([R, t[:, None]], 1)
+    return torch.cat([rows, torch.tensor([[0.0, 0, 0, 1]])])
 
 
 # %% ../../nbs/ground/01_geometry.ipynb #bd154022
@@ -232,7 +233,7 @@ def sh0_to_rgb(
     return sh0 * SH_C0 + 0.5
 
 
-# %% ../../nbs/ground/01_geometry.ipynb #dfc49e1a
+# %% ../../nbs/ground/01_geometry.ipynb #6abd241a
 def paint_mesh(
     ax,  # a matplotlib axis
     verts: Tensor,  # (V,3) metres
@@ -260,7 +261,7 @@ def paint_mesh(
     ax.axis('off')
 
 
-# %% ../../nbs/ground/01_geometry.ipynb #8d5b613f
+# %% ../../nbs/ground/01_geometry.ipynb #28fa0272
 def show_meshes(
     meshes: list,  # of (V,3) vertices, metres
     faces: Tensor,  # (F,3); or a list, one for each mesh
