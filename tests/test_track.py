@@ -53,9 +53,12 @@ FIFTHS = torch.arange(0, 478, 5)
 
 
 def random_state(g, R, t):
-    return track.State(
-        R, t, torch.cat([torch.randn(50, generator=g), torch.rand(52, generator=g)]).double()
-    )
+    face = torch.cat([torch.randn(50, generator=g), torch.rand(52, generator=g)])
+    return track.State(R, t, face.double())
+
+
+def degrees_between(A, B):
+    return math.degrees(math.acos(min(1.0, ((A @ B.T).trace().item() - 1) / 2)))
 
 
 # ---------------------------------------------------------------- the door
@@ -223,31 +226,26 @@ def test_detection_is_quiet_and_complete(capfd, head, seen):
 
 # ---------------------------------------------------------------- the solver
 def test_landmark_model_is_the_whole_head(head, table, small):
-    s = random_state(
-        torch.Generator().manual_seed(0), torch.eye(3).double(), torch.zeros(3).double()
-    )
-    f = track.to_frame(s, torch.zeros(64, 64, 3), K, head)
-    v = head(**f.params)[0]
-    assert (
-        small(s.c) - (v[head.faces[table.face_ids]] * table.bary[..., None]).sum(1)
-    ).abs().max() < 1e-6
+    g = torch.Generator().manual_seed(0)
+    state = random_state(g, torch.eye(3).double(), torch.zeros(3).double())
+    frame = track.to_frame(state, torch.zeros(64, 64, 3), K, head)
+    corners = head(**frame.params)[0][head.faces[table.face_ids]]
+    points = (corners * table.bary[..., None]).sum(1)
+    assert (small(state.c) - points).abs().max() < 1e-6
 
 
 def test_gradients(small):
-    s = random_state(
-        torch.Generator().manual_seed(1),
-        orbit(20, 10)[:3, :3].double(),
-        torch.tensor([0.01, 0.02, 1.0]).double(),
-    )
-    _, J = track.pixels(small, s, K, grad=True)
-    h = 1e-6
+    g = torch.Generator().manual_seed(1)
+    shift = torch.tensor([0.01, 0.02, 1.0]).double()
+    state = random_state(g, orbit(20, 10)[:3, :3].double(), shift)
+    _, jacobian = track.pixels(small, state, K, grad=True)
     for k in (0, 1, 2, 3, 5, 6, 30, 55, 60, 66, 80, 107):
-        e = torch.zeros(108).double()
-        e[k] = h
-        numeric = (track.pixels(small, s.moved(e), K) - track.pixels(small, s.moved(-e), K)) / (
-            2 * h
-        )
-        assert (numeric - J[..., k]).abs().max() < 1e-4 * max(1, J[..., k].abs().max().item())
+        step = torch.zeros(108).double()
+        step[k] = 1e-6
+        ahead, behind = (track.pixels(small, state.moved(e), K) for e in (step, -step))
+        numeric = (ahead - behind) / 2e-6
+        most = max(1, jacobian[..., k].abs().max().item())
+        assert (numeric - jacobian[..., k]).abs().max() < 1e-4 * most
 
 
 def test_recovers_a_known_person(head, table, small):
@@ -255,16 +253,15 @@ def test_recovers_a_known_person(head, table, small):
         g = torch.Generator().manual_seed(seed)
         view = orbit(yaw, 5, 1.4).double()
         true = random_state(g, view[:3, :3], view[:3, 3])
-        exact = landmarks.Detection(
-            track.pixels(small, true, K).float(), dict(zip(head.arkit_names, true.c[50:].tolist()))
-        )
-        s = track.solve(
-            small, table, *track.set_up(small, table, exact, K, head.arkit_names, shape_sigma=10.0)
-        )
-        turn = math.degrees(math.acos(min(1.0, ((s.R @ true.R.T).trace().item() - 1) / 2)))
-        assert turn < 0.6
-        assert (small(s.c) - small(true.c))[table.valid].norm(dim=1).mean() < 0.001
-        assert (track.pixels(small, s, K) - exact.lmks)[table.valid].norm(dim=1).mean() < 0.1
+        weights = dict(zip(head.arkit_names, true.c[50:].tolist()))
+        exact = landmarks.Detection(track.pixels(small, true, K).float(), weights)
+        problem = track.set_up(small, table, exact, K, head.arkit_names, shape_sigma=10.0)
+        found = track.solve(small, table, *problem)
+        assert degrees_between(found.R, true.R) < 0.6
+        metres = (small(found.c) - small(true.c))[table.valid].norm(dim=1)
+        misses = (track.pixels(small, found, K) - exact.lmks)[table.valid].norm(dim=1)
+        assert metres.mean() < 0.001
+        assert misses.mean() < 0.1
 
 
 def test_table_of_another_head_is_refused(head, table):
@@ -278,8 +275,8 @@ def test_table_of_another_head_is_refused(head, table):
 # ---------------------------------------------------------------- the astronaut
 @needs_mediapipe
 def test_astronaut_error(frame, seen, head):
-    r = landmarks.fit_report(frame, seen, head)
-    assert r['mean'] <= 1.5 and r['p95'] <= 3.5, r
+    report = landmarks.fit_report(frame, seen, head)
+    assert report['mean'] <= 1.5 and report['p95'] <= 3.5, report
     blind = landmarks.fit_report(
         track.fit(PHOTO, head, seen, held_out=FIFTHS), seen, head, only=FIFTHS
     )
@@ -292,14 +289,12 @@ def test_disturbed_starts_agree(head, table, small, seen):
     best = track.solve(small, table, start, target)
     g = torch.Generator().manual_seed(0)
     for _ in range(10):
-        off = random_state(
-            g,
-            axis_angle_to_mat(0.4 * torch.randn(3, generator=g).double()) @ start.R,
-            start.t * (1 + 0.2 * torch.randn(3, generator=g).double()),
-        )
-        s = track.solve(small, table, off, target)
-        assert 1000 * (small(s.c) - small(best.c)).norm(dim=1).mean() <= 0.3
-        assert math.degrees(math.acos(min(1.0, ((s.R @ best.R.T).trace().item() - 1) / 2))) <= 0.3
+        turn = axis_angle_to_mat(0.4 * torch.randn(3, generator=g).double())
+        shift = 1 + 0.2 * torch.randn(3, generator=g).double()
+        off = random_state(g, turn @ start.R, start.t * shift)
+        again = track.solve(small, table, off, target)
+        assert 1000 * (small(again.c) - small(best.c)).norm(dim=1).mean() <= 0.3
+        assert degrees_between(again.R, best.R) <= 0.3
 
 
 @needs_mediapipe
@@ -327,12 +322,10 @@ def test_matte_keeps_hair_and_drops_suit(frame):
     def at(x, y):
         return frame.mask[y, x].item()
 
-    assert (
-        min(at(224, 130), at(205, 40), at(168, 70), at(290, 90)) > 0.9
-    )  # nose, hair above, hair at both sides
-    assert (
-        max(at(330, 60), at(224, 215), at(150, 300), at(120, 120)) < 0.01
-    )  # wall, collar, suit, wall
+    # nose, hair above, hair at both sides
+    assert min(at(224, 130), at(205, 40), at(168, 70), at(290, 90)) > 0.9
+    # wall, collar, suit, wall
+    assert max(at(330, 60), at(224, 215), at(150, 300), at(120, 120)) < 0.01
     assert 0.05 < frame.mask.mean() < 0.09
 
 

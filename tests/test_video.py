@@ -60,7 +60,8 @@ def acted():
 def films(tmp_path_factory, acted):
     d = tmp_path_factory.mktemp('films')
     a = write(d / 'plain.mp4', acted)
-    b = [to_uint8(f.image) for f in mono_clip(make_person(20), 20, 224, seed=2, background=0.2)]
+    other = mono_clip(make_person(20), 20, 224, seed=2, background=0.2)
+    b = [to_uint8(frame.image) for frame in other]
     ffmpeg('-display_rotation', 90, '-i', a, '-c', 'copy', d / 'sideways.mp4')
     ffmpeg('-i', a, '-vf', 'select=lt(mod(n\\,5)\\,3)', '-fps_mode', 'vfr', d / 'uneven.mp4')
     large = 'scale=3840:2160:force_original_aspect_ratio=decrease,pad=3840:2160:-1:-1'
@@ -171,38 +172,34 @@ def test_verdicts_name_the_worst():
     rows = np.zeros(4, ROW)
     rows['faces'] = 1, 1, 0, 2
     fine = dict(landmarks=1.0, covered=0.0, outside=0.0, turned=5.0)
-    t = verdicts({0: fine, 1: dict(fine, turned=75.0, covered=0.13)}, rows)
-    assert [r.verdict for r in t] == [
-        Verdict.USED,
-        Verdict.TURNED,
-        Verdict.NO_FACE,
-        Verdict.SEVERAL_FACES,
-    ]
-    assert [r.reason for r in t] == ['', 'turned 75, more than 60', 'no face', '2 faces']
-    assert t[0].confidence == 0.75
-    assert t[0].entry() == dict(time=0, use=True, confidence=0.75, reason='', **fine)
-    assert count_reasons(t) == '1 turned, 1 no face, 1 several faces'
-    assert {v.value for v in Verdict} > set(LIMITS)
+    table = verdicts({0: fine, 1: dict(fine, turned=75.0, covered=0.13)}, rows)
+    expected = [Verdict.USED, Verdict.TURNED, Verdict.NO_FACE, Verdict.SEVERAL_FACES]
+    assert [picture.verdict for picture in table] == expected
+    words = ['', 'turned 75, more than 60', 'no face', '2 faces']
+    assert [picture.reason for picture in table] == words
+    assert table[0].entry() == dict(time=0, use=True, confidence=0.75, reason='', **fine)
+    assert count_reasons(table) == '1 turned, 1 no face, 1 several faces'
+    assert {verdict.value for verdict in Verdict} > set(LIMITS)
 
 
 def test_unlike_spreads():
-    p = torch.tensor([[0.0, 0], [0.1, 0], [5, 0], [0, 5], [5, 5]])
-    assert unlike(p, 3, 0) == [0, 4, 2]
-    assert unlike(p, 9, 1)[0] == 1
-    assert sorted(unlike(p, 9, 1)) == [0, 1, 2, 3, 4]
-    assert unlike(p[:1].repeat(4, 1), 3, 2) == [2]
+    points = torch.tensor([[0.0, 0], [0.1, 0], [5, 0], [0, 5], [5, 5]])
+    assert unlike(points, 3, 0) == [0, 4, 2]
+    assert unlike(points, 9, 1)[0] == 1
+    assert sorted(unlike(points, 9, 1)) == [0, 1, 2, 3, 4]
+    assert unlike(points[:1].repeat(4, 1), 3, 2) == [2]
 
 
 def test_windows_stay_inside():
     g = torch.Generator().manual_seed(0)
-    for size in ((64, 48), (300, 200)):
-        c = torch.rand(30, 2, generator=g) * 200 - 50
-        b = torch.cat([c, c + 60 + 20 * torch.rand(30, 2, generator=g)], 1)
-        corner, (w, h) = windows(b, size)
-        assert w <= size[0]
-        assert h <= size[1]
-        assert (corner >= 0).all()
-        assert (corner + [w, h] <= size).all()
+    for film_size in ((64, 48), (300, 200)):
+        corner = torch.rand(30, 2, generator=g) * 200 - 50
+        sides = 60 + 20 * torch.rand(30, 2, generator=g)
+        window = windows(torch.cat([corner, corner + sides], 1), film_size)
+        assert window.size[0] <= film_size[0]
+        assert window.size[1] <= film_size[1]
+        assert (window.corners >= 0).all()
+        assert (window.corners + window.size <= film_size).all()
 
 
 # killed, and the same command again
@@ -277,24 +274,22 @@ def test_still_camera_keeps_every_pixel():
     from spatialavatar0.ground.geometry import intrinsics, orbit, project
     from spatialavatar0.pictures.clips import Frame
 
-    h = open_head()
+    head = open_head()
     K = intrinsics(400, 128, 128)
-    V = orbit(30, -15, 0.8, (0.02, 0.03, 0))
-    shape = torch.randn(1, h.num_shape, generator=torch.Generator().manual_seed(1))
-    f = Frame(
-        torch.zeros(128, 128, 3),
-        torch.zeros(128, 128),
-        V,
-        K,
-        dict(shape=shape, neck=torch.tensor([[0.1, -0.2, 0]]), jaw=torch.tensor([[0.2, 0, 0]])),
+    viewmat = orbit(30, -15, 0.8, (0.02, 0.03, 0))
+    params = dict(
+        shape=torch.randn(1, head.num_shape, generator=torch.Generator().manual_seed(1)),
+        neck=torch.tensor([[0.1, -0.2, 0]]),
+        jaw=torch.tensor([[0.2, 0, 0]]),
     )
-    s = still_camera(f, orbit(0, 0, 1.0, (0, 0, 0)), h)
+    frame = Frame(torch.zeros(128, 128, 3), torch.zeros(128, 128), viewmat, K, params)
+    still = still_camera(frame, orbit(0, 0, 1.0, (0, 0, 0)), head)
 
-    def see(x):
-        return project(h(**x.params)[0], x.viewmat, K)[0]
+    def points(frame):
+        return project(head(**frame.params)[0], frame.viewmat, K)[0]
 
-    assert (see(s) - see(f)).abs().max() < 2e-2
-    assert set(s.params) >= {'rotation', 'translation'}
-    back = unturned(s, h)
-    skull = h.weights[:, 1] > 0.999
-    assert (see(back) - see(f))[skull].abs().max() < 2e-2
+    assert (points(still) - points(frame)).abs().max() < 2e-2
+    assert set(still.params) >= {'rotation', 'translation'}
+    back = unturned(still, head)
+    skull = head.weights[:, 1] > 0.999
+    assert (points(back) - points(frame))[skull].abs().max() < 2e-2
