@@ -23,7 +23,7 @@ __all__ = [
 
 # %% ../../nbs/avatar/40_avatar.ipynb #edca62a0
 import hashlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
