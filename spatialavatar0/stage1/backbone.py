@@ -23,7 +23,7 @@ __all__ = [
     'fill_weights',
 ]
 
-# %% ../../nbs/stage1/50_backbone.ipynb #2248839b
+# %% ../../nbs/stage1/50_backbone.ipynb #fc1b588e
 import re
 from dataclasses import dataclass, replace
 

@@ -19,7 +19,7 @@ __all__ = [
     'weighted_sum',
 ]
 
-# %% ../../nbs/stage1/52_objective.ipynb #70143253
+# %% ../../nbs/stage1/52_objective.ipynb #5bef2354
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +27,8 @@ from torch import Tensor
 
 from ..ground.geometry import project
 from ..pictures.metrics import ms_ssim, ssim
-from .generator import Decoded, Look
+from .backbone import Look
+from .generator import Decoded
 
 
 # %% ../../nbs/stage1/52_objective.ipynb #f84f4c6b
