@@ -6,7 +6,6 @@
 __all__ = [
     'LIMITS',
     'unlike',
-    'face_angles',
     'FilmFit',
     'film_identity',
     'calm_rows',
@@ -96,10 +95,8 @@ def unlike(
 
 
 # %% ../../nbs/capture/75_film.ipynb #d435303f
-def face_angles(
-    R: Tensor,  # (3,3) head -> camera
-) -> Tensor:  # (2,) yaw and pitch, radians; 0 where it looks into the camera
-    "Where the nose points."
+def _nose_angles(R):
+    "(2,) yaw and pitch of a face turned by R before the camera, radians: page 41's for a state."
     return torch.stack([torch.atan2(R[0, 2], -R[2, 2]), torch.atan2(R[1, 2], -R[2, 2])])
 
 
@@ -156,7 +153,7 @@ def _key_pictures(fit, n):
     "Indices of pictures whose poses differ, the most frontal one first."
     usable = np.concatenate(fit.spans)
     some = usable[:: max(1, len(usable) // 300)]
-    poses = torch.stack([face_angles(fit.problem(fit.rows[i])[0].R) for i in some])
+    poses = torch.stack([_nose_angles(fit.problem(fit.rows[i])[0].R) for i in some])
     most_frontal = int(poses.norm(dim=1).argmin())
     return [int(some[k]) for k in unlike(poses, n, most_frontal)]
 
@@ -340,7 +337,7 @@ def _position(fit, i):
     points = project(head_verts, frame.viewmat, frame.K)[0]
     size = torch.from_numpy(fit.rows[i]['size'].copy())
     outside = ((points < 0) | (points > size)).any(1).float().mean()
-    yaw = face_angles(fit.states[i].R).abs()[0]
+    yaw = _nose_angles(fit.states[i].R).abs()[0]
     return dict(outside=float(outside), turned=float(yaw * 180 / math.pi))
 
 

@@ -5,7 +5,6 @@
 # %% auto #0
 __all__ = [
     'WIDTHS',
-    'facing',
     'differing',
     'votes',
     'agreed',
@@ -25,8 +24,8 @@ from torch import Tensor
 
 # %% ../../nbs/capture/76_film_avatar.ipynb #3e940c37
 from ..avatar.avatar import Avatar
-from ..avatar.hair import grow_hair, unturned
-from ..avatar.warp import bleed, erode, look_up, see
+from ..avatar.hair import grow_hair
+from ..avatar.warp import bleed, erode, face_angles, look_up, see
 from ..ground.core import InputError, smooth
 from ..ground.geometry import project
 from ..head.head import Head, open_head
@@ -34,27 +33,17 @@ from ..pictures.clips import Clip, Frame
 from ..splats.renderers import rasterize
 from ..stage2.loop import look, refine
 from ..stage2.refine import RefineConfig, start_frame
-from .film import face_angles, unlike
+from .film import unlike
 from .photo import from_photos, frontal_first, gates, uncovered
-
-
-# %% ../../nbs/capture/76_film_avatar.ipynb #e73f18ec
-def facing(
-    frame: Frame,
-    head: Head,
-) -> Tensor:  # (2,)
-    "Yaw and pitch of the face towards the camera, radians; neck and root together."
-    return face_angles(unturned(frame, head).viewmat[:3, :3])
 
 
 # %% ../../nbs/capture/76_film_avatar.ipynb #df0daeb9
 def differing(
     clip: Clip,
     n: int,  # how many
-    head: Head,
 ) -> list:  # indices, the start frame first
     "Frames that show the head from as many sides as the clip has."
-    return unlike(torch.stack([facing(f, head) for f in clip]), n, start_frame(clip))
+    return unlike(torch.stack([face_angles(frame) for frame in clip]), n, start_frame(clip))
 
 
 # %% ../../nbs/capture/76_film_avatar.ipynb #f52ceea3
@@ -126,7 +115,7 @@ def _share_inside(avatar, moves, on, frames):
     return torch.cat(shares).mean()
 
 
-# %% ../../nbs/capture/76_film_avatar.ipynb #ca4c0379
+# %% ../../nbs/capture/76_film_avatar.ipynb #3049798c
 def tuck_ears(
     avatar: Avatar,
     frames,  # the most frontal ones
@@ -166,7 +155,7 @@ def first_likeness(
     head = head or open_head()
     if not len(clip):
         raise InputError('a likeness needs at least one frame; the clip is empty')
-    views = [clip[i] for i in differing(clip, outlines, head)]
+    views = [clip[i] for i in differing(clip, outlines)]
     bald = from_photos(views[:1], resolution, head).avatar
     haired = replace(bald, static_offset=grow_hair(head, views))
     ears = tuck_ears(haired, frontal_first(views)[:3])
@@ -200,7 +189,7 @@ def _film_gates(avatar, frames):
     return dict(gate, logit_opacities=torch.maximum(gate['logit_opacities'], strange))
 
 
-# %% ../../nbs/capture/76_film_avatar.ipynb #7870579e
+# %% ../../nbs/capture/76_film_avatar.ipynb #42f224a5
 def refine_likeness(
     avatar: Avatar,
     vote: Tensor,  # from first_likeness
@@ -213,7 +202,7 @@ def refine_likeness(
     device='cpu',  # as for refine
 ) -> tuple:  # the refined Avatar, and a log
     "Sharpen a likeness on the film it comes from; with a state, an interrupted run goes on."
-    some = [agreed(avatar, vote, clip[i]) for i in differing(clip, 24, avatar.head)]
+    some = [agreed(avatar, vote, clip[i]) for i in differing(clip, 24)]
 
     def view(i):
         frame = agreed(avatar, vote, clip[i])

@@ -87,7 +87,7 @@ class Around(NamedTuple):
     box: tuple  # left, top, right, bottom in the whole picture, pixels
 
 
-def _outside():
+def _outside_picture():
     message = 'the fitted head lies outside the picture; crop the photo around the face'
     return InputError(message)
 
@@ -101,7 +101,7 @@ def _around(frame, head, image, longest=400):
     x0, y0 = (low - margin).clamp(min=0).long().tolist()
     x1, y1 = torch.minimum(high + margin, border).ceil().long().tolist()
     if x1 <= x0 or y1 <= y0:
-        raise _outside()
+        raise _outside_picture()
     shrink = min(1, longest / max(x1 - x0, y1 - y0))
     width, height = round((x1 - x0) * shrink), round((y1 - y0) * shrink)
     scale = torch.diag(torch.tensor([width / (x1 - x0), height / (y1 - y0), 1.0]))
@@ -170,7 +170,7 @@ def matte(
     small, (x0, y0, x1, y1) = _around(frame, head, image, longest)
     outline = silhouettes(small, head, landmark_table(head))
     if not outline.face.any():
-        raise _outside()
+        raise _outside_picture()
     cut = _cut((small.image * 255 + 0.5).byte().numpy(), _seeds(outline), colours)
     soft = torch.from_numpy(cv2.GaussianBlur(cut.astype(np.float32), (0, 0), 0.7))
     mask = torch.zeros(image.shape[:2])

@@ -14,7 +14,7 @@ __all__ = [
     'fit_together',
     'match_colours',
     'frontal_first',
-    'Pooled',
+    'PooledPhotos',
     'pool_photos',
     'HeadOfPhotos',
     'from_photos',
@@ -32,9 +32,9 @@ from torch import Tensor
 from ..avatar.avatar import Avatar, new_avatar, texel_mask
 from ..avatar.hair import grow_hair
 from ..avatar.portrait import bake_eyes, complete, sink
-from ..avatar.warp import bleed, erode, look_up, see, trust
+from ..avatar.warp import bleed, erode, head_to_camera, look_up, see, trust
 from ..ground.core import InputError, smooth
-from ..ground.geometry import axis_angle_to_mat, crop_intrinsics, project, rgb_to_sh0
+from ..ground.geometry import crop_intrinsics, project, rgb_to_sh0
 from ..head.head import Head, open_head
 from ..pictures.clips import Clip, Frame, on_background
 from ..pictures.metrics import psnr
@@ -234,28 +234,16 @@ def match_colours(
 
 
 # %% ../../nbs/capture/73_photo.ipynb #c40d5331
-def _gaze_of_face(frame):
-    "(3,) where the face looks, in the world: turned by the root and the neck."
-    direction = torch.tensor([0.0, 0, 1])
-    for name in ('neck', 'rotation'):
-        if name in frame.params:
-            direction = axis_angle_to_mat(frame.params[name][0]) @ direction
-    return direction
-
-
 def frontal_first(
     frames: list,  # tracked photos
 ) -> list:  # the same, the most frontal one first
     "Sort photos by how far the face is turned away."
-
-    def away(frame):  # towards the camera is -z
-        return float(frame.viewmat[2, :3] @ _gaze_of_face(frame))
-
-    return sorted(frames, key=away)
+    # the nose's direction along the view; towards the camera is -z
+    return sorted(frames, key=lambda frame: float(head_to_camera(frame)[2, 2]))
 
 
 # %% ../../nbs/capture/73_photo.ipynb #7beb2921
-class Pooled(NamedTuple):
+class PooledPhotos(NamedTuple):
     "What several photos say of each Gaussian."
 
     rgb: Tensor  # (N,3) colours
@@ -266,7 +254,7 @@ class Pooled(NamedTuple):
 def pool_photos(
     avatar: Avatar,
     frames: list,  # tracked photos of one person, the most frontal one first
-) -> Pooled:
+) -> PooledPhotos:
     "The mean of the warped photos, each texel weighted by trust (Sec. 3.2)."
     seen = [see(avatar.binding, avatar.verts(**frame.pose), frame) for frame in frames]
     t = torch.stack([trust(avatar, frame, s) for frame, s in zip(frames, seen)])
@@ -277,7 +265,7 @@ def pool_photos(
         replace(frame, image=(frame.image * gain).clamp(0, 1)) for frame, gain in zip(frames, gains)
     ]
     weights = t.clamp_min(1e-6) / t.clamp_min(1e-6).sum(0)
-    return Pooled((weights[..., None] * rgb).sum(0), t, lit)
+    return PooledPhotos((weights[..., None] * rgb).sum(0), t, lit)
 
 
 # %% ../../nbs/capture/73_photo.ipynb #6fa5a6bc
