@@ -304,6 +304,12 @@ class Batch:
     names: list  # what to call each target in an error
 
 
+# %% ../../nbs/stage1/53_schedule.ipynb #44afea9d
+def _name(person, sources, target):
+    "What to call a target in an error."
+    return f'person {person}, frame {target} (sources {", ".join(map(str, sources))})'
+
+
 # %% ../../nbs/stage1/53_schedule.ipynb #ef298279
 def draw_batch(
     album,  # looks of all people: rolls, look(person, frame), box(person, frame)
@@ -332,11 +338,6 @@ def draw_batch(
         probes=[probe[share] for probe in probes],
         names=[_name(*draw) for draw in drawn],
     )
-
-
-def _name(person, sources, target):
-    "What to call a target in an error."
-    return f'person {person}, frame {target} (sources {", ".join(map(str, sources))})'
 
 
 # %% ../../nbs/stage1/53_schedule.ipynb #ade90568

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['look_type', 'Shelf', 'BadBatch', 'Trainer', 'Now', 'finish_first', 'looked', 'evaluate']
 
-# %% ../../nbs/stage1/54_trainer.ipynb #1f1506ff
+# %% ../../nbs/stage1/54_trainer.ipynb #51764815
 import json
 import math
 import signal
