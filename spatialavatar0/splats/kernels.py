@@ -385,17 +385,7 @@ def place_forward(
 # %% ../../nbs/splats/23_kernels.ipynb #6f712c4b
 @nb.njit(parallel=True, **kernel)
 def place_backward(
-    threads,
-    quats,
-    scales,
-    local,
-    sizes,
-    g_means,
-    g_quats,
-    g_scales,
-    g_offsets,
-    g_local,
-    g_log_scales,
+    threads, quats, scales, local, sizes, g_means, g_quats, g_scales, g_offsets, g_local, g_logs
 ):
     "Fill the gradients of the Gaussians' own attributes."
     N = len(quats)
@@ -410,23 +400,13 @@ def place_backward(
             w, x, y, z = _add4(g, -along, own)
             _put(g_local, n, (i * w, i * x, i * y, i * z))
             for d in range(3):
-                g_log_scales[n, d] = g_scales[n, d] * s * sizes[n, d]
+                g_logs[n, d] = g_scales[n, d] * s * sizes[n, d]
 
 
 # %% ../../nbs/splats/23_kernels.ipynb #f26d69c6
 @nb.njit(parallel=True, **kernel)
 def place_backward_frames(
-    threads,
-    quats,
-    scales,
-    offsets,
-    local,
-    sizes,
-    g_means,
-    g_quats,
-    g_scales,
-    g_frame_quats,
-    g_frame_scales,
+    threads, quats, scales, offsets, local, sizes, g_means, g_quats, g_scales, g_qf, g_sf
 ):
     """Fill the gradients of the frames' quaternions and sizes; that of their points is g_means
     itself."""
@@ -438,11 +418,11 @@ def place_backward_frames(
             g = _vec(g_means, n)
             own, _ = _unit_quat(local, n)
             g_q = _quat_mul(_quat(g_quats, n), _conj(own))
-            _put(g_frame_quats, n, _add4(g_q, scales[n], _rotate_backward(q, x, g)))
+            _put(g_qf, n, _add4(g_q, scales[n], _rotate_backward(q, x, g)))
             g_s = _dot(g, _rotate(q, x))
             for d in range(3):
                 g_s += g_scales[n, d] * sizes[n, d]
-            g_frame_scales[n] = g_s
+            g_sf[n] = g_s
 
 
 # %% ../../nbs/splats/23_kernels.ipynb #54c04205
@@ -697,6 +677,13 @@ def _on_screen(mx, my, ex, ey, width, height):
     return mx + ex > ZERO and mx - ex < width and my + ey > ZERO and my - ey < height
 
 
+@inline
+def _clear(i, means2d, white, extents):
+    _put(means2d, i, (ZERO, ZERO))
+    _put(white, i, (ZERO, ZERO, ZERO))
+    _put(extents, i, (ZERO, ZERO))
+
+
 # %% ../../nbs/splats/23_kernels.ipynb #d0098f7a
 @nb.njit(parallel=True, **kernel)
 def project_kernel(
@@ -710,9 +697,7 @@ def project_kernel(
         x, y, z = p
         depths[i] = z
         reach[i] = -ONE
-        _put(means2d, i, (ZERO, ZERO))
-        _put(white, i, (ZERO, ZERO, ZERO))
-        _put(extents, i, (ZERO, ZERO))
+        _clear(i, means2d, white, extents)
         if z < near or z > far or np.float32(255) * opacities[i] < ONE:
             continue
         q, _ = _quick_unit_quat(quats, i)
@@ -829,19 +814,7 @@ def _shape_backward(V, J, q, length, s, white, m):
 # %% ../../nbs/splats/23_kernels.ipynb #1b67a39e
 @nb.njit(parallel=True, **kernel)
 def project_backward(
-    means,
-    quats,
-    scales,
-    V,
-    cam,
-    white,
-    reach,
-    g_means2d,
-    g_depths,
-    moments,
-    g_means,
-    g_quats,
-    g_scales,
+    means, quats, scales, V, cam, white, reach, g_xy, g_depths, moments, g_means, g_quats, g_scales
 ):
     "Add to the gradients of means, quaternions and scales (the last three) those of the screen."
     for i in nb.prange(len(means)):
@@ -853,7 +826,7 @@ def project_backward(
         gs, gq, gJ = _shape_backward(
             V, J, q, length, _vec(scales, i), _vec(white, i), _vec(moments, i)
         )
-        gp = _point_backward(cam, p, gJ, g_means2d[i, 0], g_means2d[i, 1], g_depths[i])
+        gp = _point_backward(cam, p, gJ, g_xy[i, 0], g_xy[i, 1], g_depths[i])
         gm = _from_camera(V, gp)
         for d in range(3):
             g_means[i, d] += gm[d]
