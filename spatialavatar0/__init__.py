@@ -23,22 +23,27 @@ DOOR = {
     'rasterize': 'splats.renderers',  # Gaussians to pictures, on any device
     'Frame': 'pictures.clips',  # a picture with its camera and the head's pose
     'Clip': 'pictures.clips',  # frames of one person
+    'crop': 'pictures.clips',  # a square of a frame, its camera adjusted
     'load_clip': 'pictures.formats',  # a clip in one of the field's formats
     'make_person': 'pictures.people',  # a painted person, whose truth is known
     'mono_clip': 'pictures.people',  # a clip of such a person
     'fit': 'capture.track',  # a photo to a frame: who, which expression, seen from where
     'track_video': 'capture.film',  # a film to a clip
     'Avatar': 'avatar.avatar',  # render, save, load
-    'from_frame': 'avatar.warp',  # an avatar from one frame
+    'head_square': 'avatar.portrait',  # where in a frame the head is
+    'without_clothes': 'avatar.portrait',  # a frame whose matte ends at the neck
+    'from_frame': 'avatar.portrait',  # an avatar from one frame
     'Generator': 'stage1.generator',  # one to four frames to an avatar, in one pass
     'refine': 'stage2.loop',  # an avatar sharpened on a clip
     'paper_config': 'stage2.refine',  # the same as the paper has it
     'refine_photo': 'capture.photo',  # an avatar sharpened on one frame
     'evaluate': 'judge.results',  # its numbers by a protocol
     'write_splats': 'use.export',  # a file for splat viewers
+    'render_motion': 'use.animate',  # pictures of a moving avatar
+    'write_film': 'use.animate',  # pictures to .mp4 or .gif
     'InputError': 'ground.core',  # what every bad input raises
-    'set_seed': 'ground.core',
-    'show_images': 'ground.core',
+    'set_seed': 'ground.core',  # the same numbers every time
+    'show_images': 'ground.core',  # pictures side by side, in a notebook
 }
 CHAPTERS = (
     'ground',

@@ -38,6 +38,8 @@ LESSONS = (
     'pictures.metrics',
     'avatar.avatar',
     'avatar.warp',
+    'avatar.hair',
+    'avatar.portrait',
     'stage1.generator',
     'stage1.objective',
     'stage1.schedule',

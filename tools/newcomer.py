@@ -28,7 +28,7 @@ CHANGE = """
 import spatialavatar0 as sa
 
 avatar = sa.Avatar.load('out/avatar.safetensors')
-viewmat, K = sa.portrait_camera(avatar.head, 128)
+viewmat, K = sa.pictures.people.portrait_camera(avatar.head, 128)
 
 def jaw(x):
     return avatar.render(viewmat, K, 128, 128, **avatar.head.arkit({'jawOpen': x}))[0]

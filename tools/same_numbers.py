@@ -131,6 +131,8 @@ def compare(old, new):
         with tempfile.TemporaryDirectory() as made:
             out = Path(made) / 'numbers.json'
             env = {**os.environ, 'PYTHONPATH': str(Path(checkout).resolve())}
+            # a kernel from numba's cache may differ in the last bit from one just compiled
+            env['NUMBA_CACHE_DIR'] = str(Path(made) / 'numba')
             call = [sys.executable, Path(__file__).resolve(), 'measure', '--out', out]
             subprocess.run(call, env=env, cwd=made, check=True)
             results.append(json.loads(out.read_text()))
