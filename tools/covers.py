@@ -3,9 +3,9 @@
     python tools/covers.py            write nbs/images/pages/*.jpg and nbs/images/facts.svg
     python tools/covers.py --check    exit 1 if a file is not what it should be
 
-A page's cover is the first picture of its cell marked `#| cover`, as committed; the page's first text
-shows it. The facts: how many pages, solved exercises and tests, and how long the tests took; the last
-two from `results/suite.json`, which `pytest --page-times` writes.
+A page's cover is the first picture of its cell marked `#| cover`, as committed; the page's first
+text shows it. The facts: how many pages, solved exercises and tests, and how long the tests
+took; the last two from `results/suite.json`, which `pytest --page-times` writes.
 """
 
 import base64
@@ -64,7 +64,8 @@ def badges(rows):
     words = ', '.join(f'{label}: {value}' for label, value in rows)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{x - 6}" height="{HEIGHT}" role="img" '
-        f'aria-label="{words}"><g fill="#fff" text-anchor="middle" {FONT}>{"".join(drawn)}</g></svg>\n'
+        f'aria-label="{words}"><g fill="#fff" text-anchor="middle" {FONT}>'
+        f'{"".join(drawn)}</g></svg>\n'
     )
 
 

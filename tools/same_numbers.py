@@ -3,9 +3,10 @@
     python tools/same_numbers.py measure [--out numbers.json]   hashes of this checkout's results
     python tools/same_numbers.py compare OLD NEW                run it in both, name what differs
 
-Hashed, to the bit: the demo (metrics and avatar), the shipped networks on painted people with one to four
-portraits, 200 steps of Stage 2, a short training run of Stage 1, and every file that `export` writes.
-Names are looked up by what a module offers, so modules may have moved between the two checkouts.
+Hashed, to the bit: the demo (metrics and avatar), the shipped networks on painted people with
+one to four portraits, 200 steps of Stage 2, a short training run of Stage 1, and every file that
+`export` writes. Names are looked up by what a module offers, so modules may have moved between
+the two checkouts.
 """
 
 import argparse

@@ -2,12 +2,12 @@
 
     python tools/statistics_of_pages.py [--json | --missing PAGE]
 
-Shown: an exported function or class that a later cell of its page uses. Asserted: one that a cell
-with a check uses, itself or by way of another definition of the page, at most three code cells after
-its own; --missing lists those that are not. Words: markdown without code, formulas and tables.
-Seconds: `results/pages.json`, written by `pytest tests/test_notebooks.py --page-times` (cells marked
-slow or cuda left out). Budget: the time to run that a page's opening states. How the code is laid
-out is measured by `tools/form.py`.
+Shown: an exported function or class that a later cell of its page uses. Asserted: one that a
+cell with a check uses, itself or by way of another definition of the page, at most three code
+cells after its own; --missing lists those that are not. Words: markdown without code, formulas
+and tables. Seconds: `results/pages.json`, written by `pytest tests/test_notebooks.py
+--page-times` (cells marked slow or cuda left out). Budget: the time to run that a page's opening
+states. How the code is laid out is measured by `tools/form.py`.
 """
 
 import ast
