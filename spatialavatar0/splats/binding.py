@@ -88,7 +88,7 @@ class Binding:
         return replace(self, **moved)
 
 
-# %% ../../nbs/splats/20_binding.ipynb #d3fa438c
+# %% ../../nbs/splats/20_binding.ipynb #ce30d97f
 @patch
 def need_layout(self: Binding):
     "InputError where there is no UV grid."
