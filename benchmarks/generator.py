@@ -26,7 +26,7 @@ import torch
 from spatialavatar0.pictures.domains import held_out, mono, multi, people
 from spatialavatar0.stage1.generator import from_preset, from_pretrained
 from spatialavatar0.stage1.schedule import LAPTOP, MultiPhase, laptop_schedule
-from spatialavatar0.stage1.trainer import Shelf, Trainer, evaluate, looked
+from spatialavatar0.stage1.trainer import Shelf, Trainer, looked, score_generator
 
 TESTS = ('mono', 'multi', 'shifted')
 
@@ -54,7 +54,7 @@ def scores(generator, sets, Ks=(1, 4)):
     "Numbers on every test set and K, rounded."
     found = {}
     for name, trials in sets.items():
-        by_K = {str(K): evaluate(generator, trials, K) for K in Ks}
+        by_K = {str(K): score_generator(generator, trials, K) for K in Ks}
         found[name] = {K: {k: round(v, 4) for k, v in row.items()} for K, row in by_K.items()}
     return found
 

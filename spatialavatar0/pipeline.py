@@ -68,7 +68,7 @@ from spatialavatar0.capture.landmarks import (
     overlay,
 )
 from spatialavatar0.capture.photo import (
-    added,
+    added_by_each,
     fit_together,
     from_photos,
     front_psnr,
@@ -123,7 +123,7 @@ from .pictures.formats import load_clip, train_test
 from .stage1.generator import from_preset
 from .stage1.schedule import laptop_schedule, paper_schedule
 from .stage1.trainer import Shelf, Trainer
-from .stage1.trainer import evaluate as evaluate_generator
+from .stage1.trainer import score_generator as evaluate_generator
 from .stage2.loop import measure, refine, screen_aspect
 from .stage2.refine import RefineConfig, paper_config, start_frame
 from .use.export import write_ply, write_sequence, write_splats
@@ -270,7 +270,7 @@ def avatar_from_frame(
         gaussians=len(avatar),
         psnr_warped=warped,
         psnr_refined=refined,
-        added=added(trusted),
+        added=added_by_each(trusted),
     )
     return Built(avatar, cuts[0], numbers)
 
@@ -1130,7 +1130,7 @@ def _is_comparable(one, other):
 def _judged(avatar, frames, protocol, say, **names):
     "A line of results, by whoever can judge on this machine."
     judges = judges_here(lambda text: say(f'note: {text}'))
-    line = evaluate(renderer(avatar), frames, protocol, judges=judges, **names)
+    line = score_generator(renderer(avatar), frames, protocol, judges=judges, **names)
     for judge in judges:
         judge.close()
     return line

@@ -48,7 +48,7 @@ from spatialavatar0.stage1.schedule import (
     source_chances,
     temperature,
 )
-from spatialavatar0.stage1.trainer import BadBatch, Shelf, Trainer, evaluate, looked
+from spatialavatar0.stage1.trainer import BadBatch, Shelf, Trainer, looked, score_generator
 
 FULL = replace(LAPTOP, face=1.0, jacobian=0.1, ms_ssim=0.5)
 HEAD = open_head()
@@ -703,15 +703,18 @@ def questions():
 def test_evaluate(questions):
     generator = network()
     ready = looked(generator, questions)
-    once, one_by_one = evaluate(generator, questions, 4), evaluate(generator, ready, 4, batch=1)
+    once, one_by_one = (
+        score_generator(generator, questions, 4),
+        score_generator(generator, ready, 4, batch=1),
+    )
     assert all(abs(once[name] - one_by_one[name]) < 1e-3 for name in once)
-    assert evaluate(generator, ready, 4) == evaluate(generator, ready, 4)
-    assert evaluate(generator, ready, 1) != once
+    assert score_generator(generator, ready, 4) == score_generator(generator, ready, 4)
+    assert score_generator(generator, ready, 1) != once
     assert set(once) == {'psnr', 'head_psnr', 'ssim'}
     assert not any(param.grad is not None for param in generator.parameters())
     for K in (0, 5):
         with pytest.raises(InputError, match='K should be 1 to 4'):
-            evaluate(generator, ready, K)
+            score_generator(generator, ready, K)
 
 
 @torch.no_grad()
@@ -722,5 +725,5 @@ def test_decibels_inside_the_head_by_hand(questions):
     rgb = generator.render(code, [trial.target], torch.full((3,), 0.5)).rgb[0].clamp(0, 1)
     truth, matte = trial.target.target([0.5] * 3)
     mse = ((rgb - truth) ** 2 * matte[..., None]).sum() / (3 * matte.sum())
-    found = evaluate(generator, [trial], 1)['head_psnr']
+    found = score_generator(generator, [trial], 1)['head_psnr']
     assert abs(found + 10 * math.log10(float(mse))) < 1e-4

@@ -18,9 +18,9 @@ from spatialavatar0.capture.film import (
     LIMITS,
     Verdict,
     count_reasons,
+    farthest_points,
     still_camera,
     track_video,
-    unlike,
     verdicts,
     windows,
 )
@@ -184,10 +184,10 @@ def test_verdicts_name_the_worst():
 
 def test_unlike_spreads():
     points = torch.tensor([[0.0, 0], [0.1, 0], [5, 0], [0, 5], [5, 5]])
-    assert unlike(points, 3, 0) == [0, 4, 2]
-    assert unlike(points, 9, 1)[0] == 1
-    assert sorted(unlike(points, 9, 1)) == [0, 1, 2, 3, 4]
-    assert unlike(points[:1].repeat(4, 1), 3, 2) == [2]
+    assert farthest_points(points, 3, 0) == [0, 4, 2]
+    assert farthest_points(points, 9, 1)[0] == 1
+    assert sorted(farthest_points(points, 9, 1)) == [0, 1, 2, 3, 4]
+    assert farthest_points(points[:1].repeat(4, 1), 3, 2) == [2]
 
 
 def test_windows_stay_inside():

@@ -66,8 +66,13 @@ def name(page):
 
 def pages():
     "Pages in the order of the house, without the front page and the solutions."
-    found = [p for folder in CHAPTERS for p in sorted((NBS / folder).glob('*.ipynb'))]
+    found = [p for folder in CHAPTERS for p in sorted((NBS / folder).glob('*.ipynb'), key=place)]
     return [p for p in found if p.stem != 'index']
+
+
+def place(page):
+    "Pages of a chapter go by their numbers; the commands come after what they do."
+    return page.stem == 'cli', page.stem
 
 
 def solutions():

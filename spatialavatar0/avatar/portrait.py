@@ -11,9 +11,9 @@ __all__ = [
     'bake_eyes',
     'fill_apart',
     'paint_parts',
-    'complete',
-    'bake',
-    'sink',
+    'complete_colors',
+    'bake_colors',
+    'sink_offsets',
     'from_frame',
     'Square',
     'head_square',
@@ -31,6 +31,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from spatialavatar0.avatar.warp import (
+    Sighting,
+    bleed,
+    borrow_mirrored,
+    fill,
+    mirror_texels,
+    sample_picture,
+    see_texels,
+    trust,
+)
+
 from ..ground.core import smooth
 from ..ground.geometry import project, rgb_to_sh0
 from ..head.head import Head, open_head
@@ -42,7 +53,6 @@ from ..splats.mesh import rasterize_mesh
 # %% ../../nbs/avatar/43_portrait.ipynb #5333f0cd
 from .avatar import Avatar, new_avatar, part_is, texel_mask
 from .hair import grow_hair, strands
-from .warp import Seen, bleed, borrow, fill, look_up, mirror_texels, see, trust
 
 
 # %% ../../nbs/avatar/43_portrait.ipynb #1181e2e9
@@ -73,12 +83,12 @@ def iris_color(
 def bake_eyes(
     avatar: Avatar,
     frame: Frame,
-    s: Seen,
+    s: Sighting,
 ) -> Tensor:  # (N,3), zero outside the eyeballs
     "White, iris and pupil; the iris in the colour the picture shows."
     regions = 'eyeballs', 'iris', 'pupil'
     ball, iris, pupil = (texel_mask(avatar.head, name, avatar.binding) for name in regions)
-    tint = iris_color(look_up(frame, s.uv), s.visible & (iris > 0.5) & (pupil < 0.3))
+    tint = iris_color(sample_picture(frame, s.uv), s.visible & (iris > 0.5) & (pupil < 0.3))
     rgb = torch.tensor([0.78, 0.75, 0.73]).expand(len(avatar), 3)
     rgb = torch.lerp(rgb, tint.expand_as(rgb), smooth(iris, 0.3, 0.7)[:, None])
     rgb = torch.lerp(rgb, torch.full_like(rgb, 0.03), smooth(pupil, 0.3, 0.7)[:, None])
@@ -133,7 +143,7 @@ def paint_parts(
 
 
 # %% ../../nbs/avatar/43_portrait.ipynb #ed26fc09
-def complete(
+def complete_colors(
     avatar: Avatar,
     rgb: Tensor,  # (N,3) warped colours
     t: Tensor,  # (N,) 0..1 trust in each
@@ -145,7 +155,7 @@ def complete(
     skin = part_is(head, binding, 'skin')
     hair = texel_mask(head, 'scalp', binding) > 0.5
     around_eyes = skin & (texel_mask(head, 'eye_region', binding) > 0.5)
-    rgb, known = borrow(rgb, t, mirror_texels(binding, head))
+    rgb, known = borrow_mirrored(rgb, t, mirror_texels(binding, head))
     rgb = fill_apart(rgb, known, points, skin, hair)
     rgb = light_lids(rgb, t, texel_mask(head, 'lids', binding), around_eyes)
     rgb = strands(rgb, known, points, skin & hair)
@@ -153,22 +163,22 @@ def complete(
 
 
 # %% ../../nbs/avatar/43_portrait.ipynb #e68dc9d6
-def bake(
+def bake_colors(
     avatar: Avatar,
     frame: Frame,  # params and matte are the avatar's
 ) -> tuple:  # (N,3) colours 0..1, (N,) 0..1 how well each Gaussian was seen
     "Warp a picture onto the UV grid (A.1) and complete what it does not show."
-    s = see(avatar.binding, avatar.verts(**frame.pose), frame)
+    s = see_texels(avatar.binding, avatar.verts(**frame.pose), frame)
     clean = bleed(frame)
     t = trust(avatar, frame, s)
-    return complete(avatar, look_up(clean, s.uv), t, bake_eyes(avatar, clean, s)), t
+    return complete_colors(avatar, sample_picture(clean, s.uv), t, bake_eyes(avatar, clean, s)), t
 
 
 # %% ../../nbs/avatar/43_portrait.ipynb #942e061d
 FOLDS = 'lips', 'lids', 'lid_rims', 'inner_mouth', 'sockets'  # no room below the skin
 
 
-def sink(
+def sink_offsets(
     avatar: Avatar,
     skin: float = 2.5,  # standard deviations along the normal
     eyes: float = 0.0008,  # metres, so that no iris shines through a closed lid
@@ -202,8 +212,8 @@ def from_frame(
     if tracked is not None:
         offset = offset + tracked[0]
     avatar = new_avatar(head, resolution, frame.params['shape'], offset)
-    rgb, seen = bake(avatar, frame)
-    splats = dict(avatar.splats, sh0=rgb_to_sh0(rgb), offsets=sink(avatar))
+    rgb, seen = bake_colors(avatar, frame)
+    splats = dict(avatar.splats, sh0=rgb_to_sh0(rgb), offsets=sink_offsets(avatar))
     return replace(avatar, splats=splats, seen=seen)
 
 

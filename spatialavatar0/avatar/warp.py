@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = [
     'PAINTED',
-    'look_up',
-    'Seen',
-    'see',
+    'sample_picture',
+    'Sighting',
+    'see_texels',
     'head_to_camera',
     'face_angles',
     'erode',
@@ -15,7 +15,7 @@ __all__ = [
     'shaded_lid',
     'trust',
     'mirror_texels',
-    'borrow',
+    'borrow_mirrored',
     'neighbour_graph',
     'fill',
 ]
@@ -46,7 +46,7 @@ from .avatar import Avatar, part_is, texel_mask
 
 
 # %% ../../nbs/avatar/41_warp.ipynb #791d13e0
-def look_up(
+def sample_picture(
     frame: Frame,
     uv: Tensor,  # (N,2) pixels
 ) -> Tensor:  # (N,3)
@@ -56,7 +56,7 @@ def look_up(
 
 # %% ../../nbs/avatar/41_warp.ipynb #e2fc67f5
 @dataclass
-class Seen:
+class Sighting:
     "What a picture sees of each Gaussian's surface point."
 
     uv: Tensor  # (N,2) pixels
@@ -65,12 +65,12 @@ class Seen:
 
 
 # %% ../../nbs/avatar/41_warp.ipynb #23ced959
-def see(
+def see_texels(
     binding: Binding,
     verts: Tensor,  # (V,3) mesh posed as in the picture, metres
     frame: Frame,
     scale: int = 2,  # z-buffer pixels per picture pixel
-) -> Seen:
+) -> Sighting:
     "Project every texel into a picture (A.1) and test it against the mesh's z-buffer (ours)."
     points = bind_points(verts, binding)
     normals = bind_points(vertex_normals(verts, binding.faces), binding)
@@ -80,7 +80,7 @@ def see(
     width, height = frame.width * scale, frame.height * scale
     _, _, depth = rasterize_mesh(verts, binding.faces, frame.viewmat, K, width, height)
     visible = visible_points(points, depth, frame.viewmat, K, 0.004)
-    return Seen(project(points, frame.viewmat, frame.K)[0], cosine, visible)
+    return Sighting(project(points, frame.viewmat, frame.K)[0], cosine, visible)
 
 
 # %% ../../nbs/avatar/41_warp.ipynb #b4361a0a
@@ -132,12 +132,12 @@ def bleed(
 def shaded_lid(
     avatar: Avatar,
     frame: Frame,
-    s: Seen,
+    s: Sighting,
 ) -> Tensor:  # (N,) bool
     """Texels around the eyes that show lashes, make-up or shadow instead of skin: darker than the
     face by a quarter."""
     head, binding = avatar.head, avatar.binding
-    light = look_up(frame, s.uv).mean(-1)
+    light = sample_picture(frame, s.uv).mean(-1)
     skin = s.visible & (s.cosine > 0.6) & (texel_mask(head, 'face', binding) > 0.5)
     usual = light[skin].median() if skin.any() else light.median()
     lids = texel_mask(head, 'lids', binding) > 0.1
@@ -152,12 +152,12 @@ PAINTED = 'mouth', 'socket_l', 'socket_r', 'tongue', 'teeth_up', 'teeth_low', 'e
 def trust(
     avatar: Avatar,
     frame: Frame,
-    s: Seen,
+    s: Sighting,
 ) -> Tensor:  # (N,) 0..1
     "How far the picture's colour holds for each Gaussian (ours; the paper trusts every texel)."
     head, binding = avatar.head, avatar.binding
     matte = erode(frame.mask, 3)[..., None].expand(-1, -1, 3)
-    inside = look_up(replace(frame, image=matte), s.uv)[:, 0] > 0.9
+    inside = sample_picture(replace(frame, image=matte), s.uv)[:, 0] > 0.9
     open_eye = (1 - texel_mask(head, 'lid_rims', binding)).clamp(0, 1)
     t = s.visible * smooth(s.cosine, 0.15, 0.55) * inside
     t = t * open_eye * ~shaded_lid(avatar, frame, s)
@@ -179,7 +179,7 @@ def mirror_texels(
 
 
 # %% ../../nbs/avatar/41_warp.ipynb #840c3909
-def borrow(
+def borrow_mirrored(
     rgb: Tensor,  # (N,3)
     t: Tensor,  # (N,) trust
     mirror: tuple,  # from mirror_texels

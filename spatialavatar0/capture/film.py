@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = [
     'LIMITS',
-    'unlike',
+    'farthest_points',
     'FilmFit',
     'film_identity',
     'calm_rows',
@@ -69,7 +69,7 @@ from spatialavatar0.capture.landmarks import (
 # %% ../../nbs/capture/75_film.ipynb #92786bef
 from ..avatar.avatar import part_is, texel_mask
 from ..avatar.portrait import without_clothes
-from ..avatar.warp import look_up, see
+from ..avatar.warp import sample_picture, see_texels
 from ..ground.core import InputError, atomic_path, progress
 from ..ground.geometry import crop_intrinsics, mat_to_axis_angle, orbit, project
 from ..head.head import Head, open_head
@@ -80,7 +80,7 @@ from .track import camera_guess, minimise, pixels, set_up, solve, to_frame
 
 
 # %% ../../nbs/capture/75_film.ipynb #68547418
-def unlike(
+def farthest_points(
     points: Tensor,  # (T,D)
     n: int,
     first: int,
@@ -155,7 +155,7 @@ def _key_pictures(fit, n):
     some = usable[:: max(1, len(usable) // 300)]
     poses = torch.stack([_nose_angles(fit.problem(fit.rows[i])[0].R) for i in some])
     most_frontal = int(poses.norm(dim=1).argmin())
-    return [int(some[k]) for k in unlike(poses, n, most_frontal)]
+    return [int(some[k]) for k in farthest_points(poses, n, most_frontal)]
 
 
 def _shape_of_picture(fit, i, held_out=()):
@@ -316,8 +316,8 @@ class Cover:
 
     def look(self, i, frame):
         "Note a picture's colours; nan where it sees nothing."
-        seen = see(self.binding, self.head(**frame.params)[0], frame, 1)
-        rgb = look_up(frame, seen.uv)
+        seen = see_texels(self.binding, self.head(**frame.params)[0], frame, 1)
+        rgb = sample_picture(frame, seen.uv)
         rgb[~(seen.visible & (seen.cosine > 0.35))] = math.nan
         self.colours[i] = rgb.half()
 

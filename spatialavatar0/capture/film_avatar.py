@@ -25,7 +25,7 @@ from torch import Tensor
 # %% ../../nbs/capture/76_film_avatar.ipynb #3e940c37
 from ..avatar.avatar import Avatar
 from ..avatar.hair import grow_hair
-from ..avatar.warp import bleed, erode, face_angles, look_up, see
+from ..avatar.warp import bleed, erode, face_angles, sample_picture, see_texels
 from ..ground.core import InputError, smooth
 from ..ground.geometry import project
 from ..head.head import Head, open_head
@@ -33,7 +33,7 @@ from ..pictures.clips import Clip, Frame
 from ..splats.renderers import rasterize
 from ..stage2.loop import look, refine
 from ..stage2.refine import RefineConfig, start_frame
-from .film import unlike
+from .film import farthest_points
 from .photo import from_photos, frontal_first, gates, uncovered
 
 
@@ -43,14 +43,16 @@ def differing(
     n: int,  # how many
 ) -> list:  # indices, the start frame first
     "Frames that show the head from as many sides as the clip has."
-    return unlike(torch.stack([face_angles(frame) for frame in clip]), n, start_frame(clip))
+    return farthest_points(
+        torch.stack([face_angles(frame) for frame in clip]), n, start_frame(clip)
+    )
 
 
 # %% ../../nbs/capture/76_film_avatar.ipynb #f52ceea3
 def _matte_at(frame, points):
     "(n,) the matte under points (n,2) of a picture."
     as_image = frame.mask[..., None].expand(-1, -1, 3)
-    return look_up(replace(frame, image=as_image), points)[:, 0]
+    return sample_picture(replace(frame, image=as_image), points)[:, 0]
 
 
 def votes(
@@ -62,7 +64,7 @@ def votes(
     inside = torch.zeros(len(avatar))
     counted = torch.zeros(len(avatar))
     for frame in clip:
-        seen = see(avatar.binding, avatar.verts(**frame.pose), frame)
+        seen = see_texels(avatar.binding, avatar.verts(**frame.pose), frame)
         weight = seen.visible * smooth(seen.cosine, -0.1, 0.2)
         inside += weight * _matte_at(frame, seen.uv)
         counted += weight

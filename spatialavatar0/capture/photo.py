@@ -18,7 +18,7 @@ __all__ = [
     'pool_photos',
     'HeadOfPhotos',
     'from_photos',
-    'added',
+    'added_by_each',
 ]
 
 # %% ../../nbs/capture/73_photo.ipynb #f44bd6aa
@@ -28,11 +28,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from spatialavatar0.avatar.warp import (
+    bleed,
+    erode,
+    head_to_camera,
+    sample_picture,
+    see_texels,
+    trust,
+)
+
 # %% ../../nbs/capture/73_photo.ipynb #a115889e
 from ..avatar.avatar import Avatar, new_avatar, texel_mask
 from ..avatar.hair import grow_hair
-from ..avatar.portrait import bake_eyes, complete, sink
-from ..avatar.warp import bleed, erode, head_to_camera, look_up, see, trust
+from ..avatar.portrait import bake_eyes, complete_colors, sink_offsets
 from ..ground.core import InputError, smooth
 from ..ground.geometry import crop_intrinsics, project, rgb_to_sh0
 from ..head.head import Head, open_head
@@ -71,9 +79,9 @@ def visibility(
     "How well the pictures see each Gaussian."
     best = torch.zeros(2, len(avatar))
     for frame in clip:
-        seen = see(avatar.binding, avatar.verts(**frame.pose), frame)
+        seen = see_texels(avatar.binding, avatar.verts(**frame.pose), frame)
         sure = replace(frame, image=erode(frame.mask, 2)[..., None].expand(-1, -1, 3))
-        inside = look_up(sure, seen.uv)[:, 0] > 0.9
+        inside = sample_picture(sure, seen.uv)[:, 0] > 0.9
         facing = seen.visible * smooth(seen.cosine, -0.1, 0.3)
         squarely = seen.visible * smooth(seen.cosine, 0.2, 0.55) * inside
         best = torch.maximum(best, torch.stack([facing, squarely]))
@@ -256,9 +264,9 @@ def pool_photos(
     frames: list,  # tracked photos of one person, the most frontal one first
 ) -> PooledPhotos:
     "The mean of the warped photos, each texel weighted by trust (Sec. 3.2)."
-    seen = [see(avatar.binding, avatar.verts(**frame.pose), frame) for frame in frames]
+    seen = [see_texels(avatar.binding, avatar.verts(**frame.pose), frame) for frame in frames]
     t = torch.stack([trust(avatar, frame, s) for frame, s in zip(frames, seen)])
-    rgb = torch.stack([look_up(bleed(frame), s.uv) for frame, s in zip(frames, seen)])
+    rgb = torch.stack([sample_picture(bleed(frame), s.uv) for frame, s in zip(frames, seen)])
     gains = match_colours(rgb, t)
     rgb = (rgb * gains[:, None]).clamp(0, 1)
     lit = [
@@ -293,15 +301,15 @@ def from_photos(
     bare = new_avatar(head, resolution, shape, hair)
     rgb, trusted, lit = pool_photos(bare, frames)
     first = lit[0]
-    seen = see(bare.binding, bare.verts(**first.pose), first)
+    seen = see_texels(bare.binding, bare.verts(**first.pose), first)
     surest = trusted.amax(0)
-    rgb = complete(bare, rgb, surest, bake_eyes(bare, bleed(first), seen))
-    splats = dict(bare.splats, sh0=rgb_to_sh0(rgb), offsets=sink(bare))
+    rgb = complete_colors(bare, rgb, surest, bake_eyes(bare, bleed(first), seen))
+    splats = dict(bare.splats, sh0=rgb_to_sh0(rgb), offsets=sink_offsets(bare))
     return HeadOfPhotos(replace(bare, splats=splats, seen=surest), trusted, lit)
 
 
 # %% ../../nbs/capture/73_photo.ipynb #6daad4de
-def added(
+def added_by_each(
     trusted: Tensor,  # (K,N) from from_photos
     enough: float = 0.5,  # trust that counts as seen
 ) -> list:  # (K) fraction of the Gaussians first seen by each photo

@@ -7,8 +7,8 @@ __all__ = [
     'Asset',
     'load_manifest',
     'data_dir',
-    'problem',
-    'target',
+    'what_is_wrong',
+    'place_of',
     'find_local',
     'fetch',
     'missing_text',
@@ -106,7 +106,7 @@ def _sha256(path, size, mtime):
 
 
 # %% ../../nbs/ground/04_assets.ipynb #aed2585d
-def problem(
+def what_is_wrong(
     path,  # the file in question
     asset: Asset,  # what it should be
 ) -> str:  # what is wrong with it, '' if nothing
@@ -131,7 +131,7 @@ def _in_package(name, member):
 
 
 # %% ../../nbs/ground/04_assets.ipynb #1a38acf2
-def target(asset: Asset) -> Path:  # where the file is, or would be
+def place_of(asset: Asset) -> Path:  # where the file is, or would be
     "The place of an asset in the data folder."
     return data_dir() / asset.file
 
@@ -139,7 +139,7 @@ def target(asset: Asset) -> Path:  # where the file is, or would be
 # %% ../../nbs/ground/04_assets.ipynb #895c8b15
 def _places(asset):
     "Where an asset may be on this machine."
-    yield target(asset)
+    yield place_of(asset)
     for source in asset.sources:
         if 'package' in source:
             yield _package_dir() / source['package']
@@ -156,7 +156,7 @@ def find_local(
         return None
     if path.is_dir():
         return path if any(path.iterdir()) else None
-    if not (bad := problem(path, asset)):
+    if not (bad := what_is_wrong(path, asset)):
         return path
     raise InputError(
         f'{asset.id}: {_short(path)} is not the file it should be: {bad}. Nothing was changed; '
@@ -254,7 +254,7 @@ def _fetch_one(source, goal, asset):
             _fetch_pip(source, unfinished)
         else:
             _fetch_url(source, unfinished, goal.with_name(goal.name + '.rest'))
-        if bad := problem(unfinished, asset):
+        if bad := what_is_wrong(unfinished, asset):
             raise _Miss(f'refused, {bad}')
 
 
@@ -264,7 +264,7 @@ def fetch(
 ) -> tuple[Path | None, list[str]]:  # the verified file or None, and what each source said
     "Try the sources that need a connection, in order; only a verified file gets its final name."
     said = []
-    goal = target(asset)
+    goal = place_of(asset)
     for source in asset.sources:
         if not {'pip', 'url'} & set(source):
             continue
@@ -302,7 +302,7 @@ def _how(asset):
     names = [name for source in asset.sources if (name := _from(source))]
     if not names:
         return 'It belongs to an installed package: reinstall that'
-    return f'Get it from {" or ".join(names)} and put it at {_short(target(asset))}'
+    return f'Get it from {" or ".join(names)} and put it at {_short(place_of(asset))}'
 
 
 # %% ../../nbs/ground/04_assets.ipynb #d3da3a50

@@ -50,7 +50,7 @@ from spatialavatar0.stage1.backbone import (
 )
 
 from ..avatar.avatar import Avatar, head_id, new_avatar, open_splats
-from ..avatar.portrait import sink
+from ..avatar.portrait import sink_offsets
 from ..avatar.warp import mirror_texels
 from ..ground.core import InputError
 from ..ground.files import FileKind, read_tensors, write_tensors
@@ -314,7 +314,7 @@ def _rest_offsets(avatar):
     "(N,3) Gaussians sunk under the skin, also for a head without the open head's regions."
     regions = 'lips', 'lids', 'lid_rims', 'inner_mouth', 'sockets'
     if all(name in avatar.head.masks for name in regions):
-        return sink(avatar)
+        return sink_offsets(avatar)
     depth = 2.5 * avatar.splats['log_scales'][:, 1].exp()
     return torch.stack([0 * depth, -depth, 0 * depth], -1)
 
