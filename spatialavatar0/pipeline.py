@@ -122,8 +122,7 @@ from .pictures.domains import held_out, mono, multi, people
 from .pictures.formats import load_clip, train_test
 from .stage1.generator import from_preset
 from .stage1.schedule import laptop_schedule, paper_schedule
-from .stage1.trainer import Shelf, Trainer
-from .stage1.trainer import score_generator as evaluate_generator
+from .stage1.trainer import Shelf, Trainer, score_generator
 from .stage2.loop import measure, refine, screen_aspect
 from .stage2.refine import RefineConfig, paper_config, start_frame
 from .use.export import write_ply, write_sequence, write_splats
@@ -894,7 +893,7 @@ def _painted_scores(generator):
     "On the painted people no data set contains."
     size = generator.config.image_size
     return {
-        kind: {K: evaluate_generator(generator, held_out(kind, size), K) for K in (1, 4)}
+        kind: {K: score_generator(generator, held_out(kind, size), K) for K in (1, 4)}
         for kind in ('mono', 'multi')
     }
 
@@ -1130,7 +1129,7 @@ def _is_comparable(one, other):
 def _judged(avatar, frames, protocol, say, **names):
     "A line of results, by whoever can judge on this machine."
     judges = judges_here(lambda text: say(f'note: {text}'))
-    line = score_generator(renderer(avatar), frames, protocol, judges=judges, **names)
+    line = evaluate(renderer(avatar), frames, protocol, judges=judges, **names)
     for judge in judges:
         judge.close()
     return line
