@@ -26,7 +26,8 @@ import torch
 import torch.nn.functional as F
 from common import SIZES, machine, save, scene, set_threads
 
-from spatialavatar0.pictures.metrics import SSIM_WINDOW, ssim, ssim_map
+from spatialavatar0.pictures.fast_metrics import ssim
+from spatialavatar0.pictures.metrics import SSIM_WINDOW, ssim_map
 from spatialavatar0.splats import renderers
 from spatialavatar0.splats.renderers import rasterize
 

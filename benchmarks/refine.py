@@ -28,8 +28,8 @@ import torch
 from spatialavatar0.avatar.avatar import new_avatar, open_splats
 from spatialavatar0.avatar.portrait import from_frame
 from spatialavatar0.pictures.clips import Clip, split, write_vhap
+from spatialavatar0.pictures.fast_metrics import ssim
 from spatialavatar0.pictures.formats import load_clip
-from spatialavatar0.pictures.metrics import ssim
 from spatialavatar0.pictures.people import make_person, mono_clip, novel_views
 from spatialavatar0.splats.renderers import rasterize
 from spatialavatar0.stage1.generator import from_pretrained

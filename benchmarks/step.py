@@ -15,7 +15,8 @@ from common import SIZES, machine, save, scene, set_threads, thread_ms, wall_ms
 from spatialavatar0.ground.core import set_seed
 from spatialavatar0.ground.geometry import intrinsics
 from spatialavatar0.head.head import open_head
-from spatialavatar0.pictures.metrics import l1, ssim, ssim_map
+from spatialavatar0.pictures.fast_metrics import ssim
+from spatialavatar0.pictures.metrics import l1, ssim_map
 from spatialavatar0.splats.binding import Binding, bind_uv, new_splats
 from spatialavatar0.splats.kernels import fast_frames, fast_place
 from spatialavatar0.splats.renderers import rasterize

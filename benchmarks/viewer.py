@@ -30,9 +30,9 @@ from spatialavatar0.use.viewer import (
     find_browser,
     home_view,
     in_browser,
-    page,
     page_picture,
     view_of,
+    write_page,
 )
 
 POSES = dict(
@@ -48,8 +48,8 @@ POSES = dict(
 def panel(avatar, size):
     "Milliseconds from a slider to the picture, by what is shown."
     explorer = Explorer(avatar, size)
-    explorer.settle = lambda: None  # the picture of the moving slider alone
-    explorer.quick = lambda: size  # in full size
+    explorer.draw_when_still = lambda: None  # the picture of the moving slider alone
+    explorer.quick_size = lambda: size  # in full size
     medians = {}
     for show in SHOW:
         explorer.show.value = show
@@ -91,7 +91,7 @@ def browser(avatar, file, size):
 def page_numbers(avatar, size):
     "Megabytes, milliseconds and decibels of the page for browsers."
     with tempfile.TemporaryDirectory() as folder:
-        file = page(avatar, Path(folder) / 'head.html')
+        file = write_page(avatar, Path(folder) / 'head.html')
         megabytes = round(file.stat().st_size / 1e6, 2)
         ms, dB = browser(avatar, file, size)
     print(f'page of {megabytes} MB, ms per frame: {listed(ms)}; dB on the head: {listed(dB)}')

@@ -132,6 +132,7 @@ class Device(StrEnum):
     cuda = 'cuda'
 
 
+# %% ../nbs/cli.ipynb #c5d85ad7
 class HeadSize(StrEnum):
     "Sizes of a head that is built."
 
@@ -139,6 +140,7 @@ class HeadSize(StrEnum):
     laptop = 'laptop'
 
 
+# %% ../nbs/cli.ipynb #c0f09650
 class NetworkSize(StrEnum):
     "Sizes of a generator that is trained."
 
@@ -296,13 +298,13 @@ def _run_view(
     device: _Device = Device.cpu,
 ):
     "Write one file that shows an AVATAR in any browser, with sliders."
-    from spatialavatar0.use.viewer import page
+    from spatialavatar0.use.viewer import write_page
 
     check_device(device.value)
     shown = _load(avatar, head)
     if live:
         return _serve(shown)
-    typer.echo(f'open {page(shown, out, avatar.stem).resolve()} in a browser')
+    typer.echo(f'open {write_page(shown, out, avatar.stem).resolve()} in a browser')
 
 
 def _serve(avatar):
@@ -552,6 +554,7 @@ def _failed(error):
     return 1
 
 
+# %% ../nbs/cli.ipynb #c941c27e
 def _note(message, *_, **__):
     "A library's warning as one line."
     typer.echo(f'note: {message}', err=True)

@@ -129,7 +129,7 @@ from .use.export import write_ply, write_sequence, write_splats
 from .use.gaussian_avatars import write_gaussian_avatar
 from .use.gltf import write_glb
 from .use.retarget import across, performance, read_arkit, retarget
-from .use.viewer import home_view, page
+from .use.viewer import home_view, write_page
 from .use.viewer import view_of as controls_view
 
 
@@ -300,6 +300,7 @@ def film_camera(
     return crop_intrinsics(cut.K, 0, 0, size / cut.width)
 
 
+# %% ../nbs/pipeline.ipynb #d5596570
 def swung(
     avatar: Avatar,
     cut: Frame,  # of the head
@@ -488,6 +489,7 @@ def _check_writable(out):
         raise InputError(f'cannot write to {out}: permission denied; choose another --out')
 
 
+# %% ../nbs/pipeline.ipynb #e9b5985a
 def _is_same_file(file, photo):
     is_path = isinstance(photo, (str, Path))
     return is_path and file.exists() and Path(photo).exists() and file.samefile(photo)
@@ -525,7 +527,7 @@ def write_results(
     avatar.info.update(camera=dict(viewmat=cut.viewmat.tolist(), K=cut.K.tolist(), size=cut.width))
     avatar.save(out / FILES['avatar'])
     write_ply(out / FILES['splats'], *avatar.world())
-    page(avatar, out / FILES['page'])
+    write_page(avatar, out / FILES['page'])
     write_sheet(contact_sheet(avatar, cut, cfg.film), out / FILES['sheet'])
     say('drawn: the contact sheet')
     write_films(avatar, cut, cfg, out)
@@ -552,6 +554,7 @@ def _rounded(value):
     return round(value, 3) if isinstance(value, float) else value
 
 
+# %% ../nbs/pipeline.ipynb #2ac3d716
 class _Stopwatch:
     "Seconds of each step, and of all."
 
@@ -661,6 +664,7 @@ class _Likeness(NamedTuple):
         return agreed(self.start, self.vote, frame)
 
 
+# %% ../nbs/pipeline.ipynb #8484c07c
 def _likeness_of(train, head, cfg, out, say):
     "Warp, then refine; goes on from state.safetensors."
     start, vote = first_likeness(train, cfg.resolution, head)
@@ -677,6 +681,7 @@ def _squared(frame, size):
     return crop(upright, *head_square(upright), size)
 
 
+# %% ../nbs/pipeline.ipynb #772d1885
 def _held_out_numbers(likeness, train, test, say):
     "Scores on frames the likeness never saw, before and after refinement."
     held = Clip(lambda i: likeness.agreed(test[i]), len(test))
@@ -898,6 +903,7 @@ def _painted_scores(generator):
     }
 
 
+# %% ../nbs/pipeline.ipynb #72bc5e09
 def _trained_in_words(numbers, file):
     "The last line a training says."
     scores = numbers.get('held_out', {})
@@ -950,6 +956,7 @@ def _trainer(generator, out, options, head, say):
     return trainer
 
 
+# %% ../nbs/pipeline.ipynb #982d5095
 def _save_generator(generator, out, steps, options):
     generator.save(
         out / 'generator.safetensors',
@@ -1021,6 +1028,7 @@ def _named_motion(name, head, options):
     return [pose_of(head, controls) for controls in made[name]], options.fps
 
 
+# %% ../nbs/pipeline.ipynb #c889bc1c
 def _retargeted(avatar, path, options, say):
     "Somebody's performance, on the avatar's head."
     head = avatar.head
@@ -1096,7 +1104,7 @@ def export_avatar(
     if ending == '.glb':
         return write_glb(avatar, out)
     if ending in ('.html', '.htm'):
-        return page(avatar, out, out.stem)
+        return write_page(avatar, out, out.stem)
     with torch.no_grad():
         if ending:
             return write_splats(out, *avatar.world())
@@ -1115,6 +1123,7 @@ def _own_protocol(name):
     return p
 
 
+# %% ../nbs/pipeline.ipynb #5460c39c
 def _avatar_to_judge(avatar, protocol, part, head, seed):
     "An avatar file, or one made of a frame of the clip."
     if str(avatar) in ('warp', 'network'):
@@ -1122,6 +1131,7 @@ def _avatar_to_judge(avatar, protocol, part, head, seed):
     return load_avatar(avatar, head)
 
 
+# %% ../nbs/pipeline.ipynb #ae3866f2
 def _is_comparable(one, other):
     return (one.protocol, one.code) == (other.protocol, other.code)
 
@@ -1188,6 +1198,7 @@ class BenchmarkOptions:
         )
 
 
+# %% ../nbs/pipeline.ipynb #b24e33d2
 def _on_all_gpus(jobs):
     count = torch.cuda.device_count()
     return [replace(job, device=f'cuda:{i % count}') for i, job in enumerate(jobs)]

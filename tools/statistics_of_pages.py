@@ -23,6 +23,9 @@ PLOTLY = 'application/vnd.plotly.v1+json'
 NOT_PROSE = re.compile(
     r'```.*?```|\$\$.*?\$\$|\$[^$]*\$|^\|.*$|!\[[^\]]*\]\([^)]*\)', re.DOTALL | re.MULTILINE
 )
+# lessons that stand beside the core of the method, and pages that continue a core lesson
+BESIDE = 'splats.projection', 'capture.track'
+GO_ON = '_collapse', '_inside'
 NUMBERS = {
     'one': 1,
     'two': 2,
@@ -184,9 +187,10 @@ def every_page():
 
 
 def lessons(found):
-    "The numbers of the lessons alone."
-    pages = [house.name(p) for module, p in house.modules().items() if module in house.LESSONS]
-    return [found[name] for name in pages]
+    "The numbers of the core lessons, and of the pages that go on where those of Stage 1 end."
+    wanted = {module for module in house.LESSONS if module not in BESIDE}
+    pages = [house.name(p) for module, p in house.modules().items() if module in wanted]
+    return [found[name] for name in pages] + [found[n] for n in found if n.endswith(GO_ON)]
 
 
 def share(numbers, what):
@@ -203,7 +207,7 @@ def table(found, times):
             numbers['definitions'] or '',
             share(numbers, 'shown'),
             share(numbers, 'asserted'),
-            f'{10 * numbers["figures"] / numbers["cells"]:.1f}',
+            f'{10 * numbers["figures"] / max(numbers["cells"], 1):.1f}',
             numbers['words'],
             numbers['bytes'] // 1000,
             numbers['budget'] or '',

@@ -158,12 +158,14 @@ def _key_pictures(fit, n):
     return [int(some[k]) for k in farthest_points(poses, n, most_frontal)]
 
 
+# %% ../../nbs/capture/75_film.ipynb #c8c4b663
 def _shape_of_picture(fit, i, held_out=()):
     "Who picture i alone says it is."
     start, target = fit.problem(fit.rows[i], held_out)
     return solve(fit.model, fit.table, start, target).c[:-52]
 
 
+# %% ../../nbs/capture/75_film.ipynb #4bea9d18
 def film_identity(
     fit: FilmFit,
     n: int = 12,  # pictures that say who it is
@@ -227,6 +229,7 @@ def _follow_stretch(fit, rows, known, span):
         fit.states[int(i)] = replace(last, c=torch.cat([fit.shape, last.c]))
 
 
+# %% ../../nbs/capture/75_film.ipynb #6176071a
 def follow(
     fit: FilmFit,  # whose identity is known; gets its states
     sigma: float = 0.8,  # frames, see calm_rows
@@ -264,6 +267,7 @@ def _fit_blind(fit, i, shape, unseen):
     return minimise(fit.model, start, target, free=('pose', 'arkit'), steps=20)
 
 
+# %% ../../nbs/capture/75_film.ipynb #a1daac56
 def held_out_error(
     fit: FilmFit,
     n: int = 20,  # pictures, at most
@@ -295,6 +299,7 @@ def _skin_points(head, resolution):
     )
 
 
+# %% ../../nbs/capture/75_film.ipynb #d5777177
 def _relit(colours):
     "Colours (T,N,3) without each picture's light, and the usual colour of each point (N,3)."
     usual = colours.nanmedian(0).values
@@ -417,6 +422,7 @@ def _judge_picture(time, row, checks):
     return PictureVerdict(time, Verdict(worst), reason, checks=checks)
 
 
+# %% ../../nbs/capture/75_film.ipynb #89018ac9
 def verdicts(
     checks: dict,  # index -> dict of numbers, named as in LIMITS
     rows,
@@ -472,6 +478,7 @@ class Windows(NamedTuple):
     size: tuple  # width, height, pixels
 
 
+# %% ../../nbs/capture/75_film.ipynb #d46e9205
 def windows(
     boxes: Tensor,  # (T,4) from head_box
     size: tuple,  # width, height of the film
@@ -535,12 +542,14 @@ def _median_viewmat(fit, use):
     return orbit(0, 0, depth, (0, 0, 0))
 
 
+# %% ../../nbs/capture/75_film.ipynb #5172c198
 def _film_colours(fit, reel, use):
     "Colours of head and background, from four pictures that differ."
     known = sorted(set(fit.keys) & set(use) or use[:1])[:4]
     return matte_colours([fit.frame(i, reel[i]) for i in known], fit.head)
 
 
+# %% ../../nbs/capture/75_film.ipynb #367322cd
 def _frames_of_clip(fit, film, use, size):
     "The clip's frames, made when asked for."
     head, reel = fit.head, Reel(film)
@@ -568,6 +577,7 @@ def _identity_of_stretch(reel, span, judge):
     return torch.stack(answers).float().mean(0) if answers else None
 
 
+# %% ../../nbs/capture/75_film.ipynb #f82f91ed
 def _same_person(fit, film, judge, least=10):
     "Refuse a film in which somebody else takes over."
     spans = [span for span in fit.spans if len(span) >= least]
@@ -602,6 +612,7 @@ class Tracking:
         return [picture.time for picture in self.pictures if picture.use]
 
 
+# %% ../../nbs/capture/75_film.ipynb #41b34513
 def _introduce(film, fit):
     "What was found in the film, in words."
     faces = int((fit.rows['faces'] == 1).sum())
@@ -609,6 +620,7 @@ def _introduce(film, fit):
     return words + (f'; cuts: {int(fit.cuts.sum())}' if fit.cuts.any() else '')
 
 
+# %% ../../nbs/capture/75_film.ipynb #fd29b9c8
 def _summary(tracking):
     "How well it went, in words."
     lost = len(tracking.pictures) - len(tracking.use)
@@ -659,6 +671,7 @@ def _is_foreign(work, key):
     return work.exists() and any(work.iterdir())
 
 
+# %% ../../nbs/capture/75_film.ipynb #70dcf4d0
 def _fresh(work, key):
     "A folder for what the passes find, of this film and no other."
     if _is_foreign(work, key):

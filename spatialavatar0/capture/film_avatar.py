@@ -55,6 +55,7 @@ def _matte_at(frame, points):
     return sample_picture(replace(frame, image=as_image), points)[:, 0]
 
 
+# %% ../../nbs/capture/76_film_avatar.ipynb #710d5b49
 def votes(
     avatar: Avatar,
     clip,  # frames
@@ -81,6 +82,7 @@ def _draw_winners(avatar, vote, frame):
     return alphas[0, ..., 0]
 
 
+# %% ../../nbs/capture/76_film_avatar.ipynb #b3f3dcb1
 def agreed(
     avatar: Avatar,
     vote: Tensor,  # (N,) from votes
@@ -146,6 +148,7 @@ class FirstAvatar(NamedTuple):
     vote: Tensor  # (N,) from votes
 
 
+# %% ../../nbs/capture/76_film_avatar.ipynb #b18a83f8
 def first_likeness(
     clip: Clip,
     resolution: int = 128,  # texels per side

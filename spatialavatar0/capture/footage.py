@@ -85,6 +85,7 @@ def _pace(line):
     return fps, abs(stated.get('tbr', fps) - fps) > 0.01 * fps
 
 
+# %% ../../nbs/capture/74_footage.ipynb #3d5d8db8
 def _seconds(words):
     "How long a film is; 0 if ffmpeg does not say."
     clock = re.search(r'Duration: (\d+):(\d+):([\d.]+)', words)
@@ -94,6 +95,7 @@ def _seconds(words):
     return hours * 3600 + minutes * 60 + seconds
 
 
+# %% ../../nbs/capture/74_footage.ipynb #87f10335
 def _square_pixels():
     "ffmpeg's filter for square pixels, an even number of them, at most MAX_SIDE on a side."
     shrink = f'min(1,{MAX_SIDE}/max(iw*sar,ih))'
@@ -110,6 +112,7 @@ def picture_files(
     return sorted(p for p in folder.iterdir() if p.suffix.lower() in kinds)
 
 
+# %% ../../nbs/capture/74_footage.ipynb #58a43615
 def _video_stream(path, words):
     "ffmpeg's line on the pictures of a file; one clear error if there are none."
     stream = re.search(r'Stream .*Video: .*', words)

@@ -125,6 +125,7 @@ def _unit(values):
     return values.clip(0, 1)
 
 
+# %% ../../nbs/capture/70_landmarks.ipynb #ab25f503
 def _from_array(photo):
     "Array -> (H,W,3|4) floats 0..1, at most MAX_SIDE long."
     values = to_numpy(photo)
@@ -237,6 +238,7 @@ def _start_network(mediapipe, model):
         raise InputError(f'mediapipe cannot read {what}; delete it and fetch it again') from e
 
 
+# %% ../../nbs/capture/70_landmarks.ipynb #bcc29a03
 def _detections(answer, width, height):
     "What MediaPipe found, in pixels and by name."
     found = []
@@ -282,6 +284,7 @@ def _windows(height, width, n):
     return [(x, y, x + w, y + h) for y in tops for x in lefts]
 
 
+# %% ../../nbs/capture/70_landmarks.ipynb #d7381ab5
 def faces_inside(
     run,  # from landmarker
     image,  # (H,W,3) bytes
@@ -397,6 +400,7 @@ def on_head(
     return (corners * table.bary[..., None]).sum(1)
 
 
+# %% ../../nbs/capture/70_landmarks.ipynb #729659aa
 def frame_landmarks(
     frame: Frame,
     head,
@@ -440,6 +444,7 @@ def _dots(image, lmks, colour, size):
         image[rows, columns] = torch.tensor(colour)
 
 
+# %% ../../nbs/capture/70_landmarks.ipynb #a8b4d43a
 def overlay(
     frame: Frame,
     head=None,  # default: the open head
@@ -532,6 +537,7 @@ def _turn_gradients(turn):
     return (ahead - behind) / (2 * 1e-6)
 
 
+# %% ../../nbs/capture/70_landmarks.ipynb #71fa5a4b
 def point_gradients(
     model: LandmarkModel,
     c: Tensor,  # (S+52,)

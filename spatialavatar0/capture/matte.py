@@ -32,6 +32,7 @@ class Silhouettes(NamedTuple):
     height: np.ndarray  # (H,W) 0 at the chin, 1 at the top of the forehead
 
 
+# %% ../../nbs/capture/71_matte.ipynb #6c994bab
 def silhouettes(
     frame: Frame,
     head,
@@ -87,6 +88,7 @@ class Around(NamedTuple):
     box: tuple  # left, top, right, bottom in the whole picture, pixels
 
 
+# %% ../../nbs/capture/71_matte.ipynb #129cbb94
 def _outside_picture():
     message = 'the fitted head lies outside the picture; crop the photo around the face'
     return InputError(message)
@@ -120,6 +122,7 @@ def _grab_cut(image, seeds, colours, rounds, mode):
     cv2.grabCut(np.ascontiguousarray(image[..., ::-1]), seeds, None, *colours, rounds, mode)
 
 
+# %% ../../nbs/capture/71_matte.ipynb #68c77e21
 def _largest_piece(inside):
     "The largest connected piece of a (H,W) bool, without holes."
     import scipy.ndimage as ndi
@@ -131,6 +134,7 @@ def _largest_piece(inside):
     return ndi.binary_fill_holes(pieces == 1 + np.argmax(areas))
 
 
+# %% ../../nbs/capture/71_matte.ipynb #42d1b22d
 def _cut(image, seeds, colours=None):
     "GrabCut -> one piece without holes, (H,W) bool."
     import cv2
@@ -157,6 +161,7 @@ def _need_opencv():
     return cv2
 
 
+# %% ../../nbs/capture/71_matte.ipynb #ff4b0a8f
 def matte(
     image: Tensor,  # (H,W,3) 0..1
     frame: Frame,  # a fit of it; its mask is not used
@@ -202,6 +207,7 @@ def _beside(pictures, ground):
     return row
 
 
+# %% ../../nbs/capture/71_matte.ipynb #065f5110
 def _reach_down(picture, height):
     "A picture made taller by repeating its last row."
     return np.concatenate([picture, np.repeat(picture[-1:], height - len(picture), 0)])

@@ -96,6 +96,7 @@ def _outside(avatar, *names):
     return 1 - torch.stack(known or [torch.zeros(len(binding))]).amax(0).clamp(0, 1)
 
 
+# %% ../../nbs/capture/73_photo.ipynb #1724c91b
 def gates(
     avatar: Avatar,
     clip: Clip,
@@ -119,6 +120,7 @@ def _square_around(points, width):
     return corner.tolist(), width / side
 
 
+# %% ../../nbs/capture/73_photo.ipynb #2e8f1f45
 def shut_eyes(
     avatar: Avatar,
     frame: Frame,  # the photo
@@ -259,6 +261,7 @@ class PooledPhotos(NamedTuple):
     frames: list  # the photos in the first one's light
 
 
+# %% ../../nbs/capture/73_photo.ipynb #a53e9620
 def pool_photos(
     avatar: Avatar,
     frames: list,  # tracked photos of one person, the most frontal one first
@@ -285,6 +288,7 @@ class HeadOfPhotos(NamedTuple):
     frames: list  # the photos in one light
 
 
+# %% ../../nbs/capture/73_photo.ipynb #ddd2f9e0
 def from_photos(
     frames: list,  # tracked photos of one person, the most frontal one first
     resolution: int = 128,  # texels per side

@@ -70,6 +70,7 @@ def _packaged_manifest():
     return next(path for path in places if path.exists())
 
 
+# %% ../../nbs/ground/04_assets.ipynb #ea6718e6
 def load_manifest(
     path=None,  # a manifest file; default: the package's own
 ) -> dict[str, Asset]:  # entries by id, in the file's order
@@ -147,6 +148,7 @@ def _places(asset):
             yield _in_package(source['installed'], source['member'])
 
 
+# %% ../../nbs/ground/04_assets.ipynb #6b1feea2
 def find_local(
     asset: Asset,
 ) -> Path | None:  # verified file or folder, None if it is not on this machine
@@ -361,6 +363,7 @@ def _row(asset):
     return asset.id, _state(asset), _size(asset.bytes), licence, ', '.join(asset.needed_by)
 
 
+# %% ../../nbs/ground/04_assets.ipynb #c8c4d628
 def assets_table(
     entries=None,  # dict of assets; default: the package's manifest
 ) -> str:  # aligned columns, one line per asset

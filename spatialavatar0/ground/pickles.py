@@ -70,6 +70,7 @@ class Name(NamedTuple):
     name: str
 
 
+# %% ../../nbs/ground/03_pickles.ipynb #5be68f44
 class Thing:
     """Something the file wants made: its kind, what it is made from, and the state the file gives
     it."""
@@ -80,6 +81,7 @@ class Thing:
         self.state = None
 
 
+# %% ../../nbs/ground/03_pickles.ipynb #d78b6fff
 class Refused(Exception):
     "The file asks for something that no array file needs."
 
@@ -200,12 +202,14 @@ def _is_old_object(name, args):
     return known and args[0] in CHUMPY + SPARSE and args[1:] == base
 
 
+# %% ../../nbs/ground/03_pickles.ipynb #f501b7d1
 def _is_encoding(name, args):
     "Whether a call turns text into bytes."
     known = name.name == 'encode' and len(args) == 2
     return known and type(args[0]) is str and args[1] in ('latin1', 'latin-1')
 
 
+# %% ../../nbs/ground/03_pickles.ipynb #5a45d7fd
 def _make(self, name, args):
     "What a call of a known name stands for."
     if name in CHUMPY + SPARSE and args == ():
@@ -281,6 +285,7 @@ def _is_plain(code, state):
     return known and state[1] in ('<', '>', '|', '=') and all(x is None for x in state[2:5])
 
 
+# %% ../../nbs/ground/03_pickles.ipynb #d545378f
 def _dtype(thing):
     "numpy's type for a pickled one; None for 'any object'."
     if type(thing) is not Thing or thing.kind != ('numpy', 'dtype'):
@@ -304,6 +309,7 @@ def _is_shape(shape):
     return all(type(n) is int and 0 <= n < 2**48 for n in shape)
 
 
+# %% ../../nbs/ground/03_pickles.ipynb #e2e6d668
 def _array(self, dtype, shape, data, fortran=False):
     "Bytes of the file as an array (read-only, not copied)."
     if not _is_shape(shape):
@@ -350,6 +356,7 @@ def _adds_up(starts, other, data, major):
     return len(other) == len(data) == starts[-1] and not (other < 0).any()
 
 
+# %% ../../nbs/ground/03_pickles.ipynb #e5f8a26e
 def _sparse(self, thing):
     state = {name: self.value(x) for name, x in thing.state.items()}
     rows, cols = map(int, state['_shape'] if '_shape' in state else state['shape'])
@@ -454,6 +461,7 @@ def _instead(data):
     return ''
 
 
+# %% ../../nbs/ground/03_pickles.ipynb #417ece52
 def _bytes_of(path, limit):
     "A file's bytes, or one sentence about what it is instead."
     path = Path(path)

@@ -75,6 +75,7 @@ def _fits(shape, want, sizes):
     )
 
 
+# %% ../../nbs/head/12_flame_files.ipynb #691acd8c
 def _numbers(d, key, sizes, where):
     "One array of the file with the right shape and no nan."
     x = _plain(d, key, where)
@@ -178,6 +179,7 @@ class _Atlas(NamedTuple):
     ft: np.ndarray  # (F,3) points of the atlas at their corners
 
 
+# %% ../../nbs/head/12_flame_files.ipynb #baed14ee
 def _obj(path):
     "The atlas in an OBJ file; polygons become triangles."
     vt = []

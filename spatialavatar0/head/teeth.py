@@ -27,6 +27,7 @@ def _edges(faces):
     return np.unique(np.sort(sides), axis=0)
 
 
+# %% ../../nbs/head/11_teeth.ipynb #560090e8
 def _way(arrays, stops):
     "The vertices of the shortest way along the edges from stop to stop."
     from scipy.sparse import coo_matrix
@@ -79,6 +80,7 @@ def _chosen(lips, V):
     return np.eye(V)[ids]
 
 
+# %% ../../nbs/head/11_teeth.ipynb #1fd47e5d
 def lip_rings(
     arrays: dict,  # of a head, see read_flame
     lips=None,  # (upper, lower), 15 vertices each; default: from the landmarks

@@ -53,6 +53,7 @@ def _is_clip(path):
         return False
 
 
+# %% ../../nbs/judge/92_benchmark.ipynb #22fbe066
 def subjects(
     folder,  # with a folder per clip
 ) -> dict:  # name -> path, sorted
@@ -171,6 +172,7 @@ def _first_avatar(method, part, head):
     return generator(list(squares(known, head, generator.config.image_size)))
 
 
+# %% ../../nbs/judge/92_benchmark.ipynb #06421962
 def avatar_by(
     method: Method,
     p: Protocol,

@@ -33,7 +33,8 @@ from ..capture.landmarks import landmark_model, landmark_table, landmarker
 from ..capture.track import camera_guess, start_pose
 from ..ground.core import InputError, progress, to_uint8
 from ..head.head import open_head
-from ..pictures.metrics import ask, open_lpips
+from ..pictures.fast_metrics import open_lpips
+from ..pictures.metrics import ask
 from ..pictures.scores import PRESETS, film_scores, lay_on
 
 # %% ../../nbs/judge/90_evaluate.ipynb #14e00008
@@ -50,7 +51,7 @@ class Protocol:
     data: str
     kind: str  # subject, camera, zero-shot or cross
     test: dict  # last, share, first or uniform; cameras
-    preset: str  # of page 31
+    preset: str  # of page 37
     clips: int = None  # how many the whole test has
     names: tuple = ()  # of the clips, as far as known
     size: int = None  # pixels per side

@@ -19,7 +19,7 @@ from ..ground.core import InputError
 
 # %% ../../nbs/judge/93_reproduce.ipynb #7f422ab8
 def paper() -> dict:  # commands; tables (id, title, columns, rows); effects; aspect
-    "The paper's tables (1 to 9), and where this kit's numbers for the same rows are."
+    "The paper's tables (Tab. 1 to 9), and where this kit's numbers for the same rows are."
     file = importlib.resources.files('spatialavatar0').joinpath('assets/paper.yaml')
     return yaml.safe_load(file.read_text())
 
@@ -34,6 +34,7 @@ def _rows_of(file, folder):
     return json.loads(path.read_text())
 
 
+# %% ../../nbs/judge/93_reproduce.ipynb #661f36b2
 def _below(numbers, keys):
     "The dict that lies some keys down."
     for key in keys:
@@ -41,6 +42,7 @@ def _below(numbers, keys):
     return numbers
 
 
+# %% ../../nbs/judge/93_reproduce.ipynb #23f2a402
 def runs(
     way: list,  # file, row, then keys down to a dict of numbers
     folder='results',
@@ -83,6 +85,7 @@ def _cost(which, folder):
     )
 
 
+# %% ../../nbs/judge/93_reproduce.ipynb #383b7446
 def ours(
     row: dict,  # of paper()
     folder='results',
@@ -165,6 +168,7 @@ def _pairs(e, folder):
     return {who: (partner[who], new[who]) for who in new if partner[who] is not None}
 
 
+# %% ../../nbs/judge/93_reproduce.ipynb #40ce0823
 def _independent(e, folder):
     "How many runs count: three seeds of one person are not three people."
     file, _, having, *keys = e['ours']
@@ -172,6 +176,7 @@ def _independent(e, folder):
     return len(people) if len(people) > 1 else len(_pairs(e, folder))
 
 
+# %% ../../nbs/judge/93_reproduce.ipynb #232c2361
 def effect(
     e: dict,  # one of paper()['effects']
     folder='results',

@@ -276,6 +276,7 @@ def _rule_of(name):
     return {rule: value} if rule in RULES else None
 
 
+# %% ../../nbs/judge/91_results.ipynb #5378cfe5
 def protocol_of(
     name: str,  # id of a protocol; or a rule of your own: last:15, share:.7, first:50, uniform:20
 ) -> Protocol:
@@ -338,6 +339,7 @@ def row_of(
     return named | named.pop('more')
 
 
+# %% ../../nbs/judge/91_results.ipynb #a19e8426
 def line_of(
     row: dict,  # from a file
 ) -> Line:
@@ -356,6 +358,7 @@ def _git(*words):
     return subprocess.run(call, capture_output=True, text=True, timeout=20)
 
 
+# %% ../../nbs/judge/91_results.ipynb #86d508a0
 def code_state() -> str:  # like 'd3f9a84', 'd3f9a84+changes' or 'version 0.1.0'
     "Which code computed this."
     root = Path(spatialavatar0.__file__).parents[1]
@@ -493,6 +496,7 @@ def _check_alike(lines):
             _refuse(f'{metric} was judged by', names)
 
 
+# %% ../../nbs/judge/91_results.ipynb #984706be
 def _judges_of(lines, metric):
     answers = [line.scores.get(metric) for line in lines]
     return {answer['estimator'] for answer in answers if isinstance(answer, dict)}
@@ -513,6 +517,7 @@ def _cell(lines, metric):
     return f'{np.mean(means):{form}}{spread}'
 
 
+# %% ../../nbs/judge/91_results.ipynb #f57f5126
 def _notes(lines):
     "Below the table: what it is about, and who judged."
     first = lines[0]

@@ -147,6 +147,7 @@ def _draw_mesh(ax, part, x, y, z):
         surface.set_clim(values.min(), values.max())
 
 
+# %% ../../nbs/splats/26_figures.ipynb #e743ce43
 def _rgb(color):
     "(0.2,0.4,0.6) from 'rgb(51,102,153)'."
     return tuple(int(level) / 255 for level in color[4:-1].split(','))
@@ -185,6 +186,7 @@ def _fit(ax, spans):
     ax.set_box_aspect((1, 1, 1))
 
 
+# %% ../../nbs/splats/26_figures.ipynb #4af9b52c
 def _still(parts, eye):
     "(H,W,3) bytes: the same parts, flat."
     import matplotlib.pyplot as plt
