@@ -39,18 +39,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spatialavatar0.pictures.people import (
-    STUDIO,
+from spatialavatar0.pictures.looks import (
     Palette,
-    Person,
     above_hairline,
     canvas,
-    face_centre,
     face_coords,
     hair_mask,
     lay,
     noise,
-    paint,
     paint_beard,
     paint_brows,
     paint_eyes,
@@ -59,10 +55,16 @@ from spatialavatar0.pictures.people import (
     paint_mouth,
     paint_skin,
     part_verts,
-    random_light,
     random_palette,
-    random_scores,
     spot,
+)
+from spatialavatar0.pictures.people import (
+    STUDIO,
+    Person,
+    face_centre,
+    paint,
+    random_light,
+    random_scores,
 )
 
 # %% ../../nbs/pictures/36_domains.ipynb #b2923207
