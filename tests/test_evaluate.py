@@ -38,7 +38,7 @@ from spatialavatar0.judge.results import (
     warped,
 )
 from spatialavatar0.pictures.clips import Clip, Frame
-from spatialavatar0.pictures.metrics import open_lpips
+from spatialavatar0.pictures.fast_metrics import open_lpips
 from spatialavatar0.pictures.scores import PRESETS, film_scores, frame_scores, lay_on
 
 

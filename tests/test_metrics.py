@@ -4,8 +4,10 @@ input."""
 import pytest
 import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
 from spatialavatar0.ground.core import InputError
-from spatialavatar0.pictures.metrics import l1, psnr, ssim
+from spatialavatar0.pictures.fast_metrics import ssim
+from spatialavatar0.pictures.metrics import l1, psnr
 
 
 def pair(*shape, seed=0, noise=0.1):

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from scipy.ndimage import correlate1d, gaussian_filter
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
 from spatialavatar0.ground import assets as manifest
 from spatialavatar0.ground.core import InputError
+from spatialavatar0.pictures.fast_metrics import open_lpips, ssim
 from spatialavatar0.pictures.metrics import (
     SSIM_WINDOW,
     ask,
@@ -18,10 +20,8 @@ from spatialavatar0.pictures.metrics import (
     mean_psnr,
     ms_ssim,
     mse,
-    open_lpips,
     pooled_psnr,
     psnr,
-    ssim,
 )
 
 
@@ -255,7 +255,7 @@ def test_torchvisions_file_gives_the_same_network(monkeypatch, tmp_path):
     "Its convolutions under torchvision's names, its hash believed for once."
     import types
 
-    from spatialavatar0.pictures import metrics
+    from spatialavatar0.pictures import fast_metrics
 
     convs = [m for m in NET.net.net.modules() if isinstance(m, torch.nn.Conv2d)]
     d = {}
@@ -267,7 +267,7 @@ def test_torchvisions_file_gives_the_same_network(monkeypatch, tmp_path):
     monkeypatch.setattr(manifest, 'find_local', lambda a: None)
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
     monkeypatch.setattr(
-        metrics,
+        fast_metrics,
         'hashlib',
         types.SimpleNamespace(sha256=lambda x: types.SimpleNamespace(hexdigest=lambda: '7be5be79')),
     )

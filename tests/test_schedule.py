@@ -19,7 +19,8 @@ from spatialavatar0.ground.geometry import intrinsics
 from spatialavatar0.head.head import open_head
 from spatialavatar0.pictures.clips import Clip
 from spatialavatar0.pictures.domains import Trial, mono, multi, people
-from spatialavatar0.pictures.metrics import blur_matrix, ms_ssim, open_lpips
+from spatialavatar0.pictures.fast_metrics import open_lpips
+from spatialavatar0.pictures.metrics import blur_matrix, ms_ssim
 from spatialavatar0.stage1.backbone import layer_scales
 from spatialavatar0.stage1.generator import from_preset
 from spatialavatar0.stage1.objective import (

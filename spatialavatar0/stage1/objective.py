@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from ..ground.geometry import project
-from ..pictures.metrics import ms_ssim, ssim
+from ..pictures.fast_metrics import ssim
+from ..pictures.metrics import ms_ssim
 from .backbone import Look
 from .generator import Decoded
 

@@ -54,7 +54,7 @@ from spatialavatar0.stage1.schedule import (
 from ..avatar.avatar import head_id
 from ..ground.core import InputError, atomic_path, progress
 from ..ground.files import FileKind, read_tensors, write_tensors
-from ..pictures.metrics import open_lpips, ssim
+from ..pictures.fast_metrics import open_lpips, ssim
 from .backbone import Look, layer_scales
 from .generator import Generator
 
