@@ -125,23 +125,26 @@ def measure(out):
     Path(out).write_text(json.dumps(found, indent=1) + '\n')
 
 
+def measured(checkout):
+    "The hashes of one checkout, in processes of its own."
+    with tempfile.TemporaryDirectory() as made:
+        out = Path(made) / 'numbers.json'
+        env = {**os.environ, 'PYTHONPATH': str(Path(checkout).resolve())}
+        # a kernel that was just compiled and the same one from numba's cache may differ in the last
+        # bit: the first run fills a cache of its own, the second counts
+        env['NUMBA_CACHE_DIR'] = str(Path(made) / 'numba')
+        call = [sys.executable, Path(__file__).resolve(), 'measure', '--out', out]
+        for _ in range(2):
+            subprocess.run(call, env=env, cwd=made, check=True)
+        return json.loads(out.read_text())
+
+
 def compare(old, new):
     "Measure both checkouts and print what differs; ends with 1 if anything does."
-    results = []
-    for checkout in (old, new):
-        with tempfile.TemporaryDirectory() as made:
-            out = Path(made) / 'numbers.json'
-            env = {**os.environ, 'PYTHONPATH': str(Path(checkout).resolve())}
-            # a kernel from numba's cache may differ in the last bit from one just compiled
-            env['NUMBA_CACHE_DIR'] = str(Path(made) / 'numba')
-            call = [sys.executable, Path(__file__).resolve(), 'measure', '--out', out]
-            subprocess.run(call, env=env, cwd=made, check=True)
-            results.append(json.loads(out.read_text()))
-    before, after = results
-    names = list(dict.fromkeys([*before, *after]))
-    for name in names:
-        same = before.get(name) == after.get(name)
-        print(f'{"same" if same else "DIFFERENT":10} {name}')
+    before, after = measured(old), measured(new)
+    for name in dict.fromkeys([*before, *after]):
+        is_same = before.get(name) == after.get(name)
+        print(f'{"same" if is_same else "DIFFERENT":10} {name}')
     raise SystemExit(int(before != after))
 
 
