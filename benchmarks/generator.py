@@ -26,7 +26,7 @@ import torch
 from spatialavatar0.pictures.domains import held_out, mono, multi, people
 from spatialavatar0.stage1.generator import from_preset, from_pretrained
 from spatialavatar0.stage1.schedule import LAPTOP, MultiPhase, laptop_schedule
-from spatialavatar0.stage1.trainer import Shelf, Trainer, looked, score_generator
+from spatialavatar0.stage1.trainer import Shelf, Trainer, look_at_trials, score_generator
 
 TESTS = ('mono', 'multi', 'shifted')
 
@@ -47,7 +47,7 @@ def shelf(kind, count, generator, folder, size, **changes):
 
 
 def tests(generator, size, names=TESTS):
-    return {name: looked(generator, held_out(name, size)) for name in names}
+    return {name: look_at_trials(generator, held_out(name, size)) for name in names}
 
 
 def scores(generator, sets, Ks=(1, 4)):

@@ -17,7 +17,8 @@ from spatialavatar0.ground.geometry import axis_angle_to_mat
 from spatialavatar0.head.flame_files import load_flame, write_flame_folder
 from spatialavatar0.head.head import open_head
 from spatialavatar0.pictures.people import make_person, mono_clip
-from spatialavatar0.stage1.generator import CHANNELS, Generator, harmonics
+from spatialavatar0.stage1.generator import Generator
+from spatialavatar0.stage1.network import CHANNELS, harmonics
 
 SMALL = dict(unet=(8, 16, 24, 32), encoder=(8, 8, 16, 16), features=8, hidden=8)
 FRONT = torch.tensor([[0.0, 0, -1]])

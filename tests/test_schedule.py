@@ -40,7 +40,7 @@ from spatialavatar0.stage1.schedule import (
     MonoPhase,
     MultiPhase,
     Roll,
-    choose,
+    choose_pictures,
     dissimilarity,
     draw_mono,
     draw_multi,
@@ -49,7 +49,7 @@ from spatialavatar0.stage1.schedule import (
     source_chances,
     temperature,
 )
-from spatialavatar0.stage1.trainer import BadBatch, Shelf, Trainer, looked, score_generator
+from spatialavatar0.stage1.trainer import BadBatch, Shelf, Trainer, look_at_trials, score_generator
 
 FULL = replace(LAPTOP, face=1.0, jacobian=0.1, ms_ssim=0.5)
 HEAD = open_head()
@@ -261,7 +261,7 @@ def test_drawn_as_often_as_the_softmax_says():
     whole, draws, count = roll(2, 3), rng(5), 3000
     drawn = torch.zeros(6, 6)
     for _ in range(count):
-        sources, target = choose(whole, torch.arange(6), 2, 0.5, draws)
+        sources, target = choose_pictures(whole, torch.arange(6), 2, 0.5, draws)
         drawn[target, sources[0]] += 1
         assert target not in sources
         assert len(set(sources)) == 2
@@ -280,7 +280,7 @@ def test_colder_prefers_the_different():
         "Dissimilarity of source 0."
         draws, total = rng(1), 0.0
         for _ in range(200):
-            sources, target = choose(whole, everything, 1, T, draws)
+            sources, target = choose_pictures(whole, everything, 1, T, draws)
             total += float(dissimilarity(whole.directions, whole.exprs, target)[sources[0]])
         return total / 200
 
@@ -703,7 +703,7 @@ def questions():
 
 def test_evaluate(questions):
     generator = network()
-    ready = looked(generator, questions)
+    ready = look_at_trials(generator, questions)
     once, one_by_one = (
         score_generator(generator, questions, 4),
         score_generator(generator, ready, 4, batch=1),
@@ -721,7 +721,7 @@ def test_evaluate(questions):
 @torch.no_grad()
 def test_decibels_inside_the_head_by_hand(questions):
     generator = network()
-    (trial, *_) = looked(generator, questions)
+    (trial, *_) = look_at_trials(generator, questions)
     code = generator.encode([trial.sources[:1]])
     rgb = generator.render(code, [trial.target], torch.full((3,), 0.5)).rgb[0].clamp(0, 1)
     truth, matte = trial.target.target([0.5] * 3)

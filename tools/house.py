@@ -40,6 +40,7 @@ LESSONS = (
     'avatar.warp',
     'avatar.hair',
     'avatar.portrait',
+    'stage1.network',
     'stage1.generator',
     'stage1.objective',
     'stage1.schedule',
