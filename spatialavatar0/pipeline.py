@@ -88,7 +88,7 @@ from spatialavatar0.pictures.clips import (
     Clip,
     Frame,
     crop,
-    fingerprint,
+    head_fingerprint,
     on_background,
     resize,
     split,
@@ -1037,7 +1037,7 @@ def _retargeted(avatar, path, options, say):
         poses = poses[: max(1, round(options.seconds * fps))]
     # a phone has subtracted the face at rest already
     neutral = {} if path.suffix.lower() in _RECORDINGS else 'low'
-    if fingerprint(performer) == fingerprint(head):
+    if head_fingerprint(performer) == head_fingerprint(head):
         return retarget(poses, head, neutral), fps
     shown = dict(shape=avatar.shape, static_offset=avatar.static_offset[None])
     return across(poses, performer, head, driven_is=shown, neutral=neutral), fps

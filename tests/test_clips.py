@@ -23,8 +23,8 @@ from spatialavatar0.pictures import people as synth
 from spatialavatar0.pictures.clips import (
     Clip,
     Frame,
-    fingerprint,
-    load_clip,
+    head_fingerprint,
+    load_vhap,
     read_vhap,
     split,
     write_vhap,
@@ -234,7 +234,7 @@ def edit(folder, change, name='transforms.json'):
 
 def test_golden(tmp_path, head):
     nose, _ = by_hand(tmp_path, head)
-    clip = load_clip(tmp_path)
+    clip = load_vhap(tmp_path)
     assert [len(read_vhap(tmp_path, s)) for s in (None, 'train', 'val', 'test')] == [4, 3, 0, 1]
     for t, f in enumerate(clip):
         uv, depth = project(head(**f.params)[0][nose], f.viewmat, f.K)
@@ -255,7 +255,7 @@ def test_golden(tmp_path, head):
 def test_offset_is_the_persons(tmp_path, head):
     offset = np.random.default_rng(0).normal(0, 0.01, (1, head.num_verts, 3)).astype(np.float32)
     by_hand(tmp_path, head, T=1, offset=offset)
-    f = load_clip(tmp_path)[0]
+    f = load_vhap(tmp_path)[0]
     assert np.array_equal(f.params['static_offset'].numpy(), offset)
     assert 'static_offset' not in f.pose
     still = {
@@ -272,7 +272,7 @@ def test_union_of_sequences(tmp_path, head):
     for d in ('images', 'fg_masks', 'flame_param'):
         for p in (tmp_path / 'union' / d).iterdir():
             p.unlink()
-    assert len(load_clip(tmp_path / 'union').frames) == 2
+    assert len(load_vhap(tmp_path / 'union').frames) == 2
 
 
 @pytest.mark.parametrize(
@@ -303,7 +303,7 @@ def test_camera_defaults(tmp_path, head):
 
     edit(tmp_path, strip)
     assert torch.allclose(
-        load_clip(tmp_path)[0].K, torch.tensor([[200.0, 0, 40], [0, 200, 30], [0, 0, 1]])
+        load_vhap(tmp_path)[0].K, torch.tensor([[200.0, 0, 40], [0, 200, 30], [0, 0, 1]])
     )
 
 
@@ -446,7 +446,7 @@ def test_damage_is_named(tmp_path, head, what):
     spoil, says = BAD[what]
     spoil(tmp_path)
     with pytest.raises(InputError, match=says) as e:
-        load_clip(tmp_path)[0]
+        load_vhap(tmp_path)[0]
     assert '\n' not in str(e.value)
     assert len(str(e.value)) < 500 + 5000 * ('endless' in what)
 
@@ -460,9 +460,9 @@ def test_nothing_to_read(tmp_path):
         (tmp_path / 'film.mp4', 'VHAP'),
     ):
         with pytest.raises(InputError, match=says):
-            load_clip(path)
+            load_vhap(path)
     with pytest.raises(InputError, match='format should be'):
-        load_clip(tmp_path, format='insta')
+        load_vhap(tmp_path, format='insta')
     with pytest.raises(InputError, match='split should be'):
         read_vhap(tmp_path, 'all')
     with pytest.raises(InputError, match='it has transforms_train.json'):
@@ -472,7 +472,7 @@ def test_nothing_to_read(tmp_path):
 def test_zero_dynamic_offset_is_fine(tmp_path, head):
     by_hand(tmp_path, head, T=1)
     more(tmp_path, dynamic_offset=np.zeros((1, 5065, 3)))
-    assert len(load_clip(tmp_path).frames) == 1
+    assert len(load_vhap(tmp_path).frames) == 1
 
 
 # ---- there and back
@@ -493,7 +493,7 @@ def same(a, b):
 def test_round_trip_of_a_painted_clip(tmp_path, head):
     clip = synth.mono_clip(synth.make_person(2, head), 10, 48, seed=1, head=head)
     write_vhap(clip, tmp_path / 'c', head, show=False)
-    back = load_clip(tmp_path / 'c', head)
+    back = load_vhap(tmp_path / 'c', head)
     assert len(back) == 10
     for a, b in zip(clip, back):
         same(a, b)
@@ -636,7 +636,7 @@ def test_half_a_folder(tmp_path):
         write_vhap(upto(5), tmp_path)
     with (tmp_path / 'writing.jsonl').open('a') as f:
         f.write('{"timestep_index": 5, "ti')  # a torn line, as a kill leaves it
-    for f in (load_clip, read_vhap):
+    for f in (load_vhap, read_vhap):
         with pytest.raises(InputError, match='half-written'):
             f(tmp_path)
     with pytest.raises(InputError, match='another clip'):
@@ -644,7 +644,7 @@ def test_half_a_folder(tmp_path):
     with pytest.raises(InputError, match='another clip'):
         write_vhap(upto(8)[:7], tmp_path)
     write_vhap(upto(8), tmp_path)
-    for a, b in zip(upto(8), load_clip(tmp_path), strict=True):
+    for a, b in zip(upto(8), load_vhap(tmp_path), strict=True):
         same(a, b)
     assert not (tmp_path / 'writing.jsonl').exists()
 
@@ -691,16 +691,20 @@ def test_another_head(tmp_path, head):
             name='a cousin',
         )
     ).requires_grad_(False)
-    assert fingerprint(other) != fingerprint(head) == fingerprint(head.to(torch.float64))
+    assert (
+        head_fingerprint(other)
+        != head_fingerprint(head)
+        == head_fingerprint(head.to(torch.float64))
+    )
     write_vhap([frame()], tmp_path, other)
     with pytest.raises(InputError, match='made on a cousin.*not on open head'):
-        load_clip(tmp_path)
-    assert len(load_clip(tmp_path, other)) == 1
+        load_vhap(tmp_path)
+    assert len(load_vhap(tmp_path, other)) == 1
 
 
 def test_reading_is_lazy(tmp_path):
     write_vhap([frame(t) for t in range(5)], tmp_path)
-    clip = load_clip(tmp_path)
+    clip = load_vhap(tmp_path)
     for t in range(4):
         (tmp_path / f'images/{t:05d}_00.png').unlink()
     assert clip[2:][-1].time == 4
@@ -730,15 +734,15 @@ def test_heads_in_flames_format(tmp_path):
         static_offset=torch.randn(1, 60, 3, generator=g),
     )
     write_vhap([f], tmp_path / 'c', a)
-    same(f, load_clip(tmp_path / 'c', a)[0])
-    assert torch.equal(a(**load_clip(tmp_path / 'c', a)[0].params), a(**f.params))
+    same(f, load_vhap(tmp_path / 'c', a)[0])
+    assert torch.equal(a(**load_vhap(tmp_path / 'c', a)[0].params), a(**f.params))
     for other in (b, open_head()):
         with pytest.raises(InputError, match='was made on'):
-            load_clip(tmp_path / 'c', other)
+            load_vhap(tmp_path / 'c', other)
     edit(
         tmp_path / 'c', lambda top: top.pop('head')
     )  # a folder from elsewhere says nothing; sizes must do
     with pytest.raises(InputError, match='300 numbers, .* has 20 directions'):
-        load_clip(tmp_path / 'c', load_flame(tmp_path / 'early.pkl', num_shape=20, num_expr=100))[0]
+        load_vhap(tmp_path / 'c', load_flame(tmp_path / 'early.pkl', num_shape=20, num_expr=100))[0]
     with pytest.raises(InputError, match='open head'):
-        load_clip(tmp_path / 'c')[0]
+        load_vhap(tmp_path / 'c')[0]

@@ -20,11 +20,11 @@ from spatialavatar0 import cli
 from spatialavatar0.ground.core import InputError
 from spatialavatar0.head.head import open_head
 from spatialavatar0.pictures import clips
-from spatialavatar0.pictures.clips import fingerprint, write_vhap
+from spatialavatar0.pictures.clips import head_fingerprint, write_vhap
 from spatialavatar0.pictures.formats import READERS, detect, load_clip, train_test, turn_6d
 
 HEAD = open_head()
-MARK = fingerprint(HEAD)
+MARK = head_fingerprint(HEAD)
 W, H = 80, 60
 SHAPE = np.linspace(-1, 1, 100)
 EXPR = np.linspace(0, 0.5, 50)

@@ -13,7 +13,7 @@ __all__ = [
     'to_flame_param',
     'fit_code',
     'from_flame_param',
-    'fingerprint',
+    'head_fingerprint',
     'write_vhap',
     'inside',
     'is_rigid',
@@ -23,7 +23,7 @@ __all__ = [
     'check_files',
     'check_once',
     'read_vhap',
-    'load_clip',
+    'load_vhap',
 ]
 
 # %% ../../nbs/pictures/32_clips.ipynb #912db74a
@@ -42,7 +42,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# %% ../../nbs/pictures/32_clips.ipynb #a5a8d095
 from ..ground.core import InputError, atomic_path, expect_tensor, progress, to_uint8
 from ..ground.geometry import crop_intrinsics, opengl_to_viewmat, viewmat_to_opengl
 from ..ground.pickles import printable
@@ -64,17 +63,18 @@ class Frame:
     camera_index: int = None  # its number in the data set, if it has numbers
 
     def __post_init__(self):
-        h, w = self.image.shape[:2]
-        for name, shape in dict(image=(h, w, 3), mask=(h, w), viewmat=(4, 4), K=(3, 3)).items():
+        height, width = self.image.shape[:2]
+        shapes = dict(image=(height, width, 3), mask=(height, width), viewmat=(4, 4), K=(3, 3))
+        for name, shape in shapes.items():
             got = tuple(getattr(self, name).shape)
             if got != shape:
                 raise ValueError(f'{name} should be {shape}; got {got}')
 
     @property
     def pose(self):
-        return {
-            k: v for k, v in self.params.items() if k not in ('shape', 'static_offset')
-        }  # what moves; the others are who
+        "What moves; the other parameters say who it is."
+        person = ('shape', 'static_offset')
+        return {name: value for name, value in self.params.items() if name not in person}
 
     @property
     def height(self):
@@ -92,11 +92,10 @@ def resize(
     width: int,
 ) -> Tensor:  # (height,width) or (height,width,C)
     "Bilinear resize; averages properly when it shrinks."
-    x = image[..., None] if image.ndim == 2 else image
-    x = F.interpolate(x.permute(2, 0, 1)[None], (height, width), mode='bilinear', antialias=True)[
-        0
-    ].permute(1, 2, 0)
-    return x[..., 0] if image.ndim == 2 else x
+    planes = (image[..., None] if image.ndim == 2 else image).permute(2, 0, 1)[None]
+    sized = F.interpolate(planes, (height, width), mode='bilinear', antialias=True)
+    resized = sized[0].permute(1, 2, 0)
+    return resized[..., 0] if image.ndim == 2 else resized
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #d9737594
@@ -108,13 +107,14 @@ def crop(
     size: int,  # of the result, pixels
 ) -> Frame:  # (size,size), camera adjusted
     "Cut a square and resize it; the camera follows."
-    h, w = frame.height, frame.width
-    pad = (max(0, -x0), max(0, x0 + side - w), max(0, -y0), max(0, y0 + side - h))
+    left, top = max(0, -x0), max(0, -y0)
+    right, bottom = max(0, x0 + side - frame.width), max(0, y0 + side - frame.height)
+    rows = slice(y0 + top, y0 + top + side)
+    columns = slice(x0 + left, x0 + left + side)
 
-    def cut(a):
-        return F.pad(a.permute(2, 0, 1), pad)[
-            :, y0 + pad[2] : y0 + pad[2] + side, x0 + pad[0] : x0 + pad[0] + side
-        ].permute(1, 2, 0)
+    def cut(image):
+        padded = F.pad(image.permute(2, 0, 1), (left, right, top, bottom))
+        return padded[:, rows, columns].permute(1, 2, 0)
 
     return replace(
         frame,
@@ -129,9 +129,9 @@ def on_background(
     frame: Frame,
     background=1.0,  # number or (3,) colour
 ) -> Tensor:  # (H,W,3)
-    "The person of a frame on a plain colour."
-    m = frame.mask[..., None]
-    return m * frame.image + (1 - m) * torch.as_tensor(background).to(m)
+    "The person of a frame on a plain colour: the right side of Eq. 13."
+    mask = frame.mask[..., None]
+    return mask * frame.image + (1 - mask) * torch.as_tensor(background).to(mask)
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #6397ccf4
@@ -149,14 +149,11 @@ class Clip:
                 raise ValueError('a clip from a function needs its length')
             self._make = lru_cache(cache)(source) if cache else source
             self.places = range(length)
-        else:
-            source = (
-                source
-                if hasattr(source, '__len__') and hasattr(source, '__getitem__')
-                else list(source)
-            )
-            self._make = source.__getitem__
-            self.places = range(len(source))
+            return
+        if not (hasattr(source, '__len__') and hasattr(source, '__getitem__')):
+            source = list(source)
+        self._make = source.__getitem__
+        self.places = range(len(source))
 
     def __len__(self):
         return len(self.places)
@@ -183,18 +180,18 @@ def split(
     test: float = 0.2,  # fraction held out
     blocks: int = 1,  # 1: the end of the clip; more: the end of each of so many equal stretches
 ) -> tuple:  # two clips, train and test; neither makes a frame
-    "Hold out the end of a clip, the field's way."
-    n = len(clip)
-    edges = [n * k // blocks for k in range(blocks + 1)]
-    if n < 2 * blocks or not 0 < test < 1:
+    "Hold out the end of a clip, the field's way (Sec. 4.1)."
+    count = len(clip)
+    if count < 2 * blocks or not 0 < test < 1:
         raise InputError(
-            f'split needs at least two frames per block and test in 0..1; got {n} frames, '
+            f'split needs at least two frames per block and test in 0..1; got {count} frames, '
             f'{blocks} blocks, test={test}'
         )
-    held = {
-        i for a, b in zip(edges, edges[1:]) for i in range(b - max(1, round(test * (b - a))), b)
-    }
-    return clip[[i for i in range(n) if i not in held]], clip[sorted(held)]
+    edges = [count * k // blocks for k in range(blocks + 1)]
+    held = set()
+    for start, end in zip(edges, edges[1:]):
+        held |= set(range(end - max(1, round(test * (end - start))), end))
+    return clip[[i for i in range(count) if i not in held]], clip[sorted(held)]
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #bbab511b
@@ -205,53 +202,58 @@ _THEIRS = dict(
     jaw='jaw_pose',
     eyes='eyes_pose',
 )  # our name -> theirs
+_COUNT = dict(translation=3, rotation=3, neck=3, jaw=3, eyes=6)  # numbers of each
 _ROOM = dict(shape=300, expr=100)
 
 
-def to_flame_param(
-    params: dict,  # keyword arguments of the head, each (1,n)
-    head: Head,
-) -> dict:  # arrays under the names of the format
-    "Our parameters as a `flame_param` file holds them; what is not given is zero."
+def _check_params(params):
+    "Known names, one row each."
     wrong = set(params) - {*_THEIRS, *_ROOM, 'static_offset'}
     if wrong:
         raise InputError(
             f'params may hold {", ".join([*_ROOM, *_THEIRS, "static_offset"])}; got {min(wrong)!r}'
         )
-    for k, x in params.items():
-        if k != 'static_offset':
-            expect_tensor(
-                k,
-                x,
-                (1, x.shape[-1] if k in _ROOM else 6 if k == 'eyes' else 3),
-                'one row per frame',
-            )
+    for name, value in params.items():
+        if name != 'static_offset':
+            count = _COUNT[name] if name in _COUNT else value.shape[-1]
+            expect_tensor(name, value, (1, count), 'one row per frame')
 
-    def array(k, n):
-        return (
-            np.zeros((1, n), np.float32)
-            if k not in params
-            else params[k].detach().cpu().float().numpy()
-        )
 
-    a = {theirs: array(k, 6 if k == 'eyes' else 3) for k, theirs in _THEIRS.items()}
-    for k, n in _ROOM.items():
-        x = array(k, 0)
-        a[k] = np.pad(x, ((0, 0), (0, max(0, n - x.shape[1]))))
-    x = params.get('static_offset', torch.zeros(head.num_verts, 3)).reshape(-1, 3)
-    expect_tensor('static_offset', x, (head.num_verts, 3), 'one row per vertex')
-    return dict(a, shape=a['shape'][0], static_offset=x.detach().cpu().float().numpy()[None])
+# %% ../../nbs/pictures/32_clips.ipynb #de67d714
+def to_flame_param(
+    params: dict,  # keyword arguments of the head, each (1,n)
+    head: Head,
+) -> dict:  # arrays under the names of the format
+    "Our parameters as a `flame_param` file holds them; what is not given is zero."
+    _check_params(params)
+
+    def array(name, count):
+        if name not in params:
+            return np.zeros((1, count), np.float32)
+        return params[name].detach().cpu().float().numpy()
+
+    arrays = {theirs: array(name, _COUNT[name]) for name, theirs in _THEIRS.items()}
+    for name, room in _ROOM.items():
+        code = array(name, 0)
+        arrays[name] = np.pad(code, ((0, 0), (0, max(0, room - code.shape[1]))))
+    arrays['shape'] = arrays['shape'][0]
+    offset = params.get('static_offset', torch.zeros(head.num_verts, 3)).reshape(-1, 3)
+    expect_tensor('static_offset', offset, (head.num_verts, 3), 'one row per vertex')
+    return dict(arrays, static_offset=offset.detach().cpu().float().numpy()[None])
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #b0d3ed99
-def _offset(x, head, where):
+def _offset(numbers, head, where):
     "static_offset as the head takes it; nothing if it is zero."
-    if len(x) != 3 * head.num_verts:
+    if len(numbers) != 3 * head.num_verts:
         raise InputError(
-            f'{where}: static_offset is for {len(x) // 3} vertices, {head.name} has '
-            f'{head.num_verts}; pass the head it was tracked with as head= (load_flame(..., teeth=True) has 120 more)'
+            f'{where}: static_offset is for {len(numbers) // 3} vertices, {head.name} has '
+            f'{head.num_verts}; pass the head it was tracked with as head= (load_flame(..., '
+            'teeth=True) has 120 more)'
         )
-    return dict(static_offset=torch.from_numpy(x.reshape(1, -1, 3).copy())) if x.any() else {}
+    if not numbers.any():
+        return {}
+    return dict(static_offset=torch.from_numpy(numbers.reshape(1, -1, 3).copy()))
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #9338d0e1
@@ -271,6 +273,25 @@ def fit_code(
     return torch.from_numpy(np.pad(x, (0, max(0, n - len(x))))[None, :n].copy())
 
 
+# %% ../../nbs/pictures/32_clips.ipynb #8ca10daa
+def _check_arrays(arrays, where):
+    "All there, all finite numbers, of one time step."
+    gone = {*_THEIRS.values(), *_ROOM} - set(arrays)
+    if gone:
+        raise InputError(
+            f'{where} should hold {", ".join([*_THEIRS.values(), *_ROOM])}; it lacks {min(gone)}'
+        )
+    for name, array in arrays.items():
+        if array.dtype.kind not in 'fiu' or not np.isfinite(array).all():
+            raise InputError(f'{where}: {name} should hold finite numbers')
+    for ours, theirs in _THEIRS.items():
+        if arrays[theirs].size != _COUNT[ours]:
+            raise InputError(
+                f'{where}: {theirs} should be (1,{_COUNT[ours]}), one time step; got '
+                f'{arrays[theirs].shape}'
+            )
+
+
 # %% ../../nbs/pictures/32_clips.ipynb #57bc384a
 def from_flame_param(
     arrays,  # mapping name -> array, of one time step
@@ -278,85 +299,67 @@ def from_flame_param(
     where='flame_param',  # what to call it in an error
 ) -> dict:  # keyword arguments of the head, each (1,n); static_offset (1,V,3) if it is not zero
     "A `flame_param` file as our parameters."
-    a = {k: np.asarray(arrays[k]) for k in arrays}
-    gone = {*_THEIRS.values(), *_ROOM} - set(a)
-    if gone:
-        raise InputError(
-            f'{where} should hold {", ".join([*_THEIRS.values(), *_ROOM])}; it lacks {min(gone)}'
-        )
-    for k, x in a.items():
-        if x.dtype.kind not in 'fiu' or not np.isfinite(x).all():
-            raise InputError(f'{where}: {k} should hold finite numbers')
-    flat = {k: x.astype(np.float32).ravel() for k, x in a.items()}
-    for k in _THEIRS.values():
-        if len(flat[k]) != (6 if k == 'eyes_pose' else 3):
-            raise InputError(
-                f'{where}: {k} should be (1,{6 if k == "eyes_pose" else 3}), one time step; got '
-                f'{a[k].shape}'
-            )
-    p = {k: torch.from_numpy(flat[theirs][None].copy()) for k, theirs in _THEIRS.items()}
-    p.update(
-        {
-            k: fit_code(k, flat[k], n, head.name, where)
-            for k, n in dict(shape=head.num_shape, expr=head.num_expr).items()
-        }
-    )
-    if 'static_offset' in a:
-        p.update(_offset(flat['static_offset'], head, where))
-    if 'dynamic_offset' in a and flat['dynamic_offset'].any():
+    arrays = {name: np.asarray(arrays[name]) for name in arrays}
+    _check_arrays(arrays, where)
+    flat = {name: array.astype(np.float32).ravel() for name, array in arrays.items()}
+    params = {ours: torch.from_numpy(flat[theirs][None].copy()) for ours, theirs in _THEIRS.items()}
+    for name, room in dict(shape=head.num_shape, expr=head.num_expr).items():
+        params[name] = fit_code(name, flat[name], room, head.name, where)
+    if 'static_offset' in arrays:
+        params.update(_offset(flat['static_offset'], head, where))
+    if 'dynamic_offset' in arrays and flat['dynamic_offset'].any():
         raise InputError(
             f'{where}: its dynamic_offset is not zero; export the tracking with static offsets only'
         )
-    return p
+    return params
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #7724dee8
-def fingerprint(
+def head_fingerprint(
     head: Head,
 ) -> str:  # 16 hex digits
     "A short name for a head's mesh and its bases."
-    h = hashlib.sha256()
-    for x in (head.template, head.shape_basis[:10], head.expr_basis[:10]):
-        h.update(x.detach().cpu().float().numpy().astype('<f4').tobytes())
-    h.update(head.faces.cpu().numpy().astype('<i4').tobytes())
-    return h.hexdigest()[:16]
+    digest = hashlib.sha256()
+    for numbers in (head.template, head.shape_basis[:10], head.expr_basis[:10]):
+        digest.update(numbers.detach().cpu().float().numpy().astype('<f4').tobytes())
+    digest.update(head.faces.cpu().numpy().astype('<i4').tobytes())
+    return digest.hexdigest()[:16]
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #689fffc2
-def _entry(frame, t, c):
-    "What transforms.json says about a frame: time step t, camera c."
+def _camera_entry(frame):
+    "What transforms.json says about a camera."
     expect_tensor('viewmat', frame.viewmat, (4, 4))
     expect_tensor('K', frame.K, (3, 3))
-    K = frame.K.double()
-    (fx, s, cx), (_, fy, cy), _ = K.tolist()
-    if abs(s) > 1e-6:
-        raise InputError(f'the format has no room for a skewed camera; K[0,1] is {s:.3g}')
-    h, w = frame.height, frame.width
+    (fx, skew, cx), (_, fy, cy), _ = frame.K.double().tolist()
+    if abs(skew) > 1e-6:
+        raise InputError(f'the format has no room for a skewed camera; K[0,1] is {skew:.3g}')
     return dict(
-        timestep_index=t,
-        timestep_index_original=int(frame.time),
-        timestep_id=f'{t:05d}',
-        camera_index=c,
-        camera_id=str(frame.camera),
         cx=cx,
         cy=cy,
         fl_x=fx,
         fl_y=fy,
-        h=h,
-        w=w,
-        camera_angle_x=2 * math.atan(w / (2 * fx)),
-        camera_angle_y=2 * math.atan(h / (2 * fy)),
+        h=frame.height,
+        w=frame.width,
+        camera_angle_x=2 * math.atan(frame.width / (2 * fx)),
+        camera_angle_y=2 * math.atan(frame.height / (2 * fy)),
         transform_matrix=viewmat_to_opengl(frame.viewmat.double()).tolist(),
-        file_path=f'images/{t:05d}_{c:02d}.png',
-        fg_mask_path=f'fg_masks/{t:05d}_{c:02d}.png',
-        flame_param_path=f'flame_param/{t:05d}.npz',
     )
 
 
-# %% ../../nbs/pictures/32_clips.ipynb #9f232585
-def _write_json(path, x):
-    with atomic_path(path) as tmp:
-        tmp.write_text(json.dumps(x, indent=1))
+def _entry(frame, step, camera):
+    "What transforms.json says about a frame: number of its time step, of its camera."
+    return dict(
+        timestep_index=step,
+        timestep_index_original=int(frame.time),
+        timestep_id=f'{step:05d}',
+        camera_index=camera,
+        camera_id=str(frame.camera),
+        **_camera_entry(frame),
+        file_path=f'images/{step:05d}_{camera:02d}.png',
+        fg_mask_path=f'fg_masks/{step:05d}_{camera:02d}.png',
+        flame_param_path=f'flame_param/{step:05d}.npz',
+    )
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #65580c3d
@@ -367,8 +370,8 @@ class _Numbers:
         self.seen = set()
         self.times = {}
         self.cameras = {}
-        for e in entries:
-            self(e['timestep_index_original'], e['camera_id'])
+        for entry in entries:
+            self(entry['timestep_index_original'], entry['camera_id'])
 
     def __call__(self, time, camera):
         if (time, camera) in self.seen:
@@ -376,34 +379,16 @@ class _Numbers:
                 f'two frames have time {time} and camera {camera!r}; number them first'
             )
         self.seen.add((time, camera))
-        return self.times.setdefault(time, len(self.times)), self.cameras.setdefault(
-            camera, len(self.cameras)
-        )
-
-
-# %% ../../nbs/pictures/32_clips.ipynb #82a8c745
-def _write_frame(frame, folder, head, numbers):
-    "Picture, matte and parameters of one frame; its entry."
-    new = int(frame.time) not in numbers.times
-    e = _entry(frame, *numbers(int(frame.time), str(frame.camera)))
-    expect_tensor('image', frame.image, (frame.height, frame.width, 3))
-    expect_tensor('mask', frame.mask, (frame.height, frame.width))
-    for x, k in ((frame.image, 'file_path'), (frame.mask, 'fg_mask_path')):
-        _write_png(folder / e[k], x)
-    a = to_flame_param(frame.params, head)
-    path = folder / e['flame_param_path']
-    if new:
-        path.parent.mkdir(exist_ok=True)
-        np.savez_compressed(path, **a)
-    elif any(not np.array_equal(a[k], x) for k, x in _read_npz(path).items()):
-        raise InputError(
-            f'frames of time {frame.time} disagree about the head; the format has one set of '
-            'parameters per time step'
-        )
-    return e
+        step = self.times.setdefault(time, len(self.times))
+        return step, self.cameras.setdefault(camera, len(self.cameras))
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #803ae78c
+def _write_json(path, content):
+    with atomic_path(path) as tmp:
+        tmp.write_text(json.dumps(content, indent=1))
+
+
 def _write_png(path, image):
     from PIL import Image
 
@@ -411,50 +396,74 @@ def _write_png(path, image):
     Image.fromarray(to_uint8(image)).save(path, compress_level=3)
 
 
-# %% ../../nbs/pictures/32_clips.ipynb #4aa367fa
 def _read_npz(path):
     "Arrays of an npz file; nothing in it is ever run."
     try:
-        with np.load(path, allow_pickle=False) as z:
-            return dict(z)
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
     except Exception as e:
         raise InputError(f'{path} is not a readable npz file of numbers ({e})') from e
 
 
-# %% ../../nbs/pictures/32_clips.ipynb #cd1780a8
+# %% ../../nbs/pictures/32_clips.ipynb #82a8c745
+def _write_frame(frame, folder, head, numbers):
+    "Picture, matte and parameters of one frame; its entry."
+    new = int(frame.time) not in numbers.times
+    entry = _entry(frame, *numbers(int(frame.time), str(frame.camera)))
+    expect_tensor('image', frame.image, (frame.height, frame.width, 3))
+    expect_tensor('mask', frame.mask, (frame.height, frame.width))
+    _write_png(folder / entry['file_path'], frame.image)
+    _write_png(folder / entry['fg_mask_path'], frame.mask)
+    arrays = to_flame_param(frame.params, head)
+    path = folder / entry['flame_param_path']
+    if new:
+        path.parent.mkdir(exist_ok=True)
+        np.savez_compressed(path, **arrays)
+    elif any(not np.array_equal(arrays[name], old) for name, old in _read_npz(path).items()):
+        raise InputError(
+            f'frames of time {frame.time} disagree about the head; the format has one set of '
+            'parameters per time step'
+        )
+    return entry
+
+
+# %% ../../nbs/pictures/32_clips.ipynb #fdb3edb9
 _JOURNAL = 'writing.jsonl'
 
 
+def _journal(path):
+    "Lines of a journal; a torn last line has no line end."
+    try:
+        return [json.loads(line) for line in path.read_text().split('\n')[:-1]]
+    except ValueError:
+        return []
+
+
+def _begins_with(frame, folder, entry):
+    "Whether this is the frame of an entry, picture included."
+    return _entry(frame, 0, 0) == entry and np.array_equal(
+        read_picture(folder / entry['file_path'])[..., :3], to_uint8(frame.image)
+    )
+
+
+# %% ../../nbs/pictures/32_clips.ipynb #cd1780a8
 def _resume(clip, folder, head):
     "Entries of the frames that are already there; refuses a folder that is not ours to fill."
     log = folder / _JOURNAL
-    title = dict(frames=len(clip), head=fingerprint(head))
+    title = dict(frames=len(clip), head=head_fingerprint(head))
     done = []
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         if not log.is_file():
             raise InputError(f'{folder} is not empty; choose another folder, or delete it first')
-        try:
-            done = [
-                json.loads(l) for l in log.read_text().split('\n')[:-1]
-            ]  # a torn last line has no line end
-        except ValueError:
-            done = []
+        done = _journal(log)
         if done[:1] != [title] or (done[1:] and not _begins_with(clip[0], folder, done[1])):
             raise InputError(
                 f'{folder} holds the beginning of another clip; choose another folder, or delete '
                 'it first'
             )
     with atomic_path(log) as tmp:
-        tmp.write_text(''.join(json.dumps(e) + '\n' for e in [title, *done[1:]]))
+        tmp.write_text(''.join(json.dumps(line) + '\n' for line in [title, *done[1:]]))
     return done[1:]
-
-
-# %% ../../nbs/pictures/32_clips.ipynb #fdb3edb9
-def _begins_with(frame, folder, entry):
-    "Whether this is the frame of an entry, picture included."
-    return _entry(frame, 0, 0) == entry and np.array_equal(
-        read_picture(folder / entry['file_path'])[..., :3], to_uint8(frame.image)
-    )
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #80b7a482
@@ -483,50 +492,26 @@ def write_vhap(
     return folder
 
 
-# %% ../../nbs/pictures/32_clips.ipynb #ce72b0ca
-def _finish(folder, entries, head, train):
-    "The files that make a folder a data set, transforms.json last."
-    entries = sorted(entries, key=lambda e: (e['timestep_index'], e['camera_index']))
-    steps = entries[-1]['timestep_index'] + 1
-    a = _read_npz(folder / entries[0]['flame_param_path'])
-    rest = {k: x if k in ('shape', 'static_offset') else 0 * x for k, x in a.items()}
-    with atomic_path(folder / 'canonical_flame_param.npz') as tmp:
-        np.savez_compressed(tmp, **rest)
-    end = math.ceil(round(train * steps, 6))
-    cams = {e['camera_index'] for e in entries}
-
-    def part(e):
-        return (
-            'test'
-            if e['timestep_index'] >= end
-            else 'val'
-            if e['camera_index'] == 8 and len(cams) > 1
-            else 'train'
-        )
-
-    for name in ('train', 'val', 'test'):
-        _write_json(
-            folder / f'transforms_{name}.json',
-            _transforms([e for e in entries if part(e) == name], entries[0], head),
-        )
-    _write_json(folder / 'transforms.json', _transforms(entries, entries[0], head))
-    (folder / _JOURNAL).unlink()
+# %% ../../nbs/pictures/32_clips.ipynb #7997e79f
+def _part_of(entry, end, cameras):
+    "Which file of the split an entry goes to; end: the first time step of the test."
+    if entry['timestep_index'] >= end:
+        return 'test'
+    return 'val' if entry['camera_index'] == 8 and cameras > 1 else 'train'
 
 
-# %% ../../nbs/pictures/32_clips.ipynb #4b43edbd
+_TOP = ('cx', 'cy', 'fl_x', 'fl_y', 'h', 'w', 'camera_angle_x', 'camera_angle_y')
+
+
 def _transforms(entries, first, head):
     "Contents of a transforms file."
-    top = {
-        k: first[k]
-        for k in ('cx', 'cy', 'fl_x', 'fl_y', 'h', 'w', 'camera_angle_x', 'camera_angle_y')
-    }
 
-    def indices(k):
-        return sorted({e[k] for e in entries})
+    def indices(name):
+        return sorted({entry[name] for entry in entries})
 
     return dict(
-        top,
-        head=fingerprint(head),
+        {name: first[name] for name in _TOP},
+        head=head_fingerprint(head),
         head_name=head.name,
         timestep_indices=indices('timestep_index'),
         camera_indices=indices('camera_index'),
@@ -534,7 +519,32 @@ def _transforms(entries, first, head):
     )
 
 
+# %% ../../nbs/pictures/32_clips.ipynb #ce72b0ca
+def _finish(folder, entries, head, train):
+    "The files that make a folder a data set, transforms.json last."
+    entries = sorted(entries, key=lambda e: (e['timestep_index'], e['camera_index']))
+    first = entries[0]
+    arrays = _read_npz(folder / first['flame_param_path'])
+    person = ('shape', 'static_offset')
+    rest = {name: array if name in person else 0 * array for name, array in arrays.items()}
+    with atomic_path(folder / 'canonical_flame_param.npz') as tmp:
+        np.savez_compressed(tmp, **rest)
+    end = math.ceil(round(train * (entries[-1]['timestep_index'] + 1), 6))
+    cameras = len({entry['camera_index'] for entry in entries})
+    for name in ('train', 'val', 'test'):
+        part = [entry for entry in entries if _part_of(entry, end, cameras) == name]
+        _write_json(folder / f'transforms_{name}.json', _transforms(part, first, head))
+    _write_json(folder / 'transforms.json', _transforms(entries, first, head))
+    (folder / _JOURNAL).unlink()
+
+
 # %% ../../nbs/pictures/32_clips.ipynb #bea57177
+def _lies_in(path, folder):
+    "Whether a path stays in the parent of a folder."
+    parent = os.path.dirname(folder)
+    return os.path.commonpath([path, parent]) == parent
+
+
 def inside(
     folder,  # of the data set
     path,  # as an entry of it has it
@@ -545,13 +555,9 @@ def inside(
         raise InputError(f'{where}: expected a path, got {path!r:.80}')
     base = os.path.abspath(folder)
     full = os.path.normpath(os.path.join(base, path.replace('\\', '/')))
-
-    def home(x, root):
-        return os.path.commonpath([x, os.path.dirname(root)]) == os.path.dirname(root)
-
-    if os.path.isabs(path) or not home(full, base):
+    if os.path.isabs(path) or not _lies_in(full, base):
         raise InputError(f'{where}: the path {path!r:.200} leads out of the data set')
-    if not home(os.path.realpath(full), os.path.realpath(base)):
+    if not _lies_in(os.path.realpath(full), os.path.realpath(base)):
         raise InputError(
             f'{where}: {path!r:.200} is a link that leads out of the data set; put a copy in its '
             'place'
@@ -568,27 +574,29 @@ def is_rigid(
     if m.shape != (4, 4) or not np.isfinite(m).all():
         return False
     R = m[:3, :3]
-    return bool(
-        np.abs(R @ R.T - np.eye(3)).max() <= 1e-3
-        and R[0] @ np.cross(R[1], R[2]) > 0
-        and np.abs(m[3] - [0, 0, 0, 1]).max() <= 1e-6
-    )
+    orthogonal = np.abs(R @ R.T - np.eye(3)).max() <= 1e-3
+    right_handed = R[0] @ np.cross(R[1], R[2]) > 0
+    return bool(orthogonal and right_handed and np.abs(m[3] - [0, 0, 0, 1]).max() <= 1e-6)
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #2aea628c
-def _camera(e, where):
+def _intrinsics(entry):
+    "K of an entry; what it does not say is the field's default."
+    width, height = int(entry['w']), int(entry['h'])
+    if 'fl_x' in entry:
+        fx = float(entry['fl_x'])
+    else:
+        fx = width / 2 / math.tan(entry['camera_angle_x'] / 2)
+    fy = float(entry.get('fl_y', fx))
+    cx, cy = float(entry.get('cx', width / 2)), float(entry.get('cy', height / 2))
+    return torch.tensor([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]])
+
+
+def _camera(entry, where):
     "viewmat and K of an entry."
     try:
-        c2w = torch.tensor(e['transform_matrix'], dtype=torch.float64)
-        w, h = int(e['w']), int(e['h'])
-        fx = float(e['fl_x']) if 'fl_x' in e else w / 2 / math.tan(e['camera_angle_x'] / 2)
-        K = torch.tensor(
-            [
-                [fx, 0, float(e.get('cx', w / 2))],
-                [0, float(e.get('fl_y', fx)), float(e.get('cy', h / 2))],
-                [0, 0, 1.0],
-            ]
-        )
+        c2w = torch.tensor(entry['transform_matrix'], dtype=torch.float64)
+        K = _intrinsics(entry)
     except (KeyError, TypeError, ValueError, ArithmeticError) as x:
         raise InputError(
             f'{where}: its camera cannot be read ({type(x).__name__}: {x}); it needs '
@@ -620,34 +628,47 @@ class _Shot:
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #1dc52430
-def _shot(folder, top, e, i):
+_SHARED = ('cx', 'cy', 'fl_x', 'fl_y', 'h', 'w', 'camera_angle_x')  # an entry, or all in common
+
+
+def _shot(folder, top, entry, i):
+    "Entry i of a transforms file, whose common values stand at its top."
     where = f'{folder}: frame {i}'
-    if not isinstance(e, dict):
-        raise InputError(f'{where} should be an object, got {e!r}')
-    e = {
-        **{k: top[k] for k in ('cx', 'cy', 'fl_x', 'fl_y', 'h', 'w', 'camera_angle_x') if k in top},
-        **e,
-    }
-    gone = {'file_path', 'flame_param_path'} - set(e)
-    time = e.get('timestep_index', i)
+    if not isinstance(entry, dict):
+        raise InputError(f'{where} should be an object, got {entry!r}')
+    entry = {name: top[name] for name in _SHARED if name in top} | entry
+    time = entry.get('timestep_index', i)
     if not isinstance(time, int):
         raise InputError(f'{where}: timestep_index should be a whole number; got {time!r}')
-    if gone:
+    if gone := {'file_path', 'flame_param_path'} - set(entry):
         raise InputError(f'{where} has no {min(gone)}; that is not a VHAP data set')
-
-    def path(k):
-        return inside(folder, e[k], where) if e.get(k) else None
-
+    names = ('file_path', 'fg_mask_path', 'flame_param_path')
+    paths = [inside(folder, entry[n], where) if entry.get(n) else None for n in names]
+    viewmat, K = _camera(entry, where)
+    camera_index = entry.get('camera_index')
     return _Shot(
-        path('file_path'),
-        path('fg_mask_path'),
-        path('flame_param_path'),
-        *_camera(e, where),
-        (int(e['w']), int(e['h'])),
-        time,
-        str(e.get('camera_id', e.get('camera_index', ''))),
-        e.get('camera_index') if isinstance(e.get('camera_index'), int) else None,
+        *paths,
+        viewmat=viewmat,
+        K=K,
+        size=(int(entry['w']), int(entry['h'])),
+        time=time,
+        camera=str(entry.get('camera_id', entry.get('camera_index', ''))),
+        camera_index=camera_index if isinstance(camera_index, int) else None,
     )
+
+
+# %% ../../nbs/pictures/32_clips.ipynb #2000e599
+def _check_picture(picture, path, size, says, grey):
+    "The right size, 8 bits, colours: what `read_picture` asks for."
+    if size and picture.size != tuple(size):
+        raise InputError(
+            f'{path} is {picture.width} x {picture.height} pixels, {says} says '
+            f'{size[0]} x {size[1]}'
+        )
+    if picture.mode[:1] in 'IF' or any(';16' in str(tile) for tile in picture.tile):
+        raise ValueError('16 bits or more; expected 8 bits per channel')
+    if picture.mode[:1] in '1L' and not grey:
+        raise ValueError('it is grey; expected RGB or RGBA')
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #bd6ea22f
@@ -661,18 +682,10 @@ def read_picture(
     from PIL import Image
 
     try:
-        with Image.open(path) as im:
-            if size and im.size != tuple(size):
-                raise InputError(
-                    f'{path} is {im.width} x {im.height} pixels, {says} says {size[0]} x {size[1]}'
-                )
-            if im.mode[:1] in 'IF' or any(';16' in str(t) for t in im.tile):
-                raise ValueError('16 bits or more; expected 8 bits per channel')
-            if im.mode[:1] in '1L' and not grey:
-                raise ValueError('it is grey; expected RGB or RGBA')
-            return np.array(
-                im.convert('RGBA' if 'A' in im.mode or 'transparency' in im.info else 'RGB')
-            )
+        with Image.open(path) as picture:
+            _check_picture(picture, path, size, says, grey)
+            alpha = 'A' in picture.mode or 'transparency' in picture.info
+            return np.array(picture.convert('RGBA' if alpha else 'RGB'))
     except InputError:
         raise
     except Exception as e:
@@ -688,51 +701,34 @@ def read_pair(
     alpha=False,  # the matte is the alpha channel of its file
 ) -> tuple:  # (H,W,3), (H,W)
     "Picture and matte of a frame."
-    a = read_picture(image, size, says)
-    m = a
-    if mask:
-        m = read_picture(mask, a.shape[1::-1], says, grey=True)
-    m = (
-        m[..., 0]
-        if mask and not (alpha and m.shape[-1] == 4)
-        else m[..., 3]
-        if m.shape[-1] == 4
-        else np.full(m.shape[:2], 255, np.uint8)
-    )
-    return tuple(torch.from_numpy(np.ascontiguousarray(x)).float() / 255 for x in (a[..., :3], m))
+    colours = read_picture(image, size, says)
+    source = read_picture(mask, colours.shape[1::-1], says, grey=True) if mask else colours
+    has_alpha = source.shape[-1] == 4
+    if mask and not (alpha and has_alpha):
+        matte = source[..., 0]
+    elif has_alpha:
+        matte = source[..., 3]
+    else:
+        matte = np.full(source.shape[:2], 255, np.uint8)
+    both = (colours[..., :3], matte)
+    return tuple(torch.from_numpy(np.ascontiguousarray(x)).float() / 255 for x in both)
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #d71d814a
-def _load_shot(s, head):
+def _load_shot(shot, head):
     "The frame of a shot."
-    image, mask = read_pair(s.image, s.mask, s.size, 'transforms.json')
+    image, mask = read_pair(shot.image, shot.mask, shot.size, 'transforms.json')
+    params = from_flame_param(_read_npz(shot.params), head, shot.params)
     return Frame(
         image,
         mask,
-        s.viewmat,
-        s.K,
-        from_flame_param(_read_npz(s.params), head, s.params),
-        s.time,
-        s.camera,
-        s.camera_index,
+        shot.viewmat,
+        shot.K,
+        params,
+        shot.time,
+        shot.camera,
+        shot.camera_index,
     )
-
-
-# %% ../../nbs/pictures/32_clips.ipynb #f86ac50c
-def _open_transforms(folder, split):
-    "Contents of a transforms file."
-    path = folder / f'transforms{"_" + split if split else ""}.json'
-    if not path.is_file():
-        if (folder / _JOURNAL).is_file():
-            raise InputError(
-                f'{folder} is half-written: its writer was interrupted; call write_vhap with the '
-                'same clip again'
-            )
-        raise InputError(
-            f'{folder} has no {path.name}; it has '
-            f'{", ".join(sorted(p.name for p in folder.glob("transforms*.json"))) or "no transforms file at all"}'
-        )
-    return read_frames(path)
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #b02f2f6d
@@ -742,8 +738,8 @@ def read_frames(
 ) -> dict:  # its object, which has a list of frames
     "What a data set says about its frames."
     try:
-        if (n := path.stat().st_size) > limit:
-            raise InputError(f'{path} has {n:,} bytes; at most {limit:,} were expected')
+        if (size := path.stat().st_size) > limit:
+            raise InputError(f'{path} has {size:,} bytes; at most {limit:,} were expected')
         top = json.loads(path.read_text(encoding='utf-8'))
     except InputError:
         raise
@@ -752,6 +748,21 @@ def read_frames(
     if not isinstance(top, dict) or not isinstance(top.get('frames'), list):
         raise InputError(f'{path} should hold an object with a list of frames')
     return top
+
+
+# %% ../../nbs/pictures/32_clips.ipynb #f86ac50c
+def _open_transforms(folder, split):
+    "Contents of a transforms file."
+    path = folder / f'transforms{"_" + split if split else ""}.json'
+    if path.is_file():
+        return read_frames(path)
+    if (folder / _JOURNAL).is_file():
+        raise InputError(
+            f'{folder} is half-written: its writer was interrupted; call write_vhap with the '
+            'same clip again'
+        )
+    others = ', '.join(sorted(p.name for p in folder.glob('transforms*.json')))
+    raise InputError(f'{folder} has no {path.name}; it has {others or "no transforms file at all"}')
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #0b4ec7b2
@@ -778,12 +789,26 @@ def check_once(
 ):
     "No two frames of one moment and one camera."
     seen = {}
-    for i, s in enumerate(shots):
-        if seen.setdefault(s, i) != i:
+    for i, (time, camera) in enumerate(shots):
+        first = seen.setdefault((time, camera), i)
+        if first != i:
+            of_camera = f' of camera {camera!r}' if camera != '' else ''
             raise InputError(
-                f'{where}: frames {seen[s]} and {i} are both time step {s[0]}'
-                + f' of camera {s[1]!r}' * (s[1] != '')
+                f'{where}: frames {first} and {i} are both time step {time}{of_camera}'
             )
+
+
+# %% ../../nbs/pictures/32_clips.ipynb #e8ecf5de
+def _check_folder(folder, top, split, head):
+    "Made on this head, and with frames in it."
+    own = head_fingerprint(head)
+    if top.get('head', own) != own:
+        raise InputError(
+            f'{folder} was made on {top.get("head_name", "another head")} ({top["head"]}), not on '
+            f'{head.name} ({own}); pass that head as head='
+        )
+    if not top['frames'] and split != 'val':
+        raise InputError(f'{folder} has no {split or ""} frames'.replace('  ', ' '))
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #492a0519
@@ -798,19 +823,11 @@ def read_vhap(
     if split not in (None, 'train', 'val', 'test'):
         raise InputError(f"split should be 'train', 'val', 'test' or None; got {split!r}")
     top = _open_transforms(folder, split)
-    if top.get('head', fingerprint(head)) != fingerprint(head):
-        raise InputError(
-            f'{folder} was made on {top.get("head_name", "another head")} ({top["head"]}), not on '
-            f'{head.name} ({fingerprint(head)}); pass that head as head='
-        )
-    if not top['frames'] and split != 'val':
-        raise InputError(f'{folder} has no {split or ""} frames'.replace('  ', ' '))
-    shots = [_shot(folder, top, e, i) for i, e in enumerate(top['frames'])]
-    check_once([(s.time, s.camera) for s in shots], folder)
-    check_files(
-        (p for s in shots for p in (s.image, s.mask, s.params) if p),
-        next((s.image for s in shots if not s.mask), None),
-    )
+    _check_folder(folder, top, split, head)
+    shots = [_shot(folder, top, entry, i) for i, entry in enumerate(top['frames'])]
+    check_once([(shot.time, shot.camera) for shot in shots], folder)
+    files = [path for shot in shots for path in (shot.image, shot.mask, shot.params) if path]
+    check_files(files, next((shot.image for shot in shots if not shot.mask), None))
     return Clip(lambda i: _load_shot(shots[i], head), len(shots), cache)
 
 
@@ -822,8 +839,9 @@ def _format(path):
     names = {p.name for p in path.iterdir()} if path.is_dir() else set()
     if names & {'canonical_flame_param.npz', _JOURNAL}:
         return 'vhap'
-    for n in sorted(names & {f'transforms{s}.json' for s in ('', '_train', '_val', '_test')}):
-        frames = _open_transforms(path, n[len('transforms_') : -len('.json')])['frames']
+    transforms = {f'transforms{part}.json' for part in ('', '_train', '_val', '_test')}
+    for name in sorted(names & transforms):
+        frames = _open_transforms(path, name[len('transforms_') : -len('.json')])['frames']
         if frames and isinstance(frames[0], dict) and 'flame_param_path' in frames[0]:
             return 'vhap'
     raise InputError(
@@ -833,7 +851,7 @@ def _format(path):
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #6fc39fa3
-def load_clip(
+def load_vhap(
     path,  # a folder
     head: Head = None,  # its parameters belong to; default: the open head
     format: str = 'auto',  # or 'vhap'
@@ -843,5 +861,6 @@ def load_clip(
     if format not in ('auto', 'vhap'):
         raise InputError(f"format should be 'auto' or 'vhap'; got {format!r}")
     path = Path(path)
-    format = _format(path) if format == 'auto' else format
+    if format == 'auto':
+        _format(path)
     return read_vhap(path, split, head)

@@ -45,8 +45,8 @@ from spatialavatar0.pictures.clips import (
     Frame,
     check_files,
     check_once,
-    fingerprint,
     fit_code,
+    head_fingerprint,
     inside,
     is_rigid,
     read_frames,
@@ -71,10 +71,10 @@ def check_head(
     "The head these codes belong to, or one clear error."
     if marked is not None:
         head = head or open_head()
-        if marked != fingerprint(head):
+        if marked != head_fingerprint(head):
             raise InputError(
                 f'{where} was made on another head ({printable(marked)}), not on {head.name} '
-                f'({fingerprint(head)}); pass that head as head='
+                f'({head_fingerprint(head)}); pass that head as head='
             )
     elif head is None or head.code == '':
         raise InputError(
