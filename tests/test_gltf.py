@@ -8,22 +8,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from test_viewer import flame_like
+
 from spatialavatar0.avatar.avatar import new_avatar
 from spatialavatar0.ground.core import InputError
 from spatialavatar0.head.head import open_head
 from spatialavatar0.use.gltf import baked_texture, corners_of, morph_targets, read_glb, write_glb
-from test_viewer import flame_like
 
 
 @pytest.fixture(scope='module')
 def avatar():
-    a = new_avatar(open_head(), 40, torch.randn(1, 60, generator=torch.Generator().manual_seed(0)))
-    return replace(
-        a,
-        splats=dict(
-            a.splats, sh0=torch.rand(len(a), 3, generator=torch.Generator().manual_seed(1))
-        ),
-    )
+    shape = torch.randn(1, 60, generator=torch.Generator().manual_seed(0))
+    plain = new_avatar(open_head(), 40, shape)
+    colors = torch.rand(len(plain), 3, generator=torch.Generator().manual_seed(1))
+    return replace(plain, splats=dict(plain.splats, sh0=colors))
 
 
 @pytest.fixture(scope='module')
@@ -35,92 +33,103 @@ def test_trimesh_sees_the_same_head(avatar, file):
     trimesh = pytest.importorskip(
         'trimesh', reason='trimesh is an independent reader, used only here'
     )
-    m = next(iter(trimesh.load(file).geometry.values()))
-    vid, uid, triangles = corners_of(avatar.head)
-    h = avatar.head
-    assert np.allclose(m.vertices, avatar.verts()[vid], atol=1e-6)
-    assert np.array_equal(m.faces, triangles)
-    uv = h.uv[uid].numpy()
-    assert np.allclose(
-        m.visual.uv, np.stack([uv[:, 0], 1 - uv[:, 1]], -1), atol=1e-6
-    )  # trimesh counts v upwards
-    assert np.array_equal(
-        np.asarray(m.visual.material.baseColorTexture.convert('RGB')), baked_texture(avatar, 64)
-    )
+    mesh = next(iter(trimesh.load(file).geometry.values()))
+    corners = corners_of(avatar.head)
+    assert np.allclose(mesh.vertices, avatar.verts()[corners.vert_ids], atol=1e-6)
+    assert np.array_equal(mesh.faces, corners.triangles)
+    uv = avatar.head.uv[corners.uv_ids].numpy()
+    uv[:, 1] = 1 - uv[:, 1]  # trimesh counts v upwards
+    assert np.allclose(mesh.visual.uv, uv, atol=1e-6)
+    texture = np.asarray(mesh.visual.material.baseColorTexture.convert('RGB'))
+    assert np.array_equal(texture, baked_texture(avatar, 64))
+
+
+def test_pygltflib_sees_what_ours_sees(file):
+    pygltflib = pytest.importorskip('pygltflib')
+    theirs = pygltflib.GLTF2().load(str(file))
+    about, _ = read_glb(file)
+    assert [node.name for node in theirs.nodes] == [node['name'] for node in about['nodes']]
+    assert [a.count for a in theirs.accessors] == [a['count'] for a in about['accessors']]
+    assert theirs.buffers[0].byteLength == len(theirs.binary_blob())
+    motions = {motion.name: len(motion.channels) for motion in theirs.animations}
+    assert motions == {motion['name']: len(motion['channels']) for motion in about['animations']}
 
 
 def test_targets_names_and_limits(avatar, file):
-    g, array = read_glb(file)
-    mesh = g['meshes'][0]
-    p = mesh['primitives'][0]
-    vid = corners_of(avatar.head)[0]
+    about, array = read_glb(file)
+    mesh = about['meshes'][0]
+    vert_ids = corners_of(avatar.head).vert_ids
     want = morph_targets(avatar)
     assert mesh['extras']['targetNames'] == list(want) == avatar.head.arkit_names
     assert len(mesh['weights']) == 52
-    for t, (name, d) in zip(p['targets'], want.items()):
-        a = g['accessors'][t['POSITION']]
-        x = array(t['POSITION'])
-        assert np.allclose(x, d[vid], atol=2e-7), name
-        assert np.allclose(a['min'], x.min(0))
-        assert np.allclose(a['max'], x.max(0))
-    w = array(p['attributes']['WEIGHTS_0'])
-    assert np.allclose(w.sum(1), 1, atol=1e-6)
-    assert array(p['attributes']['JOINTS_0']).max() < 5
-    assert np.allclose(np.linalg.norm(array(p['attributes']['NORMAL']), axis=1), 1, atol=1e-4)
+    for target, (name, moves) in zip(mesh['primitives'][0]['targets'], want.items()):
+        accessor = about['accessors'][target['POSITION']]
+        rows = array(target['POSITION'])
+        assert np.allclose(rows, moves[vert_ids], atol=2e-7), name
+        assert np.allclose(accessor['min'], rows.min(0))
+        assert np.allclose(accessor['max'], rows.max(0))
+
+
+def test_attributes(file):
+    about, array = read_glb(file)
+    attributes = about['meshes'][0]['primitives'][0]['attributes']
+    assert np.allclose(array(attributes['WEIGHTS_0']).sum(1), 1, atol=1e-6)
+    assert array(attributes['JOINTS_0']).max() < 5
+    assert np.allclose(np.linalg.norm(array(attributes['NORMAL']), axis=1), 1, atol=1e-4)
 
 
 def test_chunks_lie_as_they_should(file):
     data = file.read_bytes()
-    total = struct.unpack('<I', data[8:12])[0]
-    n = struct.unpack('<I', data[12:16])[0]
-    g = json.loads(data[20 : 20 + n])
+    total, length = struct.unpack('<II', data[8:16])
+    about = json.loads(data[20 : 20 + length])
+    promised = about['buffers'][0]['byteLength']
     assert total == len(data)
-    assert n % 4 == 0
-    assert (
-        g['buffers'][0]['byteLength']
-        == struct.unpack('<I', data[20 + n : 24 + n])[0]
-        == len(data) - 28 - n
-    )
-    assert all(
-        v['byteOffset'] % 4 == 0
-        and v['byteOffset'] + v['byteLength'] <= g['buffers'][0]['byteLength']
-        for v in g['bufferViews']
-    )
+    assert length % 4 == 0
+    assert promised == struct.unpack('<I', data[20 + length : 24 + length])[0]
+    assert promised == len(data) - 28 - length
+    for view in about['bufferViews']:
+        assert view['byteOffset'] % 4 == 0
+        assert view['byteOffset'] + view['byteLength'] <= promised
+
+
+def moved(motion):
+    "Which node a motion moves, and how."
+    targets = [channel['target'] for channel in motion['channels']]
+    return sorted((target['node'], target['path']) for target in targets)
 
 
 def test_motions(avatar, tmp_path):
-    m = dict(
+    motions = dict(
         one=[dict(jawOpen=0.5), dict(eyesYaw=20)],
         turn=[dict(neckYaw=10), dict(neckYaw=20)],
         none=[],
     )
-    g, array = read_glb(write_glb(avatar, tmp_path / 'a.glb', m, 16, fps=10))
-    a = {x['name']: x for x in g['animations']}
-    assert set(a) == {'one', 'turn'}
-
-    def paths(n):
-        return sorted((c['target']['node'], c['target']['path']) for c in a[n]['channels'])
-
-    assert paths('one') == [(3, 'rotation'), (4, 'rotation'), (5, 'weights')]
-    assert paths('turn') == [(1, 'rotation')]
-    q = array(a['turn']['samplers'][0]['output'])
-    assert np.allclose(q[1], [0, np.sin(np.radians(10)), 0, np.cos(np.radians(10))], atol=1e-6)
-    assert np.allclose(array(a['turn']['samplers'][0]['input'])[:, 0], [0, 0.1])
+    about, array = read_glb(write_glb(avatar, tmp_path / 'a.glb', motions, 16, fps=10))
+    written = {motion['name']: motion for motion in about['animations']}
+    assert set(written) == {'one', 'turn'}
+    assert moved(written['one']) == [(3, 'rotation'), (4, 'rotation'), (5, 'weights')]
+    assert moved(written['turn']) == [(1, 'rotation')]
+    sampler = written['turn']['samplers'][0]
+    half_turn = np.radians(10)
+    want = [0, np.sin(half_turn), 0, np.cos(half_turn)]
+    assert np.allclose(array(sampler['output'])[1], want, atol=1e-6)
+    assert np.allclose(array(sampler['input'])[:, 0], [0, 0.1])
 
 
 def test_a_head_without_names(tmp_path):
-    h = flame_like()
-    a = new_avatar(h, 24)
-    g, array = read_glb(write_glb(a, tmp_path / 'a.glb', size=16))
-    names = g['meshes'][0]['extras']['targetNames']
+    head = flame_like()
+    about, array = read_glb(write_glb(new_avatar(head, 24), tmp_path / 'a.glb', size=16))
+    mesh = about['meshes'][0]
+    names = mesh['extras']['targetNames']
     assert names[:2] == ['expr0', 'expr1']
     assert len(names) == 50
-    assert {x['name'] for x in g['animations']} == {'look', 'nod'}
-    assert np.allclose(
-        array(g['meshes'][0]['primitives'][0]['targets'][3]['POSITION']),
-        h.expr_basis[3][corners_of(h)[0]],
-        atol=2e-7,
-    )
+    assert {motion['name'] for motion in about['animations']} == {'look', 'nod'}
+    fourth = array(mesh['primitives'][0]['targets'][3]['POSITION'])
+    assert np.allclose(fourth, head.expr_basis[3][corners_of(head).vert_ids], atol=2e-7)
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
 
 
 def test_bad_input(avatar, tmp_path, monkeypatch):
@@ -128,16 +137,12 @@ def test_bad_input(avatar, tmp_path, monkeypatch):
         write_glb(avatar, tmp_path / 'a.gltf')
     with pytest.raises(InputError, match='is not a control'):
         write_glb(avatar, tmp_path / 'a.glb', dict(m=[dict(grin=1)]))
+    without_layout = replace(avatar, binding=replace(avatar.binding, resolution=0))
     with pytest.raises(InputError, match='no UV layout'):
-        write_glb(
-            replace(avatar, binding=replace(avatar.binding, resolution=0)), tmp_path / 'a.glb'
-        )
+        write_glb(without_layout, tmp_path / 'a.glb')
     path = write_glb(avatar, tmp_path / 'a.glb', {}, 16)
     old = path.read_bytes()
-    monkeypatch.setattr(
-        'spatialavatar0.use.gltf.baked_texture',
-        lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()),
-    )
+    monkeypatch.setattr('spatialavatar0.use.gltf.baked_texture', interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_glb(avatar, path)
     assert path.read_bytes() == old
@@ -147,15 +152,15 @@ def test_bad_input(avatar, tmp_path, monkeypatch):
 def test_damaged_files_never_crash(file, tmp_path):
     good = file.read_bytes()
     rng = np.random.default_rng(0)
-    n = struct.unpack('<I', good[12:16])[0]
+    length = struct.unpack('<I', good[12:16])[0]
     for i in range(300):
         data = bytearray(good)
-        for at in rng.integers(0, 28 + n, rng.integers(1, 5)):
+        for at in rng.integers(0, 28 + length, rng.integers(1, 5)):
             data[at] = rng.choice([rng.integers(256), ord('9'), ord('-'), ord('"')])
         (tmp_path / 'b.glb').write_bytes(data[: rng.integers(len(data))] if i % 5 == 0 else data)
         try:
-            g, array = read_glb(tmp_path / 'b.glb')
-            for k in range(8):
-                array(k)
+            _, array = read_glb(tmp_path / 'b.glb')
+            for accessor in range(8):
+                array(accessor)
         except InputError:
             pass

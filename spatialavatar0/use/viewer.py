@@ -5,8 +5,10 @@
 # %% auto #0
 __all__ = [
     'SHOW',
+    'UsedMesh',
     'used_mesh',
-    'steps',
+    'Steps',
+    'whole_steps',
     'signed_steps',
     'face_arrays',
     'splat_arrays',
@@ -16,19 +18,16 @@ __all__ = [
     'home_view',
     'view_of',
     'bake_motion',
-    'page',
+    'write_page',
     'find_browser',
     'wait_until',
     'in_browser',
     'page_picture',
     'texel_colors',
     'needle_colors',
-    'picture',
+    'panel_picture',
     'Explorer',
-    'twin',
-    'quick',
-    'change',
-    'settle',
+    'other_side',
     'explore',
     'viser_splats',
     'serve',
@@ -47,9 +46,11 @@ import re
 import shutil
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 from spatialavatar0.use.animate import (
@@ -71,100 +72,118 @@ from ..splats.renderers import rasterize
 
 
 # %% ../../nbs/use/82_viewer.ipynb #80d80459
-def used_mesh(
-    avatar: Avatar,
-) -> tuple:  # (v,) vertices that carry Gaussians, (t,3) their triangles in that numbering, (N,) the triangle under each Gaussian
-    "The part of the mesh that some Gaussian sits on."
-    b = avatar.binding
-    ids, triangle = b.face_ids.unique(return_inverse=True)
-    verts, triangles = b.faces[ids].unique(return_inverse=True)
-    return verts, triangles, triangle
+class UsedMesh(NamedTuple):
+    "The part of a mesh that some Gaussian sits on."
+
+    vert_ids: Tensor  # (v,) vertices of the head
+    triangles: Tensor  # (t,3) their triangles in that numbering
+    under: Tensor  # (N,) the triangle under each Gaussian
+
+
+def used_mesh(avatar: Avatar) -> UsedMesh:
+    "Vertices and triangles that carry Gaussians."
+    binding = avatar.binding
+    face_ids, under = binding.face_ids.unique(return_inverse=True)
+    vert_ids, triangles = binding.faces[face_ids].unique(return_inverse=True)
+    return UsedMesh(vert_ids, triangles, under)
 
 
 # %% ../../nbs/use/82_viewer.ipynb #a00d1bca
-def steps(
+class Steps(NamedTuple):
+    "Rounded columns: a value is about low + step * whole."
+
+    whole: np.ndarray  # (n,c) whole numbers
+    low: np.ndarray  # (c,)
+    step: np.ndarray  # (c,)
+
+
+def whole_steps(
     x: Tensor,  # (n,c)
     bits: int = 16,
-) -> tuple:  # (n,c) whole numbers, low (c,), step (c,): x is about low + step * whole number
+) -> Steps:
     "Round columns to whole steps between their smallest and largest value."
-    x = x.detach().double().numpy()
-    low = x.min(0)
-    step = (x.max(0) - low) / (2**bits - 1)
-    return ((x - low) / np.where(step > 0, step, 1)).round().astype(f'uint{bits}'), low, step
+    values = x.detach().double().numpy()
+    low = values.min(0)
+    step = (values.max(0) - low) / (2**bits - 1)
+    whole = ((values - low) / np.where(step > 0, step, 1)).round()
+    return Steps(whole.astype(f'uint{bits}'), low, step)
 
 
 # %% ../../nbs/use/82_viewer.ipynb #ad57a392
 def signed_steps(
     basis: Tensor,  # (K,V,3)
-) -> tuple:  # int16 (K,V,3), step (K,): the largest entry of each direction becomes 32767, and zero stays zero
+) -> tuple:  # int16 (K,V,3); step (K,): each direction's largest entry becomes 32767, zero stays
     "Round each direction of a basis to whole steps."
-    basis = basis.detach().double().numpy()
-    step = np.abs(basis).max((1, 2)) / 32767
-    return (basis / np.where(step > 0, step, 1)[:, None, None]).round().astype(np.int16), step
+    values = basis.detach().double().numpy()
+    step = np.abs(values).max((1, 2)) / 32767
+    divisor = np.where(step > 0, step, 1)[:, None, None]
+    return (values / divisor).round().astype(np.int16), step
 
 
 # %% ../../nbs/use/82_viewer.ipynb #1d9e6462
 def face_arrays(
     avatar: Avatar,
     verts: Tensor,  # (v,) which vertices
-) -> dict:  # name -> (array, low, step) or a plain array
+) -> dict:  # name -> Steps or a plain array
     "Everything that moves the mesh, identity and hair baked into its rest."
-    h = avatar.head
-    rest = h.rest(avatar.shape, None, avatar.static_offset)[0]
-    arkit = hasattr(h, 'arkit_names')
-    zeros = torch.zeros(h.num_expr, 6)
-    basis, step = signed_steps(h.expr_basis[:, verts])
-    out = dict(
+    head = avatar.head
+    rest = head.rest(avatar.shape, None, avatar.static_offset)[0]
+    has_names = hasattr(head, 'arkit_names')
+    zeros = torch.zeros(head.num_expr, 6)
+    basis, step = signed_steps(head.expr_basis[:, verts])
+    arrays = dict(
         rest=rest[verts],
         basis=basis,
         basis_step=step,
-        weights=steps(h.weights[verts]),
-        joints=h.J_regressor @ rest,
-        joint_basis=h.J_regressor @ h.expr_basis,
-        jaw=h.arkit_jaw if arkit else zeros[:, :3],
-        eyes=h.arkit_eyes if arkit else zeros,
+        weights=whole_steps(head.weights[verts]),
+        joints=head.J_regressor @ rest,
+        joint_basis=head.J_regressor @ head.expr_basis,
+        jaw=head.arkit_jaw if has_names else zeros[:, :3],
+        eyes=head.arkit_eyes if has_names else zeros,
     )
-    if 'pose_basis' in h._buffers:
-        out['pose_basis'], out['pose_basis_step'] = signed_steps(h.pose_basis[:, verts])
-    return out
+    if 'pose_basis' in head._buffers:
+        arrays['pose_basis'], arrays['pose_basis_step'] = signed_steps(head.pose_basis[:, verts])
+    return arrays
 
 
 # %% ../../nbs/use/82_viewer.ipynb #219e7ef1
 def splat_arrays(
     avatar: Avatar,
-) -> dict:  # name -> (array, low, step)
+) -> dict:  # name -> Steps
     "What each Gaussian is, in its triangle's frame; colours and opacities opened."
-    s = avatar.splats
+    splats = avatar.splats
     columns = dict(
-        offsets=s['offsets'],
-        quats=torch.nn.functional.normalize(s['quats'], dim=-1),
-        log_scales=s['log_scales'],
+        offsets=splats['offsets'],
+        quats=torch.nn.functional.normalize(splats['quats'], dim=-1),
+        log_scales=splats['log_scales'],
         bary=avatar.binding.bary[:, 1:],
-        opacities=s['logit_opacities'].sigmoid()[:, None],
-        rgb=sh0_to_rgb(s['sh0']).clamp_min(0),
+        opacities=splats['logit_opacities'].sigmoid()[:, None],
+        rgb=sh0_to_rgb(splats['sh0']).clamp_min(0),
     )
-    return {k: steps(x) for k, x in columns.items()}
+    return {name: whole_steps(column) for name, column in columns.items()}
 
 
 # %% ../../nbs/use/82_viewer.ipynb #b0b5cbe6
+def _plain_array(x):
+    "A NumPy array of a type that JavaScript has."
+    x = x.detach().numpy() if isinstance(x, Tensor) else x
+    if x.dtype.kind == 'f':
+        return x.astype(np.float32)
+    return x.astype(np.uint32) if x.dtype == np.int64 else x
+
+
 def lay_out(
-    arrays: dict,  # name -> array, or (array, low, step)
+    arrays: dict,  # name -> array, or Steps
 ) -> tuple:  # where each lies, for JSON; the bytes
     "Arrays one after the other, each at a multiple of four bytes."
-    table = {}
-    parts = []
-    at = 0
+    table, parts, at = {}, [], 0
     for name, x in arrays.items():
-        x, *scale = x if isinstance(x, tuple) else (x,)
-        x = x.detach().numpy() if isinstance(x, Tensor) else x
-        if x.dtype.kind == 'f':
-            x = x.astype(np.float32)
-        if x.dtype == np.int64:
-            x = x.astype(np.uint32)
-        table[name] = dict(type=x.dtype.name, at=at, length=x.size) | dict(
-            zip(('low', 'step'), (v.tolist() for v in scale))
-        )
-        raw = np.ascontiguousarray(x).astype(x.dtype.newbyteorder('<')).tobytes()
+        array, *scale = x if isinstance(x, tuple) else (x,)
+        array = _plain_array(array)
+        table[name] = dict(type=array.dtype.name, at=at, length=array.size)
+        table[name] |= {key: column.tolist() for key, column in zip(('low', 'step'), scale)}
+        little_endian = array.dtype.newbyteorder('<')
+        raw = np.ascontiguousarray(array).astype(little_endian).tobytes()
         parts.append(raw + b'\0' * (-len(raw) % 4))
         at += len(parts[-1])
     return table, b''.join(parts)
@@ -177,17 +196,11 @@ def pack(
     "All numbers of a page."
     if not len(avatar):
         raise InputError('this avatar has no Gaussians; there is nothing to show')
-    if bad := [k for k, v in avatar.splats.items() if not torch.isfinite(v).all()]:
+    if bad := [name for name, x in avatar.splats.items() if not torch.isfinite(x).all()]:
         raise InputError(f'{bad[0]} hold nan or inf; the page would stay empty')
-    verts, triangles, triangle = used_mesh(avatar)
-    return lay_out(
-        dict(
-            face_arrays(avatar, verts),
-            triangles=triangles,
-            triangle=triangle,
-            **splat_arrays(avatar),
-        )
-    )
+    used = used_mesh(avatar)
+    mesh = dict(triangles=used.triangles, triangle=used.under)
+    return lay_out(face_arrays(avatar, used.vert_ids) | mesh | splat_arrays(avatar))
 
 
 # %% ../../nbs/use/82_viewer.ipynb #7a988823
@@ -200,14 +213,12 @@ def control_groups(
     names: list,  # of the weights
 ) -> dict:  # title -> [(name, lowest, highest), ...]
     "Sliders by part of the face; the joints come first."
-    groups = dict(Pose=[(n, *r) for n, r in TURNS.items()])
-    groups |= {
-        title: [(n, 0, 1) for n in names if n.startswith(start)] for title, start in _GROUPS.items()
-    }
-    groups['Expression'] = [
-        (n, -3, 3) for n in names[:30] if n.startswith('expr')
-    ]  # FLAME's directions have no names
-    return {k: v for k, v in groups.items() if v}
+    groups = dict(Pose=[(name, *limits) for name, limits in TURNS.items()])
+    for title, start in _GROUPS.items():
+        groups[title] = [(name, 0, 1) for name in names if name.startswith(start)]
+    nameless = [name for name in names[:30] if name.startswith('expr')]  # FLAME's directions
+    groups['Expression'] = [(name, -3, 3) for name in nameless]
+    return {title: rows for title, rows in groups.items() if rows}
 
 
 # %% ../../nbs/use/82_viewer.ipynb #1ca81936
@@ -217,11 +228,11 @@ def home_view(
 ) -> dict:  # target (metres), distance (metres), focal (in shorter sides of the window)
     "A camera that sees the whole head."
     means = avatar.world()[0]
-    lo, hi = means.amin(0), means.amax(0)
+    low, high = means.amin(0), means.amax(0)
     return dict(
-        target=((lo + hi) / 2).tolist(),
+        target=((low + high) / 2).tolist(),
         distance=distance,
-        focal=distance / float(1.15 * (hi - lo)[:2].max()),
+        focal=distance / float(1.15 * (high - low)[:2].max()),
     )
 
 
@@ -233,10 +244,10 @@ def view_of(
     height: int,  # pixels
 ) -> tuple:  # viewmat (4,4), K (3,3)
     "What the controls ask of the camera."
-    v = VIEW | values
-    return orbit(v['yaw'], v['pitch'], home['distance'] / v['zoom'], home['target']), intrinsics(
-        home['focal'] * min(width, height), width, height
-    )
+    asked = VIEW | values
+    distance = home['distance'] / asked['zoom']
+    viewmat = orbit(asked['yaw'], asked['pitch'], distance, home['target'])
+    return viewmat, intrinsics(home['focal'] * min(width, height), width, height)
 
 
 # %% ../../nbs/use/82_viewer.ipynb #da9a7290
@@ -248,26 +259,43 @@ def bake_motion(
     "A motion as a table."
     if not frames:
         raise InputError('a motion needs at least one frame; got none')
-    for f in frames:
-        check_controls(f, names)
-    used = [n for n in [*names, *TURNS, *VIEW] if any(f.get(n, 0) for f in frames)]
-    return dict(
-        fps=fps, names=used, frames=[[round(float(f.get(n, 0)), 3) for n in used] for f in frames]
-    )
+    for frame in frames:
+        check_controls(frame, names)
+    known = [*names, *TURNS, *VIEW]
+    used = [name for name in known if any(frame.get(name, 0) for frame in frames)]
+    rows = [[round(float(frame.get(name, 0)), 3) for name in used] for frame in frames]
+    return dict(fps=fps, names=used, frames=rows)
 
 
 # %% ../../nbs/use/82_viewer.ipynb #423659cb
 def _asset(name):
-    return (
-        importlib.resources.files('spatialavatar0')
-        .joinpath('assets/viewer', name)
-        .read_text(encoding='utf-8')
+    folder = importlib.resources.files('spatialavatar0').joinpath('assets/viewer')
+    return folder.joinpath(name).read_text(encoding='utf-8')
+
+
+def _header(avatar, table, motions, background):
+    "What the page's JavaScript reads first."
+    names = control_names(avatar.head)
+    return dict(
+        arrays=table,
+        names=names,
+        parents=avatar.head.parents.tolist(),
+        groups=control_groups(names),
+        home=home_view(avatar),
+        motions={name: bake_motion(frames, names) for name, frames in motions.items()},
+        background=background,
     )
+
+
+def _fill(template, parts):
+    for name, text in parts.items():
+        template = template.replace('{{' + name + '}}', text)
+    return template
 
 
 # %% ../../nbs/use/82_viewer.ipynb #09938299
 @torch.no_grad()
-def page(
+def write_page(
     avatar: Avatar,
     path,  # .html
     title: str = 'A head',
@@ -281,45 +309,33 @@ def page(
         raise InputError(f'a page should end in .html; got {path.name}')
     if not re.fullmatch('#[0-9a-fA-F]{6}', background):
         raise InputError(f'background should look like #ffffff; got {background!r}')
-    names = control_names(avatar.head)
     table, data = pack(avatar)
     if motions is None:
         motions = motions_for(avatar.head, 200)
-    header = dict(
-        arrays=table,
-        names=names,
-        parents=avatar.head.parents.tolist(),
-        groups=control_groups(names),
-        home=home_view(avatar),
-        motions={k: bake_motion(m, names) for k, m in motions.items()},
-        background=background,
-    )
-    filled = dict(
+    header = json.dumps(_header(avatar, table, motions, background))
+    parts = dict(
         title=html.escape(title),
         style=_asset('style.css'),
-        header=json.dumps(header).replace('<', '\\u003c'),
-        script='\n'.join(_asset(n) for n in ('data.js', 'head.js', 'draw.js', 'app.js')),
+        header=header.replace('<', '\\u003c'),
+        script='\n'.join(_asset(name) for name in ('data.js', 'head.js', 'draw.js', 'app.js')),
         bytes=base64.b64encode(data).decode(),
     )
-    text = _asset('page.html')
-    for k, v in filled.items():
-        text = text.replace('{{' + k + '}}', v)
     with atomic_path(path) as tmp:
-        tmp.write_text(text, encoding='utf-8')
+        tmp.write_text(_fill(_asset('page.html'), parts), encoding='utf-8')
     return path
 
 
 # %% ../../nbs/use/82_viewer.ipynb #a245e130
-def find_browser() -> (
-    str
-):  # path of Chromium or Chrome; None if there is none, or no playwright to drive it
-    "Whether `in_browser` can work here."
-    import importlib.util as util
+_BROWSERS = 'chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable'
 
-    names = 'chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable'
-    return (
-        next(filter(None, map(shutil.which, names)), None) if util.find_spec('playwright') else None
-    )
+
+def find_browser() -> str:  # its path; None without one, or without playwright to drive it
+    "Chromium or Chrome, if `in_browser` can work here."
+    from importlib.util import find_spec
+
+    if not find_spec('playwright'):
+        return None
+    return next(filter(None, map(shutil.which, _BROWSERS)), None)
 
 
 # %% ../../nbs/use/82_viewer.ipynb #d4d551d6
@@ -349,27 +365,31 @@ def wait_until(
 
 
 # %% ../../nbs/use/82_viewer.ipynb #271c4aa5
+def _complaints(tab, url):
+    "A list that grows with every error, and every request for anything but the page."
+    bad = []
+
+    def asked(request):
+        if request.url != url and not request.url.startswith(('data:', 'blob:')):
+            bad.append(f'asked for {request.url}')
+
+    tab.on('console', lambda said: bad.append(said.text) if said.type == 'error' else None)
+    tab.on('pageerror', lambda error: bad.append(str(error)))
+    tab.on('request', asked)
+    return bad
+
+
 def _visit(path, do, size):
     from playwright.sync_api import sync_playwright
 
-    flags = _FLAGS + ['--no-sandbox'] * (getattr(os, 'geteuid', lambda: 1)() == 0)
+    is_root = getattr(os, 'geteuid', lambda: 1)() == 0
+    flags = _FLAGS + ['--no-sandbox'] * is_root
     url = Path(path).resolve().as_uri()
+    window = dict(width=size[0], height=size[1])
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=find_browser(), headless=True, args=flags)
-        tab = browser.new_context(
-            offline=True, viewport=dict(width=size[0], height=size[1])
-        ).new_page()
-        bad = []
-        tab.on('console', lambda m: bad.append(m.text) if m.type == 'error' else None)
-        tab.on('pageerror', lambda e: bad.append(str(e)))
-        tab.on(
-            'request',
-            lambda r: (
-                None
-                if r.url == url or r.url.startswith(('data:', 'blob:'))
-                else bad.append(f'asked for {r.url}')
-            ),
-        )
+        tab = browser.new_context(offline=True, viewport=window).new_page()
+        bad = _complaints(tab, url)
         tab.goto(url)
         wait_until(tab, 'window.avatarStats && avatarStats.count')
         result = do(tab)
@@ -381,7 +401,7 @@ def _visit(path, do, size):
 
 # %% ../../nbs/use/82_viewer.ipynb #9e9000a1
 def in_browser(
-    path,  # file that `page` wrote
+    path,  # file that `write_page` wrote
     do,  # function of the tab (a playwright Page)
     size=(960, 640),  # of the window, pixels
 ):  # what `do` returns
@@ -397,10 +417,13 @@ def in_browser(
 
 
 # %% ../../nbs/use/82_viewer.ipynb #45672a5b
-_PIXELS = (
-    '([v,k,w,h,x]) => { avatar.reset(); avatar.set(x); avatar.camera(v,k,w,h); let s=""; '
-    'const p=avatar.pixels(); for (let i=0;i<p.length;i+=8192) s+=String.fromCharCode(...p.subarray(i,i+8192)); return btoa(s); }'
-)
+_PIXELS = """([viewmat, K, width, height, values]) => {
+    avatar.reset(); avatar.set(values); avatar.camera(viewmat, K, width, height);
+    const pixels = avatar.pixels(); let text = "";
+    for (let i = 0; i < pixels.length; i += 8192)
+        text += String.fromCharCode(...pixels.subarray(i, i + 8192));
+    return btoa(text);
+}"""
 
 
 def page_picture(
@@ -413,12 +436,8 @@ def page_picture(
 ) -> Tensor:  # (H,W,3) 0..1
     "The page's own picture for exactly this camera and pose."
     text = tab.evaluate(_PIXELS, [viewmat.tolist(), K.tolist(), width, height, values])
-    return (
-        torch.from_numpy(
-            np.frombuffer(base64.b64decode(text), np.uint8).reshape(height, width, 4).copy()
-        )[..., :3]
-        / 255
-    )
+    rgba = np.frombuffer(base64.b64decode(text), np.uint8).reshape(height, width, 4)
+    return torch.from_numpy(rgba.copy())[..., :3] / 255
 
 
 # %% ../../nbs/use/82_viewer.ipynb #bcba02ba
@@ -431,9 +450,9 @@ def texel_colors(
     "A checkerboard of 4 x 4 texels whose hue says where in the UV grid it lies."
     binding.need_layout()
     row, col = binding.texels.unbind(-1)
-    R = binding.resolution
+    side = binding.resolution
     light = 0.65 + 0.35 * ((row // 4 + col // 4) % 2)
-    return torch.stack([col / R, row / R, 1 - col / R], -1) * light[:, None]
+    return torch.stack([col / side, row / side, 1 - col / side], -1) * light[:, None]
 
 
 # %% ../../nbs/use/82_viewer.ipynb #18da4da1
@@ -443,14 +462,24 @@ def needle_colors(
 ) -> Tensor:  # (N,3)
     "Grey, and magenta where a splat is long and thin."
     grey = 0.6 * colors.mean(-1, keepdim=True).expand(-1, 3) + 0.2
-    return torch.lerp(
-        grey, grey.new_tensor([1, 0, 0.8]), smooth(aspects, math.log(3), math.log(6))[:, None]
-    )
+    thinness = smooth(aspects, math.log(3), math.log(6))
+    return torch.lerp(grey, grey.new_tensor([1, 0, 0.8]), thinness[:, None])
 
 
 # %% ../../nbs/use/82_viewer.ipynb #dd523a2d
+def _shown_splats(avatar, pose, show, window):  # -> means, quats, scales, opacities, colors
+    "Gaussians in the colours that were asked for."
+    *shapes, colors = avatar.world(**pose)
+    if show == 'texels':
+        colors = texel_colors(avatar.binding)
+    if show == 'needles':
+        colors = needle_colors(colors, fast_log_aspects(*shapes[:3], *window))
+    return *shapes, colors
+
+
+# %% ../../nbs/use/82_viewer.ipynb #9edaa65d
 @torch.no_grad()
-def picture(
+def panel_picture(
     avatar: Avatar,
     values: dict,  # controls
     width: int,
@@ -462,30 +491,17 @@ def picture(
     "What the controls show, drawn on the CPU."
     if show not in SHOW:
         raise InputError(f'show should be one of {", ".join(SHOW)}; got {show!r}')
-    V, K = view_of(home or home_view(avatar), values, width, height)
+    viewmat, K = view_of(home or home_view(avatar), values, width, height)
     pose = pose_of(avatar.head, values)
-    bg = torch.as_tensor(background).float().expand(3)
+    color = torch.as_tensor(background).float().expand(3)
+    window = viewmat, K, width, height
     if show == 'mesh':
-        return shade_mesh(
-            avatar.verts(**pose), avatar.head.faces, V, K, width, height, background=bg
-        )[0].clamp(0, 1)
-    means, quats, scales, opacities, colors = avatar.world(**pose)
-    if show == 'texels':
-        colors = texel_colors(avatar.binding)
-    if show == 'needles':
-        colors = needle_colors(colors, fast_log_aspects(means, quats, scales, V, K, width, height))
-    return rasterize(
-        means,
-        quats,
-        scales,
-        opacities,
-        colors,
-        V[None],
-        K[None],
-        width,
-        height,
-        backgrounds=bg[None],
-    )[0][0].clamp(0, 1)
+        rgb, *_ = shade_mesh(avatar.verts(**pose), avatar.head.faces, *window, background=color)
+        return rgb.clamp(0, 1)
+    splats = _shown_splats(avatar, pose, show, window)
+    window = viewmat[None], K[None], width, height
+    rgb, *_ = rasterize(*splats, *window, backgrounds=color[None])
+    return rgb[0].clamp(0, 1)
 
 
 # %% ../../nbs/use/82_viewer.ipynb #b0003b83
@@ -506,41 +522,45 @@ class Explorer:
         self.values = dict(VIEW)
         self.timer = None
         self.busy = False
-        self._build()
+        self._make_widgets()
+        self._lay_out()
+        self._listen()
+        self.draw()
 
-    def draw(self, size=None):  # size in pixels; default: full
-        "Draw and show; returns the picture (size,size,3)."
-        from PIL import Image
 
-        size = size or self.size
-        start = time.perf_counter()
-        hexes = self.background.value
-        rgb = picture(
-            self.avatar,
-            self.values,
-            size,
-            size,
-            self.show.value,
-            [int(hexes[i : i + 2], 16) / 255 for i in (1, 3, 5)],
-            self.home,
-        )
-        jpeg = io.BytesIO()
-        Image.fromarray(to_uint8(rgb)).save(jpeg, 'JPEG', quality=90)
-        self.image.value = jpeg.getvalue()
-        self.last = size, time.perf_counter() - start
-        self.status.value = f'{size} x {size} in {1e3 * self.last[1]:.0f} ms'
-        return rgb
+# %% ../../nbs/use/82_viewer.ipynb #9c781985
+def _jpeg(rgb):  # (H,W,3) 0..1 -> bytes
+    from PIL import Image
+
+    stream = io.BytesIO()
+    Image.fromarray(to_uint8(rgb)).save(stream, 'JPEG', quality=90)
+    return stream.getvalue()
+
+
+@patch
+def draw(self: Explorer, size=None):  # size in pixels; default: full
+    "Draw and show; returns the picture (size,size,3)."
+    size = size or self.size
+    start = time.perf_counter()
+    hexes = self.background.value
+    background = [int(hexes[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    controls = self.avatar, self.values, size, size
+    rgb = panel_picture(*controls, self.show.value, background, self.home)
+    self.image.value = _jpeg(rgb)
+    self.last = size, time.perf_counter() - start
+    self.status.value = f'{size} x {size} in {1e3 * self.last[1]:.0f} ms'
+    return rgb
 
 
 # %% ../../nbs/use/82_viewer.ipynb #f3b09306
-def _slider(name, low, high, value=0.0, step=None):
+def _slider(name, low, high, value=0.0):
     import ipywidgets as w
 
     return w.FloatSlider(
         value=value,
         min=low,
         max=high,
-        step=step or (high - low) / 100,
+        step=(high - low) / 100,
         description=name,
         style=dict(description_width='120px'),
         layout=w.Layout(width='310px'),
@@ -548,13 +568,16 @@ def _slider(name, low, high, value=0.0, step=None):
 
 
 # %% ../../nbs/use/82_viewer.ipynb #1b110a75
-def _build(self):
+@patch
+def _make_widgets(self: Explorer):
     import ipywidgets as w
 
-    groups = control_groups(control_names(self.avatar.head))
-    groups['View'] = [('yaw', -180, 180), ('pitch', -80, 80), ('zoom', 0.3, 4)]
+    self.groups = control_groups(control_names(self.avatar.head))
+    self.groups['View'] = [('yaw', -180, 180), ('pitch', -80, 80), ('zoom', 0.3, 4)]
     self.sliders = {
-        n: _slider(n, lo, hi, VIEW.get(n, 0.0)) for rows in groups.values() for n, lo, hi in rows
+        name: _slider(name, low, high, VIEW.get(name, 0.0))
+        for rows in self.groups.values()
+        for name, low, high in rows
     }
     self.show = w.ToggleButtons(
         options=SHOW if self.avatar.binding.resolution else SHOW[:3],
@@ -566,73 +589,78 @@ def _build(self):
     self.linked = w.Checkbox(
         value=True, description='both sides', indent=False, layout=w.Layout(width='90px')
     )
-    self.image = w.Image(
-        format='jpeg', layout=w.Layout(width=f'{self.size}px', height=f'{self.size}px')
-    )
+    side = f'{self.size}px'
+    self.image = w.Image(format='jpeg', layout=w.Layout(width=side, height=side))
     self.status = w.Label()
-    folds = w.Accordion(
-        [w.VBox([self.sliders[n] for n, *_ in rows]) for rows in groups.values()],
-        titles=list(groups),
+
+
+# %% ../../nbs/use/82_viewer.ipynb #c2aa037c
+@patch
+def _lay_out(self: Explorer):
+    from ipywidgets import Accordion, HBox, VBox
+
+    folds = Accordion(
+        [VBox([self.sliders[name] for name, *_ in rows]) for rows in self.groups.values()],
+        titles=list(self.groups),
         selected_index=0,
     )
-    self.panel = w.HBox(
-        [
-            w.VBox([self.image, self.status]),
-            w.VBox([self.show, w.HBox([self.background, self.linked]), folds]),
-        ]
-    )
-    for name, s in self.sliders.items():
-        s.observe(lambda change, name=name: self.change(name, change['new']), 'value')
+    options = VBox([self.show, HBox([self.background, self.linked]), folds])
+    self.panel = HBox([VBox([self.image, self.status]), options])
+
+
+@patch
+def _listen(self: Explorer):
+    for name, slider in self.sliders.items():
+        slider.observe(lambda event, name=name: self.slider_moved(name, event['new']), 'value')
     for widget in (self.show, self.background):
         widget.observe(lambda _: self.draw(), 'value')
-    self.draw()
-
-
-Explorer._build = _build
 
 
 # %% ../../nbs/use/82_viewer.ipynb #c480f4ac
-def twin(name, names):  # text or None
+_DIRECTIONS = 'jawLeft', 'jawRight', 'mouthLeft', 'mouthRight'
+
+
+def other_side(
+    name: str,  # a control
+    names,  # all controls
+) -> str:  # or None
     "The same control of the other side; jawLeft and mouthLeft are directions and have none."
-    other = (
-        name[:-4] + 'Right'
-        if name.endswith('Left')
-        else name[:-5] + 'Left'
-        if name.endswith('Right')
-        else None
-    )
-    return (
-        other
-        if other in names and name not in ('jawLeft', 'jawRight', 'mouthLeft', 'mouthRight')
-        else None
-    )
+    if name in _DIRECTIONS:
+        return None
+    for side, other in (('Left', 'Right'), ('Right', 'Left')):
+        if name.endswith(side):
+            found = name.removesuffix(side) + other
+            return found if found in names else None
+    return None
 
 
 # %% ../../nbs/use/82_viewer.ipynb #17c9b9f8
-def quick(self):  # pixels
+@patch
+def quick_size(self: Explorer):  # pixels
     "How large a picture fits the budget, going by the last one drawn."
     size, took = self.last
-    return (
-        int(min(self.size, max(self.size / 4, size * (self.budget / took) ** 0.5)) + 15) // 16 * 16
-    )
+    fitting = size * (self.budget / took) ** 0.5
+    side = min(self.size, max(self.size / 4, fitting))
+    return int(side + 15) // 16 * 16
 
 
-# %% ../../nbs/use/82_viewer.ipynb #497185e3
-def change(self, name, value):
-    "A slider moved: its twin follows, a quick picture now and a full one when all is still."
+@patch
+def slider_moved(self: Explorer, name, value):
+    "The other side follows; a quick picture now, and a full one when all is still."
     self.values[name] = value
     if self.busy:
         return
-    if self.linked.value and (other := twin(name, self.sliders)):
+    if self.linked.value and (other := other_side(name, self.sliders)):
         self.busy = True
         self.sliders[other].value = value
         self.busy = False
-    self.draw(self.quick())
-    self.settle()
+    self.draw(self.quick_size())
+    self.draw_when_still()
 
 
 # %% ../../nbs/use/82_viewer.ipynb #36ade252
-def settle(self, wait=0.2):  # seconds
+@patch
+def draw_when_still(self: Explorer, wait=0.2):  # seconds
     """Draw the full picture once nothing has moved for a while; at once where there is no event
     loop to wait in."""
     import asyncio
@@ -645,11 +673,6 @@ def settle(self, wait=0.2):  # seconds
         self.draw()
 
 
-Explorer.quick = quick
-Explorer.change = change
-Explorer.settle = settle
-
-
 # %% ../../nbs/use/82_viewer.ipynb #bd8fa81b
 def explore(
     avatar: Avatar,
@@ -658,48 +681,32 @@ def explore(
     "Sliders for an avatar, in a notebook."
     from IPython.display import display
 
-    e = Explorer(avatar, size)
-    display(e.panel)
-    return e
+    explorer = Explorer(avatar, size)
+    display(explorer.panel)
+    return explorer
 
 
 # %% ../../nbs/use/82_viewer.ipynb #74a6a3a8
 def viser_splats(
     avatar: Avatar,
     values: dict,  # controls
-) -> (
-    dict
-):  # centers (N,3) and covariances (N,3,3) in centimetres, rgbs (N,3), opacities (N,1): numpy
+) -> dict:  # NumPy: centers (N,3), covariances (N,3,3) in centimetres, rgbs (N,3), opacities (N,1)
     "What viser wants to know of the posed avatar."
     with torch.no_grad():
         means, quats, scales, opacities, colors = avatar.world(**pose_of(avatar.head, values))
-    L = quat_to_mat(quats) * (100 * scales)[:, None]
+    axes = quat_to_mat(quats) * (100 * scales)[:, None]
     return dict(
         centers=100 * means.numpy(),
-        covariances=(L @ L.mT).numpy(),
+        covariances=(axes @ axes.mT).numpy(),
         rgbs=colors.clamp(0, 1).numpy(),
         opacities=opacities[:, None].numpy(),
     )
 
 
 # %% ../../nbs/use/82_viewer.ipynb #578b7de6
-def serve(
-    avatar: Avatar,
-    port: int = 8080,  # on this machine only; viser takes the next free one if it is in use
-    verbose: bool = True,
-):  # a viser.ViserServer; `.stop()` ends it
-    "A live viewer in the browser, with sliders."
-    try:
-        import viser
-    except ImportError as e:
-        raise InputError('the live viewer needs viser: pip install "spatialavatar0[viewer]"') from e
-    server = viser.ViserServer(host='127.0.0.1', port=port, verbose=verbose)
-    values, home = {}, home_view(avatar)
+def _face_clients(server, home):
+    "Whoever opens the viewer looks at the face."
     target = 100 * np.array(home['target'])
-    server.scene.set_up_direction('+y')
-    server.gui.configure_theme(
-        control_layout='fixed', control_width='small', show_share_button=False
-    )  # the panel beside the head, not on it
 
     @server.on_client_connect
     def face_it(client):
@@ -708,6 +715,10 @@ def serve(
         client.camera.look_at = target
         client.camera.fov = 2 * math.atan(0.5 / home['focal'])
 
+
+def _show_with_sliders(server, avatar):
+    "The splats, and sliders that pose them."
+    values = {}
     splats = server.scene.add_gaussian_splats('/head', **viser_splats(avatar, values))
 
     def moved(event):
@@ -720,7 +731,29 @@ def serve(
     for title, rows in control_groups(control_names(avatar.head)).items():
         with server.gui.add_folder(title, expand_by_default=title == 'Pose'):
             for name, low, high in rows:
-                server.gui.add_slider(name, low, high, (high - low) / 100, 0.0).on_update(moved)
+                slider = server.gui.add_slider(name, low, high, (high - low) / 100, 0.0)
+                slider.on_update(moved)
+
+
+# %% ../../nbs/use/82_viewer.ipynb #0e040686
+def serve(
+    avatar: Avatar,
+    port: int = 8080,  # on this machine only; viser takes the next free one if it is in use
+    verbose: bool = True,
+):  # a viser.ViserServer; `.stop()` ends it
+    "A live viewer in the browser, with sliders."
+    try:
+        import viser
+    except ImportError as error:
+        raise InputError(
+            'the live viewer needs viser: pip install "spatialavatar0[viewer]"'
+        ) from error
+    server = viser.ViserServer(host='127.0.0.1', port=port, verbose=verbose)
+    server.scene.set_up_direction('+y')
+    panel = dict(control_layout='fixed', control_width='small')  # beside the head, not on it
+    server.gui.configure_theme(**panel, show_share_button=False)
+    _face_clients(server, home_view(avatar))
+    _show_with_sliders(server, avatar)
     return server
 
 
