@@ -5,7 +5,6 @@
 # %% auto #0
 __all__ = [
     'MOVES',
-    'MARKS',
     'stacked',
     'unstacked',
     'neutral_of',
@@ -21,7 +20,9 @@ import csv
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ from ..capture.landmarks import landmark_table
 from ..ground.core import InputError
 from ..ground.geometry import axis_angle_to_mat, mat_to_quat, quat_mul
 from ..head.head import Head, Lacks, open_head
+from ..head.teeth import LANDMARKS_51
 from .animate import TURNS
 
 # %% ../../nbs/use/81_retarget.ipynb #15b00010
@@ -43,18 +45,21 @@ def stacked(
     poses: list,  # dicts of (1,n) or (n,) tensors
 ) -> dict:  # (T,n) each; what a pose does not name is zero
     "A motion as a few tables."
-    sizes = {k: p[k].numel() for p in poses for k in MOVES if p.get(k) is not None}
-    return {
-        k: torch.stack(
-            [p[k].reshape(-1) if p.get(k) is not None else torch.zeros(n) for p in poses]
-        ).float()
-        for k, n in sizes.items()
-    }
+    sizes = {name: p[name].numel() for p in poses for name in MOVES if p.get(name) is not None}
+
+    def row(pose, name):
+        value = pose.get(name)
+        return torch.zeros(sizes[name]) if value is None else value.reshape(-1)
+
+    return {name: torch.stack([row(pose, name) for pose in poses]).float() for name in sizes}
 
 
-def unstacked(x):  # dict of (T,n) -> list of dicts of (1,n)
+def unstacked(
+    tables: dict,  # (T,n) each
+) -> list:  # dicts of (1,n) tensors
     "The same as a list of poses."
-    return [dict(zip(x, (v[None] for v in row))) for row in zip(*x.values())]
+    frames = zip(*tables.values())
+    return [dict(zip(tables, (value[None] for value in frame))) for frame in frames]
 
 
 # %% ../../nbs/use/81_retarget.ipynb #15b00011
@@ -68,17 +73,21 @@ def neutral_of(
         raise InputError('a motion needs at least one pose; got none')
     if how not in ('low', 'mean', 'median'):
         raise InputError(f"neutral should be 'low', 'mean', 'median' or a pose; got {how!r}")
-    signed = not hasattr(head, 'arkit_names')
-    x = stacked(poses)
+    tables = stacked(poses)
     if how == 'mean':
-        return {k: v.mean(0, keepdim=True) for k, v in x.items()}
-    low = {k: how == 'low' and (k == 'jaw' or k == 'expr' and not signed) for k in x}
-    return {k: v.quantile(0.1 if low[k] else 0.5, 0, keepdim=True) for k, v in x.items()}
+        return {name: values.mean(0, keepdim=True) for name, values in tables.items()}
+    one_way = {'jaw', 'expr'} if hasattr(head, 'arkit_names') else {'jaw'}
+    low = one_way if how == 'low' else set()
+    return {
+        name: values.quantile(0.1 if name in low else 0.5, 0, keepdim=True)
+        for name, values in tables.items()
+    }
 
 
 # %% ../../nbs/use/81_retarget.ipynb #e715394f
-def _bounds(head):  # pose -> (lowest, highest), radians: what a face can do
-    yaw, pitch, roll = (math.radians(TURNS['neck' + a][1]) for a in ('Yaw', 'Pitch', 'Roll'))
+def _bounds(head):
+    "pose -> (lowest, highest), radians: what a face can do."
+    yaw, pitch, roll = (math.radians(TURNS['neck' + axis][1]) for axis in ('Yaw', 'Pitch', 'Roll'))
     neck = torch.tensor([pitch, yaw, roll])
     eyes = torch.tensor([0.44, 0.61, 0.1] * 2)
     return dict(
@@ -96,20 +105,20 @@ def retarget(
     neutral='low',  # how to find the driver's rest, see neutral_of; or a pose
     gain=1.0,  # number, or dict with one for each of MOVES
 ) -> list:  # poses, for another person with this head
-    "The changes of one face, for another of the same head model."
-    x = stacked(poses)
+    "The changes of one face, for another of the same head model (cross-reenactment, Sec. 4.1)."
+    tables = stacked(poses)
     rest = neutral_of(poses, head, neutral) if isinstance(neutral, str) else neutral
-    g = gain if isinstance(gain, dict) else dict.fromkeys(MOVES, gain)
-    bounds = _bounds(head)
-    if odd := set(g) - set(MOVES):
+    gains = gain if isinstance(gain, dict) else dict.fromkeys(MOVES, gain)
+    if odd := set(gains) - set(MOVES):
         raise InputError(f'a gain belongs to one of {", ".join(MOVES)}; got {min(odd)}')
-    moved = {k: g.get(k, 1.0) * (v - (rest[k] if k in rest else 0)) for k, v in x.items()}
-    return unstacked(
-        {
-            k: v.clamp(*(torch.as_tensor(b).expand(v.shape[1]) for b in bounds[k]))
-            for k, v in moved.items()
-        }
-    )
+    bounds = _bounds(head)
+
+    def moved(name, values):
+        change = gains.get(name, 1.0) * (values - (rest[name] if name in rest else 0))
+        low, high = (torch.as_tensor(b).expand(values.shape[1]) for b in bounds[name])
+        return change.clamp(low, high)
+
+    return unstacked({name: moved(name, values) for name, values in tables.items()})
 
 
 # %% ../../nbs/use/81_retarget.ipynb #1bea5bc3
@@ -122,159 +131,143 @@ def _turned(frame):  # (3,3) head -> camera
 
 
 # %% ../../nbs/use/81_retarget.ipynb #15b00018
+def _since_rest(turns):
+    "(T,3) axis-angles of rotations (T,3,3), seen from the rotation nearest to all."
+    quats = mat_to_quat(turns)
+    mean = torch.linalg.eigh(quats.T @ quats)[1][:, -1]
+    back = (mean * mean.new_tensor([1, -1, -1, -1])).expand_as(quats)
+    w, v = quat_mul(back, quats).split([1, 3], -1)
+    angle = 2 * torch.atan(v.norm(dim=-1, keepdim=True) / w)  # the same for q and -q
+    return angle * F.normalize(v, dim=-1)
+
+
+def _bridged(values, keep, count):
+    "(count,n) values at the frames `keep`, with straight lines over the gaps between them."
+    columns = [np.interp(range(count), keep, column) for column in values.T.numpy()]
+    return torch.from_numpy(np.stack(columns, -1)).float()
+
+
+# %% ../../nbs/use/81_retarget.ipynb #e1a73497
 def performance(
     frames,  # tracked Frames in time; None where nobody was found
 ) -> list:  # poses
     """What the person in a clip does: expressions, and the head's turn on the neck. Of several
     cameras the first one counts; gaps are bridged."""
     frames = list(frames)
-    found = [f for f in frames if f is not None]
+    found = [frame for frame in frames if frame is not None]
     if not found:
         raise InputError('expected frames with a face; got none')
-    frames = [f for f in frames if f is None or f.camera == found[0].camera]
-    keep = [i for i, f in enumerate(frames) if f is not None]
-    quats = mat_to_quat(torch.stack([_turned(frames[i]) for i in keep]))
-    mean = torch.linalg.eigh(quats.T @ quats)[1][:, -1]  # the rotation nearest to all
-    w, v = quat_mul((mean * mean.new_tensor([1, -1, -1, -1])).expand_as(quats), quats).split(
-        [1, 3], -1
-    )
-    neck = (
-        2 * torch.atan(v.norm(dim=-1, keepdim=True) / w) * F.normalize(v, dim=-1)
-    )  # the same for q and -q
-    x = stacked(
-        [
-            dict(
-                {k: frames[i].params[k] for k in ('expr', 'jaw', 'eyes') if k in frames[i].params},
-                neck=n,
-            )
-            for i, n in zip(keep, neck)
-        ]
-    )
-
-    def bridge(u):
-        return torch.from_numpy(
-            np.stack([np.interp(range(len(frames)), keep, c) for c in u.T.numpy()], -1)
-        ).float()
-
-    return unstacked({k: bridge(u) for k, u in x.items()})
+    first = found[0].camera
+    frames = [frame for frame in frames if frame is None or frame.camera == first]
+    keep = [i for i, frame in enumerate(frames) if frame is not None]
+    found = [frames[i] for i in keep]
+    necks = _since_rest(torch.stack([_turned(frame) for frame in found]))
+    faces = [
+        {name: frame.params[name] for name in ('expr', 'jaw', 'eyes') if name in frame.params}
+        for frame in found
+    ]
+    tables = stacked([dict(face, neck=neck) for face, neck in zip(faces, necks)])
+    bridged = {name: _bridged(values, keep, len(frames)) for name, values in tables.items()}
+    return unstacked(bridged)
 
 
 # %% ../../nbs/use/81_retarget.ipynb #15b00021
-MARKS = (
-    70,
-    63,
-    105,
-    66,
-    107,
-    336,
-    296,
-    334,
-    293,
-    300,
-    168,
-    197,
-    5,
-    4,
-    75,
-    97,
-    2,
-    326,
-    305,
-    33,
-    160,
-    158,
-    133,
-    153,
-    144,
-    362,
-    385,
-    387,
-    263,
-    373,
-    380,
-    61,
-    39,
-    37,
-    0,
-    267,
-    269,
-    291,
-    405,
-    314,
-    17,
-    84,
-    181,
-    78,
-    82,
-    13,
-    312,
-    308,
-    317,
-    14,
-    87,
-)  # FLAME's 51 landmarks among MediaPipe's 478
-
-
 def face_points(
     head: Head,
     verts: Tensor,  # (...,V,3) metres
 ) -> Tensor:  # (...,51,3) metres
     "Brows, nose, eyes and lips, in the order of FLAME's landmarks."
     if hasattr(head, 'lmk_faces'):
-        if len(head.lmk_faces) != len(MARKS):
+        if len(head.lmk_faces) != len(LANDMARKS_51):
             raise Lacks(
-                f'{head.name} should have {len(MARKS)} landmarks to be driven by another head; it '
-                f'has {len(head.lmk_faces)}'
+                f'{head.name} should have {len(LANDMARKS_51)} landmarks to be driven by another '
+                f'head; it has {len(head.lmk_faces)}'
             )
         return head.landmarks(verts)
     try:
-        t = landmark_table(head)
+        table = landmark_table(head)
     except ValueError as e:
         raise Lacks(f'{head.name} has no landmarks; give load_flame some with embedding=') from e
-    ids = torch.tensor(MARKS)
-    return (verts[..., head.faces[t.face_ids[ids]], :] * t.bary[ids].to(verts)[..., None]).sum(-2)
+    ids = torch.tensor(LANDMARKS_51)
+    corners = verts[..., head.faces[table.face_ids[ids]], :]
+    return (corners * table.bary[ids].to(verts)[..., None]).sum(-2)
 
 
 # %% ../../nbs/use/81_retarget.ipynb #101b3569
-def _forward(
-    head, who, used
-):  # x (T,n) -> poses; n is expr, then for heads without ARKit weights the jaw's pitch
+class _Codes(NamedTuple):
+    "What is unknown in a frame of the driven head, as n numbers: x in the equation above."
+
+    pose: Callable  # (T,n) -> parameters of the head
+    points: Callable  # (T,n) -> (T,51,3) metres
+    low: Tensor  # (n,)
+    high: Tensor  # (n,)
+
+
+def _points_of(head, who, pose, count):
+    "(count,51,3) points of many poses, 32 of them at a time."
+    parts = [slice(i, i + 32) for i in range(0, count, 32)]
+    some = [{name: values[part] for name, values in pose.items()} for part in parts]
+    return torch.cat([face_points(head, head(**who, **poses)) for poses in some])
+
+
+def _codes(head, who, used):
+    "ARKit's weights; for heads without them the first expression codes and the jaw's pitch."
     arkit = hasattr(head, 'arkit_names')
 
     def pose(x):
-        return head.arkit(x) if arkit else dict(expr=x[:, :-1], jaw=F.pad(x[:, -1:], (0, 2)))
+        if arkit:
+            return head.arkit(x)
+        return dict(expr=x[:, :-1], jaw=F.pad(x[:, -1:], (0, 2)))
 
     def points(x):
-        p = pose(x)
-        return torch.cat(
-            [
-                face_points(head, head(**who, **{k: v[i : i + 32] for k, v in p.items()}))
-                for i in range(0, len(x), 32)
-            ]
-        )
+        return _points_of(head, who, pose(x), len(x))
 
-    lo = torch.zeros(52) if arkit else torch.tensor([-3.0] * used + [0.0])
-    hi = torch.ones(52) if arkit else torch.tensor([3.0] * used + [0.5])
-    return pose, points, lo, hi
+    if arkit:
+        return _Codes(pose, points, low=torch.zeros(52), high=torch.ones(52))
+    low = torch.tensor([-3.0] * used + [0.0])
+    high = torch.tensor([3.0] * used + [0.5])
+    return _Codes(pose, points, low, high)
 
 
 # %% ../../nbs/use/81_retarget.ipynb #15b00026
-def _solve(J, r, x, lo, hi, pull):
+def _solve(J, residuals, codes, low, high, pull):
     "One bounded least-squares step per frame: (T,n)."
     from scipy.optimize import lsq_linear
 
     n = J.shape[1]
     A = torch.cat([J, pull**0.5 * torch.eye(n)]).double().numpy()
+    low = low.double().numpy()
+    high = high.double().numpy()
 
-    def step(r, x):
-        return lsq_linear(
-            A, np.concatenate([r, -(pull**0.5) * x]), (lo - x - 1e-9, hi - x + 1e-9), method='bvls'
-        ).x
+    def step(residual, x):
+        b = np.concatenate([residual, -(pull**0.5) * x])
+        room = low - x - 1e-9, high - x + 1e-9
+        return lsq_linear(A, b, room, method='bvls').x
 
-    lo, hi = lo.double().numpy(), hi.double().numpy()
-    return torch.from_numpy(
-        np.stack([step(a, b) for a, b in zip(r.double().numpy(), x.double().numpy())])
-    ).float()
+    frames = zip(residuals.double().numpy(), codes.double().numpy())
+    return torch.from_numpy(np.stack([step(residual, x) for residual, x in frames])).float()
+
+
+# %% ../../nbs/use/81_retarget.ipynb #a16c0718
+def _fit_points(unknowns, home, change, pull):
+    "(T,n) codes whose points move by `change` (T,51,3), millimetres; three linear steps."
+    n = len(unknowns.low)
+    J = 1e3 * (unknowns.points(0.3 * torch.eye(n)) - home).flatten(1).T / 0.3
+    x = torch.zeros(len(change), n)
+    for _ in range(3):
+        residuals = (change - 1e3 * (unknowns.points(x) - home)).flatten(1)
+        x = x + _solve(J, residuals, x, unknowns.low, unknowns.high, pull)
+    return x.clamp(unknowns.low, unknowns.high)
+
+
+def _only(pose, *names):
+    "Some entries of a pose."
+    return {name: value for name, value in pose.items() if name in names}
+
+
+def _size(points):
+    "How large a face is."
+    return (points - points.mean(-2, keepdim=True)).norm()
 
 
 # %% ../../nbs/use/81_retarget.ipynb #15b00027
@@ -293,142 +286,143 @@ def across(
 ) -> list:  # poses for the driven head
     "The changes of one face, for a person with another head model, by 51 points that both have."
     rest = neutral_of(poses, driver, neutral) if isinstance(neutral, str) else neutral
-    x = stacked(poses)
-    who = driven_is or {}
+    tables = stacked(poses)
+    zero = {name: torch.zeros(1, values.shape[1]) for name, values in tables.items()}
 
-    def face(p):
-        return torch.cat(
-            [
-                face_points(
-                    driver,
-                    driver(
-                        **(driver_is or {}),
-                        **{k: v[i : i + 32] for k, v in p.items() if k in ('expr', 'jaw')},
-                    ),
-                )
-                for i in range(0, len(next(iter(p.values()))), 32)
-            ]
-        )
+    def face(pose):
+        count = len(next(iter(pose.values())))
+        return _points_of(driver, driver_is or {}, _only(pose, 'expr', 'jaw'), count)
 
-    pose, points, lo, hi = _forward(driven, who, used := min(codes, driven.num_expr))
-    n = len(lo)
-    home = points(torch.zeros(1, n))
-    start = face(rest) if rest else face({k: torch.zeros(1, v.shape[1]) for k, v in x.items()})
-
-    def size(p):
-        return (p - p.mean(-2, keepdim=True)).norm()
-
-    want = gain * size(home) / size(start) * (face(x) - start) * 1e3  # millimetres
-    J = 1e3 * (points(0.3 * torch.eye(n)) - home).flatten(1).T / 0.3
-    y = torch.zeros(len(want), n)
-    for _ in range(3):
-        y = y + _solve(J, (want - 1e3 * (points(y) - home)).flatten(1), y, lo, hi, pull)
-    p = pose(y.clamp(lo, hi))
-    turns = retarget(
-        [{k: v for k, v in q.items() if k in ('eyes', 'neck')} for q in poses],
-        driver,
-        {k: v for k, v in rest.items() if k in ('eyes', 'neck')},
-    )
-    return unstacked({k: v for k, v in p.items() if k != 'eyes'} | stacked(turns))
+    unknowns = _codes(driven, driven_is or {}, min(codes, driven.num_expr))
+    home = unknowns.points(torch.zeros(1, len(unknowns.low)))
+    start = face(rest or zero)
+    change = gain * _size(home) / _size(start) * (face(tables) - start) * 1e3  # millimetres
+    moved = _only(unknowns.pose(_fit_points(unknowns, home, change, pull)), 'expr', 'jaw')
+    turns = [_only(pose, 'eyes', 'neck') for pose in poses]
+    turned = retarget(turns, driver, _only(rest, 'eyes', 'neck'))
+    return unstacked(moved | stacked(turned))
 
 
 # %% ../../nbs/use/81_retarget.ipynb #77700e0a
 _HEAD = dict(headYaw='neckYaw', headPitch='neckPitch', headRoll='neckRoll')
+_SIDES = dict(L='Left', R='Right', Left='Left', Right='Right')
 
 
 def _control(name):
     "Our name for a column, or None for one that says nothing new."
-    n = re.sub(
-        r'_?(Left|Right|L|R)$',
-        lambda m: (
-            dict(L='Left', R='Right').get(m[1], m[1]) if m[0] in ('_L', '_R') else m[0].lstrip('_')
-        ),
-        name.strip(),
-    )
-    n = n[:1].lower() + n[1:]
-    return n if n in open_head().arkit_names else _HEAD.get(n)
+    sided = re.sub(r'_(Left|Right|L|R)$', lambda m: _SIDES[m[1]], name.strip())
+    ours = sided[:1].lower() + sided[1:]
+    return ours if ours in open_head().arkit_names else _HEAD.get(ours)
 
 
 # %% ../../nbs/use/81_retarget.ipynb #15b00041
-def _table(names, rows, path, flip):
-    "Rows of numbers as dicts of controls."
-    known = [_control(n) for n in names]
-    used = [k for k in known if k]
+def _controls(names, path):
+    "Our names of the columns; None for a column that is not used."
+    known = [_control(name) for name in names]
+    used = [name for name in known if name]
     if not used:
         raise InputError(
             f'{path}: expected columns named after ARKit weights, such as jawOpen or '
             'EyeBlinkLeft; found none'
         )
-    if twice := {k for k in used if used.count(k) > 1}:
+    if twice := {name for name in used if used.count(name) > 1}:
         raise InputError(f'{path}: {min(twice)} comes twice')
+    return known
+
+
+def _numbers(known, row, frame, path):
+    "Control -> number of one row."
+    if len(row) != len(known):
+        raise InputError(f'{path}: frame {frame} should have {len(known)} values; got {len(row)}')
+    try:
+        values = {name: float(value) for name, value in zip(known, row) if name}
+    except (TypeError, ValueError):
+        raise InputError(f'{path}: frame {frame} holds something that is not a number') from None
+    if bad := [name for name, value in values.items() if not math.isfinite(value)]:
+        raise InputError(f'{path}: frame {frame}: {bad[0]} is nan or inf')
+    return values
+
+
+# %% ../../nbs/use/81_retarget.ipynb #8f5142fe
+def _limited(name, value, flip):
+    "A control within its limits; turns of the head come in radians."
+    if name in TURNS:
+        value = math.degrees(value) * (-1 if name in flip else 1)
+    return float(np.clip(value, *TURNS.get(name, (0, 1))))
+
+
+def _table(names, rows, path, flip):
+    "Rows of numbers as dicts of controls."
+    known = _controls(names, path)
     if not rows:
         raise InputError(f'{path}: expected at least one frame; got none')
-    out = []
-    for i, row in enumerate(rows):
-        if len(row) != len(names):
-            raise InputError(f'{path}: frame {i} should have {len(names)} values; got {len(row)}')
-        try:
-            x = {k: float(v) for k, v in zip(known, row) if k}
-        except (TypeError, ValueError):
-            raise InputError(f'{path}: frame {i} holds something that is not a number') from None
-        if bad := [k for k, v in x.items() if not math.isfinite(v)]:
-            raise InputError(f'{path}: frame {i}: {bad[0]} is nan or inf')
-        turn = {k: math.degrees(v) * (-1 if k in flip else 1) for k, v in x.items() if k in TURNS}
-        out.append({k: float(np.clip(turn.get(k, v), *TURNS.get(k, (0, 1)))) for k, v in x.items()})
-    return out
+    frames = [_numbers(known, row, i, path) for i, row in enumerate(rows)]
+    return [{name: _limited(name, x, flip) for name, x in frame.items()} for frame in frames]
 
 
 # %% ../../nbs/use/81_retarget.ipynb #31ae716e
+def _timecode_rate(names, rows):
+    "Frames per second, from how far the timecode counts within a second; None if it is unclear."
+    columns = [i for i, name in enumerate(names) if name.lower() == 'timecode']
+    stamps = [row[i].strip() for row in rows for i in columns if i < len(row)]
+    matches = [re.fullmatch(r'\d+:\d+:\d+[:;](\d{1,3})(\.\d+)?', stamp) for stamp in stamps]
+    counts = [int(match[1]) for match in matches if match]
+    if len(counts) <= 20:
+        return None
+    return min((fps for fps in (24, 25, 30, 50, 60, 120) if fps > max(counts)), default=None)
+
+
 def _read_csv(text, path):
     "Column names, rows, frames per second or None."
     try:
-        rows = [r for r in csv.reader(text.splitlines(), strict=True) if any(c.strip() for c in r)]
+        rows = list(csv.reader(text.splitlines(), strict=True))
     except csv.Error as e:
         raise InputError(f'{path} is not a table ({e})') from e
+    rows = [row for row in rows if any(cell.strip() for cell in row)]
     if not rows:
         raise InputError(f'{path} is empty')
-    names = [c.strip() for c in rows[0]]
-    clock = [i for i, n in enumerate(names) if n.lower() == 'timecode']
-    frames = [
-        int(m[1])
-        for r in rows[1:]
-        for i in clock
-        if i < len(r) and (m := re.fullmatch(r'\d+:\d+:\d+[:;](\d{1,3})(\.\d+)?', r[i].strip()))
-    ]
-    return (
-        names,
-        rows[1:],
-        min((f for f in (24, 25, 30, 50, 60, 120) if f > max(frames)), default=None)
-        if len(frames) > 20
-        else None,
-    )
+    names = [cell.strip() for cell in rows[0]]
+    return names, rows[1:], _timecode_rate(names, rows[1:])
 
 
 # %% ../../nbs/use/81_retarget.ipynb #15b00042
-def _read_json(text, path):
+def _is_list_of(kind, values):
+    return isinstance(values, list) and all(isinstance(value, kind) for value in values)
+
+
+def _is_rate(fps):
+    return isinstance(fps, (int, float)) and 0 < fps <= 1000
+
+
+def _parsed(text, path):
+    "The file as a dict; a bare list counts as its frames."
     try:
-        d = json.loads(text)
+        found = json.loads(text)
     except (ValueError, RecursionError) as e:
         raise InputError(f'{path} is not JSON ({str(e)[:80]})') from e
-    d = dict(frames=d) if isinstance(d, list) else d if isinstance(d, dict) else {}
-    rows = d.get('weightMat', d.get('frames'))
-    names = d.get('facsNames', d.get('names'))
-    fps = d.get('exportFps', d.get('fps'))
-    if isinstance(rows, list) and rows and all(isinstance(r, dict) for r in rows):
-        names = list(dict.fromkeys(k for r in rows for k in r))
-        rows = [[r.get(n, 0) for n in names] for r in rows]
-    if (
-        not isinstance(rows, list)
-        or not isinstance(names, list)
-        or not all(isinstance(r, list) for r in rows)
-    ):
+    if isinstance(found, list):
+        return dict(frames=found)
+    return found if isinstance(found, dict) else {}
+
+
+# %% ../../nbs/use/81_retarget.ipynb #8f8d38cd
+def _read_json(text, path):
+    "Names, rows, frames per second or None."
+    found = _parsed(text, path)
+    rows = found.get('weightMat', found.get('frames'))
+    names = found.get('facsNames', found.get('names'))
+    fps = found.get('exportFps', found.get('fps'))
+    if rows and _is_list_of(dict, rows):
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        rows = [[row.get(name, 0) for name in names] for row in rows]
+    if not _is_list_of(list, rows) or not isinstance(names, list):
         raise InputError(
             f'{path}: expected a list of frames, each a dict of weights; or names and rows, as '
             'facsNames and weightMat'
         )
-    if fps is not None and not (isinstance(fps, (int, float)) and 0 < fps <= 1000):
+    if fps is not None and not _is_rate(fps):
         raise InputError(f'{path}: frames per second should be above 0; got {str(fps)[:20]}')
-    return [str(n) for n in names], rows, fps
+    return [str(name) for name in names], rows, fps
 
 
 # %% ../../nbs/use/81_retarget.ipynb #15b00043
