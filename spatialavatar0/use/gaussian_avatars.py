@@ -8,11 +8,20 @@ __all__ = ['COLUMNS', 'from_centres', 'write_gaussian_avatar', 'read_gaussian_av
 # %% ../../nbs/use/85_gaussian_avatars.ipynb #16e00003
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from spatialavatar0.use.export import (
+    PLY_COLUMNS,
+    _need_columns,
+    _ply_tables,
+    _raw_splats,
+    _write_table,
+)
 
 # %% ../../nbs/use/85_gaussian_avatars.ipynb #16e00004
 from ..avatar.avatar import Avatar
@@ -22,43 +31,66 @@ from ..head.head import Head, open_head
 from ..pictures.clips import from_flame_param, to_flame_param
 from ..splats.binding import Binding
 from ..splats.kernels import fast_frames
-from .export import PLY_COLUMNS, _need, _ply_tables
 
 
 # %% ../../nbs/use/85_gaussian_avatars.ipynb #16e00008
+def _at_centres(face_ids, faces) -> Binding:
+    "A binding to the centres of triangles; it has no UV layout."
+    thirds = torch.full((len(face_ids), 3), 1 / 3, device=face_ids.device)
+    return Binding(face_ids, thirds, face_ids.new_zeros(len(face_ids), 2), faces, 0)
+
+
 def from_centres(
     avatar: Avatar,
 ) -> Tensor:  # (N,3) in triangle sizes: what the same places are called from the triangles' centres
     "Offsets of the resting avatar in GaussianAvatars' form."
-    b = avatar.binding
-    centre = Binding(b.face_ids, torch.full_like(b.bary, 1 / 3), b.texels, b.faces, 0)
-    ours = fast_frames(b, avatar.verts())
-    theirs = fast_frames(centre, avatar.verts())
-    back = ours.quats * ours.quats.new_tensor([1, -1, -1, -1])
-    return (
-        avatar.splats['offsets']
-        + quat_rotate(back, ours.points - theirs.points) / ours.scales[:, None]
-    )
+    binding, verts = avatar.binding, avatar.verts()
+    ours = fast_frames(binding, verts)
+    theirs = fast_frames(_at_centres(binding.face_ids, binding.faces), verts)
+    inverse = ours.quats * ours.quats.new_tensor([1, -1, -1, -1])
+    from_centre = quat_rotate(inverse, ours.points - theirs.points)
+    return avatar.splats['offsets'] + from_centre / ours.scales[:, None]
 
 
 # %% ../../nbs/use/85_gaussian_avatars.ipynb #fcb4890f
 COLUMNS = PLY_COLUMNS[:9] + [f'f_rest_{i}' for i in range(45)] + PLY_COLUMNS[9:] + ['binding_0']
 
 
+def _row(pose, who, head):
+    "One frame under the names of flame_param.npz."
+    batched = {name: x.reshape(1, -1) for name, x in pose.items()}
+    return to_flame_param(batched | who, head)
+
+
 def _params(avatar, poses):
     "Identity and motion under the names of flame_param.npz."
     who = dict(shape=avatar.shape, static_offset=avatar.static_offset)
-    rows = [
-        to_flame_param({**{k: v.reshape(1, -1) for k, v in p.items()}, **who}, avatar.head)
-        for p in poses
-    ]
-    x = {k: np.concatenate([r[k] for r in rows]) for k in rows[0] if k not in who} | {
-        k: rows[0][k] for k in who
-    }
-    return dict(x, dynamic_offset=np.zeros((len(poses), *x['static_offset'].shape[1:]), np.float32))
+    rows = [_row(pose, who, avatar.head) for pose in poses]
+    moving = [name for name in rows[0] if name not in who]
+    params = {name: np.concatenate([row[name] for row in rows]) for name in moving}
+    params |= {name: rows[0][name] for name in who}
+    offsets = np.zeros((len(poses), *params['static_offset'].shape[1:]), np.float32)
+    return dict(params, dynamic_offset=offsets)
 
 
 # %% ../../nbs/use/85_gaussian_avatars.ipynb #16e00010
+def _rows(avatar):  # -> (N,63)
+    "The columns of the PLY, as this method counts them."
+    splats, count = avatar.splats, len(avatar)
+    parts = [
+        from_centres(avatar),
+        torch.zeros(count, 3),
+        splats['sh0'],
+        torch.zeros(count, 45),
+        splats['logit_opacities'][:, None],
+        splats['log_scales'],
+        F.normalize(splats['quats'], dim=-1),
+        avatar.binding.face_ids[:, None].float(),
+    ]
+    return torch.cat(parts, 1)
+
+
+# %% ../../nbs/use/85_gaussian_avatars.ipynb #316ab9db
 @torch.no_grad()
 def write_gaussian_avatar(
     avatar: Avatar,
@@ -68,65 +100,89 @@ def write_gaussian_avatar(
     "Write an avatar as GaussianAvatars does."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    s, n = avatar.splats, len(avatar)
     params = _params(avatar, poses or [{}])
-    if bad := [k for k, v in s.items() if not torch.isfinite(v).all()]:
+    if bad := [name for name, x in avatar.splats.items() if not torch.isfinite(x).all()]:
         raise InputError(f'{bad[0]} hold nan or inf; nothing was written')
-    rows = torch.cat(
-        [
-            from_centres(avatar),
-            torch.zeros(n, 3),
-            s['sh0'],
-            torch.zeros(n, 45),
-            s['logit_opacities'][:, None],
-            s['log_scales'],
-            F.normalize(s['quats'], dim=-1),
-            avatar.binding.face_ids[:, None].float(),
-        ],
-        1,
-    )
-    head = [
-        'ply',
-        'format binary_little_endian 1.0',
-        f'element vertex {n}',
-        *(f'property float {c}' for c in COLUMNS),
-        'end_header',
-    ]
+    rows = _rows(avatar)
     with atomic_path(folder / 'flame_param.npz') as tmp, tmp.open('wb') as f:
         np.savez(f, **params)
-    with atomic_path(folder / 'point_cloud.ply') as tmp:
-        tmp.write_bytes(('\n'.join(head) + '\n').encode() + rows.numpy().astype('<f4').tobytes())
+    _write_table(folder / 'point_cloud.ply', COLUMNS, rows)
     return folder
 
 
 # %% ../../nbs/use/85_gaussian_avatars.ipynb #16e00013
+_WHO = 'shape', 'static_offset'
+
+
+class _Motion(NamedTuple):
+    "What flame_param.npz says."
+
+    shape: Tensor  # or None
+    static_offset: Tensor  # or None
+    poses: list  # head parameters per frame
+
+
+def _arrays(path):
+    "The arrays of the file; one clear error for a file that is something else."
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file}
+    except Exception as error:
+        why = str(error)[:80]
+        raise InputError(f'{path} is not a readable npz file of numbers ({why})') from error
+    if 'expr' not in arrays or arrays['expr'].ndim != 2 or not len(arrays['expr']):
+        raise InputError(f'{path} should hold expr (T,100) and its like; it lacks them')
+    return arrays
+
+
+# %% ../../nbs/use/85_gaussian_avatars.ipynb #43110408
 def _motion(path, head):
     "Identity and poses of a flame_param.npz."
-    try:
-        with np.load(path, allow_pickle=False) as d:
-            a = {k: d[k] for k in d}
-    except Exception as e:
-        raise InputError(f'{path} is not a readable npz file of numbers ({str(e)[:80]})') from e
-    if 'expr' not in a or a['expr'].ndim != 2 or not len(a['expr']):
-        raise InputError(f'{path} should hold expr (T,100) and its like; it lacks them')
-    T = len(a['expr'])
-    moves = [k for k in a if k not in ('shape', 'static_offset', 'dynamic_offset')]
-    if bad := [k for k in moves if a[k].ndim != 2 or len(a[k]) != T]:
-        raise InputError(
-            f'{path}: {bad[0]} should be ({T},n), a row per frame; got {a[bad[0]].shape}'
+    arrays = _arrays(path)
+    frames = len(arrays['expr'])
+    moving = [name for name in arrays if name not in (*_WHO, 'dynamic_offset')]
+    for name in moving:
+        shape = arrays[name].shape
+        if len(shape) != 2 or shape[0] != frames:
+            raise InputError(f'{path}: {name} should be ({frames},n), a row per frame; got {shape}')
+    if 'dynamic_offset' in arrays and np.any(arrays['dynamic_offset']):
+        warnings.warn(
+            f'{path}: its dynamic_offset, which differs from frame to frame, is left out',
+            stacklevel=3,
         )
-    if 'dynamic_offset' in a and np.any(a.pop('dynamic_offset')):
-        warnings.warn(f'{path}: its dynamic_offset, which differs from frame to frame, is left out')
-    who = {k: a[k] for k in ('shape', 'static_offset') if k in a}
-    poses = [from_flame_param({**{k: a[k][t] for k in moves}, **who}, head, path) for t in range(T)]
-    return (
-        poses[0].get('shape'),
-        poses[0].get('static_offset'),
-        [{k: v for k, v in p.items() if k not in ('shape', 'static_offset')} for p in poses],
-    )
+    who = {name: arrays[name] for name in _WHO if name in arrays}
+    poses = []
+    for t in range(frames):
+        row = {name: arrays[name][t] for name in moving}
+        poses.append(from_flame_param(row | who, head, path))
+    identity = [poses[0].get(name) for name in _WHO]
+    moves = [{name: x for name, x in pose.items() if name not in _WHO} for pose in poses]
+    return _Motion(*identity, moves)
 
 
 # %% ../../nbs/use/85_gaussian_avatars.ipynb #16e00014
+_NEEDED = [column for column in PLY_COLUMNS if column[0] != 'n'] + ['binding_0']
+
+
+def _bound_splats(path):
+    "Raw splats, and the triangle under each as the file has it: a float."
+    rows = _ply_tables(path)['vertex']
+    _need_columns(rows, _NEEDED, path, 'an avatar of GaussianAvatars')
+    raw = _raw_splats(rows)
+    splats = dict(offsets=raw.pop('means'), **raw)
+    if bad := [name for name, x in splats.items() if not torch.isfinite(x).all()]:
+        raise InputError(f'{path} is damaged: {bad[0]} hold nan or inf')
+    return splats, rows['binding_0']
+
+
+def _are_triangles(numbers, count):
+    "Whether all are whole numbers from 0 to below count."
+    if not np.isfinite(numbers).all() or (numbers != np.round(numbers)).any():
+        return False
+    return ((numbers >= 0) & (numbers < count)).all()
+
+
+# %% ../../nbs/use/85_gaussian_avatars.ipynb #0d9f2102
 def read_gaussian_avatar(
     folder,  # with point_cloud.ply and flame_param.npz; or the .ply, its neighbour is found
     head: Head = None,  # the head it was made on; default: the open head
@@ -134,51 +190,20 @@ def read_gaussian_avatar(
     "Read an avatar of GaussianAvatars. Colour beyond degree 0 is dropped."
     folder, head = Path(folder), head or open_head()
     ply = folder if folder.suffix == '.ply' else folder / 'point_cloud.ply'
-    rows = _ply_tables(ply)['vertex']
-    _need(
-        rows,
-        [c for c in PLY_COLUMNS if c[0] != 'n'] + ['binding_0'],
-        ply,
-        'an avatar of GaussianAvatars',
-    )
-
-    def col(*names):
-        return torch.from_numpy(np.stack([rows[c].astype('f4') for c in names], -1))
-
-    splats = dict(
-        offsets=col('x', 'y', 'z'),
-        quats=col(*(f'rot_{i}' for i in range(4))),
-        log_scales=col(*(f'scale_{i}' for i in range(3))),
-        logit_opacities=col('opacity')[:, 0],
-        sh0=col(*(f'f_dc_{i}' for i in range(3))),
-    )
-    if bad := [k for k, v in splats.items() if not torch.isfinite(v).all()]:
-        raise InputError(f'{ply} is damaged: {bad[0]} hold nan or inf')
-    ids, n = rows['binding_0'], len(rows)
-    if n and not (
-        np.isfinite(ids).all()
-        and (ids == np.round(ids)).all()
-        and 0 <= ids.min()
-        and ids.max() < len(head.faces)
-    ):
+    splats, triangles = _bound_splats(ply)
+    if not _are_triangles(triangles, len(head.faces)):
         raise InputError(
             f'{ply}: binding_0 should be whole numbers below {len(head.faces):,}, the triangles '
             f'of {head.name}; pass the head it was made on as head='
         )
     shape, offset, poses = _motion(ply.parent / 'flame_param.npz', head)
-    binding = Binding(
-        torch.from_numpy(ids.astype('i8')),
-        torch.full((n, 3), 1 / 3),
-        torch.zeros(n, 2, dtype=torch.long),
-        head.faces,
-        0,
-    )
-    return Avatar(
+    avatar = Avatar(
         splats,
-        binding,
+        _at_centres(torch.from_numpy(triangles.astype('i8')), head.faces),
         head,
         shape,
         torch.zeros(head.num_verts, 3) if offset is None else offset.reshape(-1, 3),
-        torch.ones(n),
+        torch.ones(len(triangles)),
         dict(source='GaussianAvatars'),
-    ), poses
+    )
+    return avatar, poses
