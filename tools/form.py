@@ -41,7 +41,7 @@ def is_import(source):
 def plain(source):
     "Code without the lines that only IPython understands; Jupyter's last semicolon goes, too."
     source = re.sub(r'^\s*[%!](?=[a-z]).*$', 'pass', source, flags=re.M)
-    return re.sub(r';\s*$', '', source)
+    return re.sub(r';\s*(#.*)?$', '', source)
 
 
 def parsed(source):
