@@ -236,7 +236,6 @@ def home_view(
     )
 
 
-# %% ../../nbs/use/82_viewer.ipynb #eb423048
 def view_of(
     home: dict,  # from home_view
     values: dict,  # yaw and pitch in degrees, zoom
@@ -455,7 +454,6 @@ def texel_colors(
     return torch.stack([col / side, row / side, 1 - col / side], -1) * light[:, None]
 
 
-# %% ../../nbs/use/82_viewer.ipynb #18da4da1
 def needle_colors(
     colors: Tensor,  # (N,3)
     aspects: Tensor,  # (N,) log of length over width on the screen
