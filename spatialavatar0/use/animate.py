@@ -29,6 +29,7 @@ __all__ = [
 import base64
 import contextlib
 import functools
+import itertools
 import math
 from pathlib import Path
 
@@ -55,10 +56,10 @@ def turn(
     Rx, Ry = axis_angle_to_mat(angles)
     R = Rx @ Ry
     c = torch.as_tensor(center).to(viewmat)
-    A = torch.eye(4).to(viewmat)
-    A[:3, :3] = R
-    A[:3, 3] = c - R @ c
-    return viewmat @ A
+    world = torch.eye(4).to(viewmat)
+    world[:3, :3] = R
+    world[:3, 3] = c - R @ c
+    return viewmat @ world
 
 
 # %% ../../nbs/use/80_animate.ipynb #4f212030
@@ -68,8 +69,8 @@ def swing(
     pitch: float = 8.0,  # degrees up and down
 ) -> list:  # n (yaw, pitch) pairs; one more would be the first again
     "A camera that sways from side to side, once."
-    t = np.arange(n) / max(n, 1) * 2 * math.pi
-    return [(yaw * math.sin(a), pitch * math.sin(2 * a)) for a in t]
+    phases = np.arange(n) / max(n, 1) * 2 * math.pi
+    return [(yaw * math.sin(phase), pitch * math.sin(2 * phase)) for phase in phases]
 
 
 # %% ../../nbs/use/80_animate.ipynb #61bfdf5d
@@ -80,11 +81,12 @@ def _sides(name):
     pair = [name + 'Left', name + 'Right']
     if name in names:
         return [name]
-    if set(pair) <= set(names) and name not in ('jaw', 'mouth'):
-        return pair  # jawLeft and jawRight are opposites, not a pair
+    opposites = name in ('jaw', 'mouth')  # jawLeft and jawRight are no pair
+    if set(pair) <= set(names) and not opposites:
+        return pair
+    alike = [known for known in names if known[:3] == name[:3]]
     raise InputError(
-        f'{name} is not an ARKit weight; these begin alike: '
-        f'{", ".join(n for n in names if n[:3] == name[:3]) or "none"}'
+        f'{name} is not an ARKit weight; these begin alike: {", ".join(alike) or "none"}'
     )
 
 
@@ -93,7 +95,7 @@ def both(
     **weights,  # ARKit names; those that lack Left or Right go to both sides
 ) -> dict:  # whole names
     "ARKit weights, the same on both sides: `both(mouthSmile=.8, jawOpen=.2)`."
-    return {n: w for name, w in weights.items() for n in _sides(name)}
+    return {whole: weight for name, weight in weights.items() for whole in _sides(name)}
 
 
 # %% ../../nbs/use/80_animate.ipynb #2f9d2e9a
@@ -109,13 +111,13 @@ TURNS = dict(
 VIEW = dict(yaw=0.0, pitch=0.0, zoom=1.0)  # of the camera, for programs that move it, too
 
 
-def control_names(head):  # list of text
+def control_names(
+    head,
+) -> list:  # of text
     "What the weights of the expression basis are called: ARKit's names, or expr0, expr1 ..."
-    return (
-        list(head.arkit_names)
-        if hasattr(head, 'arkit_names')
-        else [f'expr{i}' for i in range(head.num_expr)]
-    )
+    if hasattr(head, 'arkit_names'):
+        return list(head.arkit_names)
+    return [f'expr{i}' for i in range(head.num_expr)]
 
 
 # %% ../../nbs/use/80_animate.ipynb #15c00002
@@ -129,6 +131,12 @@ def check_controls(values, names):  # names of the weights
 
 
 # %% ../../nbs/use/80_animate.ipynb #15c00003
+def _turn_of(part, values):
+    "(1,3) radians: the pitch, yaw and roll that the controls ask of a part."
+    degrees = (values.get(part + axis, 0) for axis in ('Pitch', 'Yaw', 'Roll'))
+    return torch.tensor([[math.radians(angle) for angle in degrees]])
+
+
 def pose_of(
     head,
     values: dict,  # name -> number: weights, turns in degrees; what is missing is 0
@@ -136,21 +144,14 @@ def pose_of(
     "What the controls ask of a head."
     names = control_names(head)
     check_controls(values, names)
-    x = torch.tensor([[float(values.get(n, 0)) for n in names]])
-    p = (
-        head.arkit(x)
-        if hasattr(head, 'arkit_names')
-        else dict(expr=x, jaw=torch.zeros(1, 3), eyes=torch.zeros(1, 6))
-    )
-
-    def turn(part):
-        return torch.tensor(
-            [[math.radians(values.get(part + axis, 0)) for axis in ('Pitch', 'Yaw', 'Roll')]]
-        )
-
-    return dict(
-        p, jaw=p['jaw'] + turn('jaw'), eyes=p['eyes'] + turn('eyes').repeat(1, 2), neck=turn('neck')
-    )
+    weights = torch.tensor([[float(values.get(name, 0)) for name in names]])
+    if hasattr(head, 'arkit_names'):
+        pose = head.arkit(weights)
+    else:
+        pose = dict(expr=weights, jaw=torch.zeros(1, 3), eyes=torch.zeros(1, 6))
+    jaw = pose['jaw'] + _turn_of('jaw', values)
+    eyes = pose['eyes'] + _turn_of('eyes', values).repeat(1, 2)
+    return dict(pose, jaw=jaw, eyes=eyes, neck=_turn_of('neck', values))
 
 
 # %% ../../nbs/use/80_animate.ipynb #9328a513
@@ -166,6 +167,7 @@ _MOUTHS = (
 
 
 def _bump(t, at, rise, fall):
+    "A hill on the time line, seconds."
     return np.exp(-(((t - at) / np.where(t < at, rise, fall)) ** 2))
 
 
@@ -174,15 +176,13 @@ def _syllables(t, rng):
     "Mouth shapes in phrases: name -> (n,) weights."
     tracks = {}
     at = 0.25
-    bag = []
+    bag = []  # every mouth once, in any order, before one comes again
     while at < t[-1] - 0.2:
         strength = rng.uniform(0.65, 1)
         pause = rng.uniform() < 0.14
-        bag = bag or list(
-            rng.permutation(len(_MOUTHS))
-        )  # every mouth once, in any order, before one comes again
-        for name, w in _MOUTHS[bag.pop()].items():
-            tracks[name] = tracks.get(name, 0) + w * strength * _bump(t, at, 0.07, 0.1)
+        bag = bag or list(rng.permutation(len(_MOUTHS)))
+        for name, weight in _MOUTHS[bag.pop()].items():
+            tracks[name] = tracks.get(name, 0) + weight * strength * _bump(t, at, 0.07, 0.1)
         at += rng.uniform(0.14, 0.25) + pause * rng.uniform(0.35, 0.8)
     return tracks
 
@@ -190,7 +190,8 @@ def _syllables(t, rng):
 # %% ../../nbs/use/80_animate.ipynb #fcb62b00
 def _blinks(t, rng):
     "Lids: down in a twentieth of a second, up in a tenth, now and then twice."
-    lids, at = 0 * t, rng.uniform(0.4, 1.1)
+    lids = 0 * t
+    at = rng.uniform(0.4, 1.1)
     while at < t[-1] - 0.2:
         lids = np.maximum(lids, _bump(t, at, 0.05, 0.11))
         at += 0.3 if rng.uniform() < 0.15 else rng.uniform(1.7, 3.6)
@@ -204,17 +205,32 @@ def _glances(t, rng, reach=0.25):
     values = [0.0]
     at = rng.uniform(0.3, 0.9)
     while at < t[-1] - 0.3:
+        aside = float(np.clip(rng.normal(), -1.8, 1.8))
         times += [at, at + 0.04]
-        values += [
-            values[-1],
-            reach * float(np.clip(rng.normal(), -1.8, 1.8)) * (rng.uniform() < 0.8),
-        ]
+        values += [values[-1], reach * aside * (rng.uniform() < 0.8)]
         at += rng.uniform(0.4, 1.3)
-    return np.interp(
-        t,
-        times + [max(t[-1] - 0.15, times[-1]), max(t[-1] - 0.1, times[-1] + 0.05)],
-        values + [values[-1], 0.0],
+    times += [max(t[-1] - 0.15, times[-1]), max(t[-1] - 0.1, times[-1] + 0.05)]
+    values += [values[-1], 0.0]
+    return np.interp(t, times, values)
+
+
+# %% ../../nbs/use/80_animate.ipynb #121f8171
+def _gaze(across, up):
+    "Weights of eyes that look to the head's left and up; below 0 to its right and down."
+    return dict(
+        eyeLookOutLeft=across,
+        eyeLookInRight=across,
+        eyeLookInLeft=-across,
+        eyeLookOutRight=-across,
+        eyeLookUp=up,
+        eyeLookDown=-up,
     )
+
+
+def _mood(t, rng, fps):
+    "(n,) a slow wave that is 0 at both ends."
+    ends = np.sin(math.pi * t / max(t[-1], 1 / fps))
+    return ends * np.sin(2 * math.pi * (0.21 * t + rng.uniform()))
 
 
 # %% ../../nbs/use/80_animate.ipynb #67c43cf4
@@ -230,52 +246,52 @@ def speak(
     t = np.arange(n) / fps
     tracks = _syllables(t, rng)
     tracks['eyeBlink'] = _blinks(t, rng)
-    x, y = _glances(t, rng), _glances(t, rng, 0.15)
-    slow = np.sin(math.pi * t / max(t[-1], 1 / fps)) * np.sin(
-        2 * math.pi * (0.21 * t + rng.uniform())
-    )
-    tracks['mouthSmile'] = tracks.get('mouthSmile', 0) + 0.35 * slow.clip(0)
-    tracks['browInnerUp'] = 0.4 * (-slow).clip(0) + 0.6 * y.clip(0)
-    tracks.update(
-        eyeLookOutLeft=x,
-        eyeLookInRight=x,
-        eyeLookInLeft=-x,
-        eyeLookOutRight=-x,
-        eyeLookUp=y,
-        eyeLookDown=-y,
-    )
-    tracks = {k: np.clip(v, 0, 1) * np.ones(n) for k, v in tracks.items()}
-    return [both(**{k: float(v[i]) for k, v in tracks.items()}) for i in range(n)]
+    across = _glances(t, rng)
+    up = _glances(t, rng, 0.15)
+    mood = _mood(t, rng, fps)
+    tracks['mouthSmile'] = tracks.get('mouthSmile', 0) + 0.35 * mood.clip(0)
+    tracks['browInnerUp'] = 0.4 * (-mood).clip(0) + 0.6 * up.clip(0)
+    tracks.update(_gaze(across, up))
+    tracks = {name: np.clip(track, 0, 1) * np.ones(n) for name, track in tracks.items()}
+    return [both(**{name: float(track[i]) for name, track in tracks.items()}) for i in range(n)]
 
 
 # %% ../../nbs/use/80_animate.ipynb #dbae8564
-def _follow(target, fps, seconds):
+def _follow(targets, fps, seconds):
     "(n,) numbers that come after (n,) targets, softly, about so many seconds late."
-    x = float(target[0])
-    v = 0.0
-    out = []
-    w = 2 / seconds
-    h = 1 / (16 * fps)
-    for a in target:
+    place = float(targets[0])
+    speed = 0.0
+    places = []
+    rate = 2 / seconds
+    step = 1 / (16 * fps)
+    for target in targets:
         for _ in range(16):
-            v += h * (w * w * (a - x) - 2 * w * v)
-            x += h * v
-        out.append(x)
-    return np.array(out)
+            speed += step * (rate * rate * (target - place) - 2 * rate * speed)
+            place += step * speed
+        places.append(place)
+    return np.array(places)
 
 
 # %% ../../nbs/use/80_animate.ipynb #15c00011
 def _places(t, rng, reach):
     "Something to look at, (n,): it jumps and holds; straight ahead at both ends."
-    x, at = 0 * t, rng.uniform(0.3, 0.7)
+    places = 0 * t
+    at = rng.uniform(0.3, 0.7)
     while at < t[-1] - 1.2:
-        x[t >= at] = rng.uniform(0.35, 1) * rng.choice([-1, 1]) * reach * (rng.uniform() < 0.8)
+        aside = rng.uniform(0.35, 1) * rng.choice([-1, 1]) * reach
+        places[t >= at] = aside * (rng.uniform() < 0.8)
         at += rng.uniform(0.8, 1.7)
-    x[t >= t[-1] - 1] = 0
-    return x
+    places[t >= t[-1] - 1] = 0
+    return places
 
 
 # %% ../../nbs/use/80_animate.ipynb #15c00018
+def _lids_of(places, t, jump):
+    "(n,) lids that shut where the gaze jumps so far."
+    jumps = np.flatnonzero(abs(np.diff(places)) > jump)
+    return np.max([0 * t] + [_bump(t, t[i] + 0.04, 0.05, 0.11) for i in jumps], 0)
+
+
 def look_around(
     n: int,
     fps: int = 25,
@@ -287,24 +303,15 @@ def look_around(
         return []
     rng = np.random.default_rng(seed)
     t = np.arange(n) / fps
-    out = {}
-    for axis, r in (('Yaw', reach), ('Pitch', 0.3 * reach)):
-        place = _places(t, rng, r)
-        head = _follow(0.7 * place, fps, 0.35)
-        out['neck' + axis] = head
-        out['eyes' + axis] = np.clip(_follow(place, fps, 0.03) - head, *TURNS['eyes' + axis])
-        if axis == 'Yaw':
-            lids = np.max(
-                [0 * t]
-                + [
-                    _bump(t, t[i] + 0.04, 0.05, 0.11)
-                    for i in np.flatnonzero(abs(np.diff(place)) > 0.5 * reach)
-                ],
-                0,
-            )
-    return [
-        {k: float(v[i]) for k, v in out.items()} | both(eyeBlink=float(lids[i])) for i in range(n)
-    ]
+    targets = dict(Yaw=_places(t, rng, reach), Pitch=_places(t, rng, 0.3 * reach))
+    tracks = {}
+    for axis, places in targets.items():
+        head = _follow(0.7 * places, fps, 0.35)
+        tracks['neck' + axis] = head
+        tracks['eyes' + axis] = np.clip(_follow(places, fps, 0.03) - head, *TURNS['eyes' + axis])
+    lids = _lids_of(targets['Yaw'], t, 0.5 * reach)
+    frames = [{name: float(track[i]) for name, track in tracks.items()} for i in range(n)]
+    return [frame | both(eyeBlink=float(lid)) for frame, lid in zip(frames, lids)]
 
 
 # %% ../../nbs/use/80_animate.ipynb #55a04758
@@ -319,65 +326,62 @@ def nod(
         return []
     rng = np.random.default_rng(seed)
     t = np.arange(n) / fps
-    pitch, at = 0 * t, 0.3
+    pitch = 0 * t
+    at = 0.3
     while at < t[-1] - 0.6:
         count = rng.integers(2, 4)
         period = rng.uniform(0.38, 0.5)
-        s = (t - at) / period
-        on = (s > 0) & (s < count)
-        pitch += (
-            on
-            * rng.uniform(0.7, 1)
-            * depth
-            * 0.6 ** np.floor(s.clip(0))
-            * 0.5
-            * (1 - np.cos(2 * math.pi * s))
-        )
+        turns = (t - at) / period  # how many nods have been made
+        on = (turns > 0) & (turns < count)
+        fading = on * rng.uniform(0.7, 1) * depth * 0.6 ** np.floor(turns.clip(0))
+        pitch += fading * 0.5 * (1 - np.cos(2 * math.pi * turns))
         at += count * period + rng.uniform(0.8, 1.6)
     pitch = pitch * np.clip((t[-1] - t) / 0.3, 0, 1)
-    return [dict(neckPitch=float(p), eyesPitch=float(-0.8 * p)) for p in pitch]
+    return [dict(neckPitch=float(angle), eyesPitch=float(-0.8 * angle)) for angle in pitch]
 
 
 # %% ../../nbs/use/80_animate.ipynb #15c00012
 def blink(n: int, fps: int = 25, seed: int = 0) -> list:  # n dicts of ARKit weights
     "Nothing but lids."
-    return (
-        [both(eyeBlink=float(w)) for w in _blinks(np.arange(n) / fps, np.random.default_rng(seed))]
-        if n
-        else []
-    )
+    if n < 1:
+        return []
+    lids = _blinks(np.arange(n) / fps, np.random.default_rng(seed))
+    return [both(eyeBlink=float(lid)) for lid in lids]
 
 
 # %% ../../nbs/use/80_animate.ipynb #15c00013
+def _limited(name, value):
+    "A control within its limits."
+    weight = (-3, 3) if name.startswith('expr') else (0, 1)
+    return float(np.clip(value, *TURNS.get(name, weight)))
+
+
 def mix(
     *motions,  # lists of dicts of controls
 ) -> list:  # as long as the shortest
     "Several motions at once: sums, kept within their limits."
 
-    def limit(k, v):
-        return float(np.clip(v, *TURNS.get(k, (-3, 3) if k.startswith('expr') else (0, 1))))
+    def together(frames):
+        names = dict.fromkeys(name for frame in frames for name in frame)
+        sums = {name: sum(frame.get(name, 0) for frame in frames) for name in names}
+        return {name: _limited(name, value) for name, value in sums.items()}
 
-    return [
-        {k: limit(k, sum(f.get(k, 0) for f in fs)) for k in dict.fromkeys(k for f in fs for k in f)}
-        for fs in zip(*motions)
-    ]
+    return [together(frames) for frames in zip(*motions)]
 
 
+# %% ../../nbs/use/80_animate.ipynb #9331d721
 def talk(n: int, fps: int = 25, seed: int = 0) -> list:  # n dicts of controls
     "`speak`, with a head that does not hold still: small glances, small nods."
-    return mix(
-        speak(n, fps, seed),
-        [
-            {k: v for k, v in f.items() if 'neck' in k or 'eyes' in k}
-            for f in look_around(n, fps, seed + 1, 12)
-        ],
-        nod(n, fps, seed + 2, 3),
-    )
+    around = look_around(n, fps, seed + 1, 12)
+    glances = [
+        {name: value for name, value in frame.items() if name[:4] in ('neck', 'eyes')}
+        for frame in around
+    ]
+    return mix(speak(n, fps, seed), glances, nod(n, fps, seed + 2, 3))
 
 
-MOTIONS = dict(
-    talk=talk, look=look_around, nod=nod, blink=blink
-)  # name -> function of frames, frames per second, seed
+# name -> function of frames, frames per second, seed
+MOTIONS = dict(talk=talk, look=look_around, nod=nod, blink=blink)
 
 
 # %% ../../nbs/use/80_animate.ipynb #15c00017
@@ -389,15 +393,14 @@ def motions_for(
 ) -> dict:  # name -> list of n dicts of controls
     """The motions a head can make: one without ARKit's names looks around and nods, with its lids
     still."""
-    names = control_names(head)
-    able = [k for k in MOTIONS if 'jawOpen' in names or k in ('look', 'nod')]
-    return {
-        k: [
-            {c: v for c, v in f.items() if c in TURNS or c in names}
-            for f in MOTIONS[k](n, fps, seed)
-        ]
-        for k in able
-    }
+    weights = control_names(head)
+    known = {*weights, *TURNS}
+    able = MOTIONS if 'jawOpen' in weights else ('look', 'nod')
+
+    def possible(frame):
+        return {name: value for name, value in frame.items() if name in known}
+
+    return {name: [possible(frame) for frame in MOTIONS[name](n, fps, seed)] for name in able}
 
 
 # %% ../../nbs/use/80_animate.ipynb #1dd8f52b
@@ -416,54 +419,62 @@ def render_motion(
         raise ValueError(
             f'one camera per pose: got {len(viewmats)} cameras and {len(params)} poses'
         )
-    return [
-        to_uint8(avatar.render(V, K, width, height, background=background, **p)[0])
-        for V, p in progress(list(zip(viewmats, params)), 'render')
-    ]
+    frames = []
+    for viewmat, pose in progress(list(zip(viewmats, params)), 'render'):
+        rgb, _ = avatar.render(viewmat, K, width, height, background=background, **pose)
+        frames.append(to_uint8(rgb))
+    return frames
 
 
 # %% ../../nbs/use/80_animate.ipynb #ea7ec083
 def _film_frames(frames):
     "Bytes of one size, frame by frame; else one clear error."
     shape = None
-    for i, f in enumerate(frames):
-        f = to_uint8(f)
-        shape = shape or f.shape
-        if f.ndim != 3 or f.shape[2] != 3 or 0 in f.shape:
-            raise InputError(f'frames should be (H,W,3); frame {i} is {f.shape}')
-        if f.shape != shape:
-            raise InputError(f'all frames should be {shape} like the first; frame {i} is {f.shape}')
-        yield f
+    for i, frame in enumerate(frames):
+        frame = to_uint8(frame)
+        shape = shape or frame.shape
+        if frame.ndim != 3 or frame.shape[2] != 3 or 0 in frame.shape:
+            raise InputError(f'frames should be (H,W,3); frame {i} is {frame.shape}')
+        if frame.shape != shape:
+            raise InputError(
+                f'all frames should be {shape} like the first; frame {i} is {frame.shape}'
+            )
+        yield frame
     if shape is None:
         raise InputError('a film needs at least one frame; got none')
 
 
 # %% ../../nbs/use/80_animate.ipynb #8d6633df
+def _even_sides(frame):
+    "An odd side repeats its last row or column."
+    height, width, _ = frame.shape
+    return np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode='edge')
+
+
 def _write_mp4(frames, path, fps):
     import imageio.v2 as imageio
 
     film = imageio.get_writer(
         path, fps=fps, codec='libx264', quality=8, macro_block_size=1, ffmpeg_log_level='error'
     )
-    with contextlib.closing(
-        film
-    ):  # also after an error: the encoder must let go of its file before it is removed
-        for f in frames:
-            film.append_data(np.pad(f, ((0, len(f) % 2), (0, f.shape[1] % 2), (0, 0)), mode='edge'))
+    # closed also after an error: the encoder must release its file before it is removed
+    with contextlib.closing(film):
+        for frame in frames:
+            film.append_data(_even_sides(frame))
 
 
 # %% ../../nbs/use/80_animate.ipynb #3a5f7601
 def _write_gif(frames, path, fps):
     from PIL import Image
 
-    images = [Image.fromarray(f) for f in frames]
-    ticks = np.diff([round(100 * i / fps) for i in range(len(images) + 1)])
-    images[0].save(
+    first, *others = [Image.fromarray(frame) for frame in frames]
+    ticks = np.diff([round(100 * i / fps) for i in range(len(others) + 2)])
+    first.save(
         path,
         format='GIF',
         save_all=True,
-        append_images=images[1:],
-        duration=[int(t) * 10 for t in ticks],
+        append_images=others,
+        duration=[int(tick) * 10 for tick in ticks],
         loop=0,
     )
 
@@ -483,9 +494,9 @@ def write_film(
         raise InputError(f'fps should be above 0, and at most 50 for a gif; got {fps}')
     frames = _film_frames(frames)
     first = next(frames)
-    with atomic_path(path) as tmp:
-        tmp.touch()  # a folder that cannot be written to says so now
-        write((f for part in ([first], frames) for f in part), tmp, fps)
+    with atomic_path(path) as unfinished:
+        unfinished.touch()  # a folder that cannot be written to says so now
+        write(itertools.chain([first], frames), unfinished, fps)
     return path
 
 
@@ -500,11 +511,9 @@ def show_film(
     from IPython.display import HTML
 
     path = Path(path)
-    gif = path.suffix.lower() == '.gif'
-    data = f'data:{"image/gif" if gif else "video/mp4"};base64,{base64.b64encode(path.read_bytes()).decode()}'
     alt = escape(alt)
-    return HTML(
-        f'<img src="{data}" alt="{alt}">'
-        if gif
-        else f'<video src="{data}" aria-label="{alt}" controls loop autoplay muted></video>'
-    )
+    data = base64.b64encode(path.read_bytes()).decode()
+    if path.suffix.lower() == '.gif':
+        return HTML(f'<img src="data:image/gif;base64,{data}" alt="{alt}">')
+    source = f'src="data:video/mp4;base64,{data}"'
+    return HTML(f'<video {source} aria-label="{alt}" controls loop autoplay muted></video>')
