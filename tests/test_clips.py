@@ -36,65 +36,76 @@ def head():
     return open_head()
 
 
-def frame(t=0, camera='0', h=12, w=16, **params):
-    g = torch.Generator().manual_seed(1000 + t)
-    return Frame(
-        torch.rand(h, w, 3, generator=g),
-        torch.rand(h, w, generator=g),
-        orbit(10 * t, 5, 0.6),
-        intrinsics(30.0, w, h),
-        params,
-        t,
-        camera,
-    )
+def frame(time=0, camera='0', height=12, width=16, **params):
+    generator = torch.Generator().manual_seed(1000 + time)
+    image = torch.rand(height, width, 3, generator=generator)
+    mask = torch.rand(height, width, generator=generator)
+    viewmat = orbit(10 * time, 5, 0.6)
+    return Frame(image, mask, viewmat, intrinsics(30.0, width, height), params, time, camera)
+
+
+class Maker:
+    "A function i -> frame that keeps what it was asked for."
+
+    def __init__(self):
+        self.made = []
+
+    def __call__(self, i):
+        self.made.append(i)
+        return frame(i)
 
 
 # ---- a clip
 
 
 def test_slices_make_nothing():
-    made = []
-    clip = Clip(lambda i: (made.append(i), frame(i))[1], 1000)
+    maker = Maker()
+    clip = Clip(maker, 1000)
     part = clip[900:][::10][[0, -1]]
     train, test = split(clip, blocks=5)
-    assert made == []
+    assert maker.made == []
     assert (len(part), len(train), len(test)) == (2, 800, 200)
-    assert part[1].time == 990 and made == [990]
+    assert part[1].time == 990 and maker.made == [990]
     assert [f.time for f in test[:2]] == [160, 161]
 
 
 def test_cache_keeps_so_many():
-    made = []
-    clip = Clip(lambda i: (made.append(i), frame(i))[1], 10, cache=2)
-    clip[0]
-    clip[1]
-    clip[0]
-    clip[2]
-    clip[0]
-    clip[1]
-    assert made == [0, 1, 2, 1]
+    maker = Maker()
+    clip = Clip(maker, 10, cache=2)
+    for i in (0, 1, 0, 2, 0, 1):
+        clip[i]
+    assert maker.made == [0, 1, 2, 1]
 
 
-def test_any_source():
-    class Odd:
-        def __len__(self):
-            return 3
+class Sevens:
+    "A sequence of its own kind."
 
-        def __getitem__(self, i):
-            return frame(7 * i)
+    def __len__(self):
+        return 3
 
-    for source in (
-        Odd(),
-        [frame(0), frame(7), frame(14)],
-        (frame(7 * i) for i in range(3)),
-        Clip(Odd()),
-    ):
-        c = Clip(source)
-        assert [f.time for f in c] == [0, 7, 14]
-        assert [f.time for f in c.frames] == [0, 7, 14]
-        assert c[-1].time == c[np.int64(2)].time == 14
+    def __getitem__(self, i):
+        return frame(7 * i)
+
+
+@pytest.mark.parametrize(
+    'source',
+    (
+        Sevens,
+        lambda: [frame(0), frame(7), frame(14)],
+        lambda: (frame(7 * i) for i in range(3)),
+        lambda: Clip(Sevens()),
+    ),
+)
+def test_any_source(source):
+    clip = Clip(source())
+    assert [f.time for f in clip] == [0, 7, 14]
+    assert [f.time for f in clip.frames] == [0, 7, 14]
+    assert clip[-1].time == clip[np.int64(2)].time == 14
+
+
+def test_no_such_frame():
     with pytest.raises(IndexError):
-        Clip(Odd())[3]
+        Clip(Sevens())[3]
     with pytest.raises(ValueError, match='length'):
         Clip(lambda i: frame(i))
 
@@ -116,114 +127,117 @@ def test_split_refuses():
 
 
 def test_pose_is_what_moves(head):
-    f = frame(
-        shape=torch.zeros(1, 100),
-        static_offset=torch.zeros(1, head.num_verts, 3),
-        jaw=torch.zeros(1, 3),
-    )
-    assert set(f.pose) == {'jaw'}
+    offset = torch.zeros(1, head.num_verts, 3)
+    posed = frame(shape=torch.zeros(1, 100), static_offset=offset, jaw=torch.zeros(1, 3))
+    assert set(posed.pose) == {'jaw'}
 
 
 # ---- a folder made by hand, from the format's description alone
 
+SHIFT = [0.01, 0.02, 0.03]  # translation of the head
+EYE = [-0.051, -0.06, 0.6]  # place of the camera, which looks along -z
+LENS = dict(
+    cx=37.0,
+    cy=33.0,
+    fl_x=200.0,
+    fl_y=180.0,
+    h=60,
+    w=80,
+    camera_angle_x=2 * math.atan(0.2),
+    camera_angle_y=2 * math.atan(1 / 6),
+)
+CAMERA_TO_WORLD = [
+    [1, 0, 0, EYE[0]],
+    [0, 1, 0, EYE[1]],
+    [0, 0, 1, EYE[2]],
+    [0, 0, 0, 1],
+]
 
-def by_hand(folder, head, T=4, cameras=1, offset=None, up='', **entry):
-    """A VHAP folder written without the writer. The head hangs 90 degrees over to its side; a white
-    pixel is painted where its nose must be."""
-    rest = head.template.double().numpy()
-    joint = (head.J_regressor.double() @ head.template.double())[0].numpy()
+
+def tip_of_nose(head):
+    "The foremost vertex of the skin."
     skin = head.parts.numpy() == head.part_names.index('skin')
     nose = np.unique(head.faces.numpy()[skin])
-    nose = nose[rest[nose, 2].argmax()]
-    p = rest[nose] - joint
-    p = (
-        np.array([-p[1], p[0], p[2]]) + joint + [0.01, 0.02, 0.03]
-    )  # a quarter turn about z: x -> y, y -> -x; then the translation
-    eye = np.array([-0.051, -0.06, 0.6])
-    d = p - eye  # an OpenGL camera without rotation looks along -z
-    u = 200 * d[0] / -d[2] + 37
-    v = 33 - 180 * d[1] / -d[2]  # rows count downwards
+    return int(nose[head.template.numpy()[nose, 2].argmax()])
+
+
+def pixel_of_nose(head):
+    "Where the nose of the head must be that hangs 90 degrees over to its side: column and row."
+    joint = (head.J_regressor.double() @ head.template.double())[0].numpy()
+    x, y, z = head.template.double().numpy()[tip_of_nose(head)] - joint
+    # a quarter turn about z: x -> y, y -> -x; then the translation
+    place = np.array([-y, x, z]) + joint + SHIFT
+    right, up, back = place - np.array(EYE)
+    column = 200 * right / -back + 37
+    row = 33 - 180 * up / -back  # rows count downwards
+    assert 0 < column < 80 and 0 < row < 60
+    return int(column), int(row)
+
+
+def flame_param(head, step, offset):
+    "The head at a time step, as arrays of the format."
+    arrays = dict(
+        translation=[SHIFT],
+        rotation=[[0, 0, math.pi / 2]],
+        neck_pose=[[0, 0, 0]],
+        jaw_pose=[[0.1 * step, 0, 0]],
+        eyes_pose=[[0, 0.1, 0, 0, 0.2, 0]],
+        expr=np.zeros((1, 100)),
+        shape=np.zeros(300),
+        static_offset=np.zeros((1, head.num_verts, 3)) if offset is None else offset,
+    )
+    return {name: np.array(array, np.float32) for name, array in arrays.items()}
+
+
+def entry_by_hand(step, camera, up):
+    return dict(
+        timestep_index=step,
+        timestep_index_original=10 * step,
+        timestep_id=f'{10 * step:05d}',
+        camera_index=camera,
+        camera_id=f'cam{camera}',
+        **LENS,
+        transform_matrix=CAMERA_TO_WORLD,
+        file_path=f'{up}images/{step:05d}_{camera:02d}.png',
+        fg_mask_path=f'{up}fg_masks/{step:05d}_{camera:02d}.png',
+        flame_param_path=f'{up}flame_param/{step:05d}.npz',
+    )
+
+
+def transforms_by_hand(folder, frames, some, name):
+    "A transforms file with some of the frames."
+    top = {key: frames[0][key] for key in LENS if key in frames[0]}
+    top.update(
+        timestep_indices=sorted({f['timestep_index'] for f in frames}),
+        camera_indices=sorted({f['camera_index'] for f in frames}),
+        frames=some,
+    )
+    (folder / f'transforms{name}.json').write_text(json.dumps(top))
+
+
+def by_hand(folder, head, steps=4, cameras=1, offset=None, up='', **change):
+    """A VHAP folder written without the writer. The head hangs 90 degrees over to its side; a white
+    pixel is painted where its nose must be."""
+    column, row = pixel_of_nose(head)
+    image = np.zeros((60, 80, 3), np.uint8)
+    image[row, column] = 255
     for name in ('images', 'fg_masks', 'flame_param'):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    shape = np.zeros(300, np.float32)
     frames = []
-    for t in range(T):
-        a = dict(
-            translation=[[0.01, 0.02, 0.03]],
-            rotation=[[0, 0, math.pi / 2]],
-            neck_pose=[[0, 0, 0]],
-            jaw_pose=[[0.1 * t, 0, 0]],
-            eyes_pose=[[0, 0.1, 0, 0, 0.2, 0]],
-            expr=np.zeros((1, 100)),
-        )
-        a = {k: np.array(x, np.float32) for k, x in a.items()}
-        a.update(
-            shape=shape,
-            static_offset=np.zeros((1, head.num_verts, 3), np.float32)
-            if offset is None
-            else offset,
-        )
-        np.savez(folder / f'flame_param/{t:05d}.npz', **a)
-        assert 0 < u < 80 and 0 < v < 60
-        for c in range(cameras):
-            image = np.zeros((60, 80, 3), np.uint8)
-            image[int(v), int(u)] = 255
-            mask = np.full((60, 80), 51 * t, np.uint8)
-            Image.fromarray(image).save(folder / f'images/{t:05d}_{c:02d}.png')
-            Image.fromarray(mask).save(folder / f'fg_masks/{t:05d}_{c:02d}.png')
-            frames.append(
-                {
-                    **dict(
-                        timestep_index=t,
-                        timestep_index_original=10 * t,
-                        timestep_id=f'{10 * t:05d}',
-                        camera_index=c,
-                        camera_id=f'cam{c}',
-                        cx=37.0,
-                        cy=33.0,
-                        fl_x=200.0,
-                        fl_y=180.0,
-                        h=60,
-                        w=80,
-                        camera_angle_x=2 * math.atan(0.2),
-                        camera_angle_y=2 * math.atan(1 / 6),
-                        transform_matrix=[
-                            [1, 0, 0, -0.051],
-                            [0, 1, 0, -0.06],
-                            [0, 0, 1, 0.6],
-                            [0, 0, 0, 1],
-                        ],
-                        file_path=f'{up}images/{t:05d}_{c:02d}.png',
-                        fg_mask_path=f'{up}fg_masks/{t:05d}_{c:02d}.png',
-                        flame_param_path=f'{up}flame_param/{t:05d}.npz',
-                    ),
-                    **entry,
-                }
-            )
-    np.savez(folder / 'canonical_flame_param.npz', shape=shape)
-    cut = math.ceil(0.7 * T)
-    for name, some in (
-        ('', frames),
-        ('_train', [f for f in frames if f['timestep_index'] < cut]),
-        ('_val', []),
-        ('_test', [f for f in frames if f['timestep_index'] >= cut]),
-    ):
-        top = {
-            k: frames[0][k]
-            for k in ('cx', 'cy', 'fl_x', 'fl_y', 'h', 'w', 'camera_angle_x', 'camera_angle_y')
-            if k in frames[0]
-        }
-        (folder / f'transforms{name}.json').write_text(
-            json.dumps(
-                dict(
-                    top,
-                    timestep_indices=list(range(T)),
-                    camera_indices=list(range(cameras)),
-                    frames=some,
-                )
-            )
-        )
-    return int(nose), frames
+    for step in range(steps):
+        np.savez(folder / f'flame_param/{step:05d}.npz', **flame_param(head, step, offset))
+        mask = np.full((60, 80), 51 * step, np.uint8)
+        for camera in range(cameras):
+            name = f'{step:05d}_{camera:02d}.png'
+            Image.fromarray(image).save(folder / 'images' / name)
+            Image.fromarray(mask).save(folder / 'fg_masks' / name)
+            frames.append({**entry_by_hand(step, camera, up), **change})
+    np.savez(folder / 'canonical_flame_param.npz', shape=np.zeros(300, np.float32))
+    cut = math.ceil(0.7 * steps)
+    transforms_by_hand(folder, frames, frames, '')
+    transforms_by_hand(folder, frames, [f for f in frames if f['timestep_index'] < cut], '_train')
+    transforms_by_hand(folder, frames, [], '_val')
+    transforms_by_hand(folder, frames, [f for f in frames if f['timestep_index'] >= cut], '_test')
 
 
 def edit(folder, change, name='transforms.json'):
@@ -233,19 +247,30 @@ def edit(folder, change, name='transforms.json'):
 
 
 def test_golden(tmp_path, head):
-    nose, _ = by_hand(tmp_path, head)
+    by_hand(tmp_path, head)
+    nose = tip_of_nose(head)
     clip = load_vhap(tmp_path)
-    assert [len(read_vhap(tmp_path, s)) for s in (None, 'train', 'val', 'test')] == [4, 3, 0, 1]
-    for t, f in enumerate(clip):
-        uv, depth = project(head(**f.params)[0][nose], f.viewmat, f.K)
-        assert f.image[int(uv[1]), int(uv[0])].min() == 1
+    assert [len(read_vhap(tmp_path, name)) for name in (None, 'train', 'val', 'test')] == [
+        4,
+        3,
+        0,
+        1,
+    ]
+    for f in clip:
+        pixel, depth = project(head(**f.params)[0][nose], f.viewmat, f.K)
+        assert f.image[int(pixel[1]), int(pixel[0])].min() == 1
         assert f.image.sum() == 3
         assert 0.3 < depth < 0.6
+
+
+def test_golden_numbers(tmp_path, head):
+    by_hand(tmp_path, head)
+    for step, f in enumerate(load_vhap(tmp_path)):
         assert f.image.shape == (60, 80, 3)
-        assert torch.allclose(f.mask, torch.tensor(0.2 * t))
-        assert (f.time, f.camera) == (t, 'cam0')
+        assert torch.allclose(f.mask, torch.tensor(0.2 * step))
+        assert (f.time, f.camera) == (step, 'cam0')
         assert torch.equal(f.K, torch.tensor([[200.0, 0, 37], [0, 180, 33], [0, 0, 1]]))
-        assert torch.allclose(f.params['jaw'], torch.tensor([[0.1 * t, 0, 0]]))
+        assert torch.allclose(f.params['jaw'], torch.tensor([[0.1 * step, 0, 0]]))
         assert torch.allclose(f.params['eyes'], torch.tensor([[0, 0.1, 0, 0, 0.2, 0]]))
         assert f.params['shape'].shape == (1, 100)
         assert f.params['expr'].shape == (1, 52)
@@ -254,24 +279,21 @@ def test_golden(tmp_path, head):
 
 def test_offset_is_the_persons(tmp_path, head):
     offset = np.random.default_rng(0).normal(0, 0.01, (1, head.num_verts, 3)).astype(np.float32)
-    by_hand(tmp_path, head, T=1, offset=offset)
+    by_hand(tmp_path, head, steps=1, offset=offset)
     f = load_vhap(tmp_path)[0]
     assert np.array_equal(f.params['static_offset'].numpy(), offset)
     assert 'static_offset' not in f.pose
-    still = {
-        k: v
-        for k, v in f.params.items()
-        if k not in ('rotation', 'translation', 'jaw', 'eyes', 'neck')
-    }
+    moves = ('rotation', 'translation', 'jaw', 'eyes', 'neck')
+    still = {name: code for name, code in f.params.items() if name not in moves}
     assert torch.allclose(head(**still)[0], head.template + torch.from_numpy(offset[0]), atol=1e-6)
 
 
 def test_union_of_sequences(tmp_path, head):
-    by_hand(tmp_path / 'EMO-1', head, T=2)
-    by_hand(tmp_path / 'union', head, T=2, up='../EMO-1/')
-    for d in ('images', 'fg_masks', 'flame_param'):
-        for p in (tmp_path / 'union' / d).iterdir():
-            p.unlink()
+    by_hand(tmp_path / 'EMO-1', head, steps=2)
+    by_hand(tmp_path / 'union', head, steps=2, up='../EMO-1/')
+    for name in ('images', 'fg_masks', 'flame_param'):
+        for path in (tmp_path / 'union' / name).iterdir():
+            path.unlink()
     assert len(load_vhap(tmp_path / 'union').frames) == 2
 
 
@@ -288,27 +310,26 @@ def test_union_of_sequences(tmp_path, head):
 )
 @pytest.mark.parametrize('key', ['file_path', 'fg_mask_path', 'flame_param_path'])
 def test_no_path_leads_out(tmp_path, head, path, key):
-    by_hand(tmp_path / 'a/b', head, T=1, **{key: path})
+    by_hand(tmp_path / 'a/b', head, steps=1, **{key: path})
     with pytest.raises(InputError, match='leads out|expected a path'):
         read_vhap(tmp_path / 'a/b')
 
 
 def test_camera_defaults(tmp_path, head):
-    by_hand(tmp_path, head, T=1)
+    by_hand(tmp_path, head, steps=1)
 
     def strip(top):
-        for d in (top, *top['frames']):
-            for k in ('fl_x', 'fl_y', 'cx', 'cy'):
-                d.pop(k)
+        for entry in (top, *top['frames']):
+            for name in ('fl_x', 'fl_y', 'cx', 'cy'):
+                entry.pop(name)
 
     edit(tmp_path, strip)
-    assert torch.allclose(
-        load_vhap(tmp_path)[0].K, torch.tensor([[200.0, 0, 40], [0, 200, 30], [0, 0, 1]])
-    )
+    expected = torch.tensor([[200.0, 0, 40], [0, 200, 30], [0, 0, 1]])
+    assert torch.allclose(load_vhap(tmp_path)[0].K, expected)
 
 
 def test_matte_from_alpha_or_nowhere(tmp_path, head):
-    by_hand(tmp_path, head, T=1, fg_mask_path=None)
+    by_hand(tmp_path, head, steps=1, fg_mask_path=None)
     with pytest.warns(UserWarning, match='no matte'):
         f = read_vhap(tmp_path)[0]
     assert f.mask.min() == 1
@@ -323,132 +344,136 @@ def test_matte_from_alpha_or_nowhere(tmp_path, head):
     assert f.mask[:10].max() == 0
 
 
-BAD = {
-    'not JSON': (lambda d: (d / 'transforms.json').write_text('{"frames": ['), 'not readable JSON'),
-    'a list': (
-        lambda d: (d / 'transforms.json').write_text('[]'),
-        'an object with a list of frames',
-    ),
-    'no frames': (lambda d: edit(d, lambda t: t.update(frames=[])), 'no frames'),
-    'a frame is null': (
-        lambda d: edit(d, lambda t: t.update(frames=[None])),
-        'frame 0 should be an object',
-    ),
-    'no params': (
-        lambda d: edit(d, lambda t: t['frames'][1].pop('flame_param_path')),
-        'frame 1 has no flame_param_path',
-    ),
-    'no matrix': (
-        lambda d: edit(d, lambda t: t['frames'][1].pop('transform_matrix')),
-        'frame 1: its camera cannot be read',
-    ),
-    'ragged matrix': (
-        lambda d: edit(d, lambda t: t['frames'][0].update(transform_matrix=[[1, 0], [0]])),
-        'its camera cannot be read',
-    ),
-    '3 x 4 matrix': (
-        lambda d: edit(d, lambda t: t['frames'][0]['transform_matrix'].pop()),
-        '4 x 4',
-    ),
+# ---- damage: what is done to a folder, and what the error must say
+
+
+def text(words, name='transforms.json'):
+    return lambda folder: (folder / name).write_text(words)
+
+
+def top_(**change):
+    return lambda folder: edit(folder, lambda top: top.update(change))
+
+
+def entry_(i, **change):
+    return lambda folder: edit(folder, lambda top: top['frames'][i].update(change))
+
+
+def without(i, name):
+    return lambda folder: edit(folder, lambda top: top['frames'][i].pop(name))
+
+
+def row_(k, row):
+    "Another row of the first matrix."
+
+    def change(top):
+        top['frames'][0]['transform_matrix'][k] = row
+
+    return lambda folder: edit(folder, change)
+
+
+def short_matrix(folder):
+    edit(folder, lambda top: top['frames'][0]['transform_matrix'].pop())
+
+
+def picture_(array, name='images/00000_00.png'):
+    return lambda folder: Image.fromarray(array).save(folder / name)
+
+
+def torn_picture(folder):
+    path = folder / 'images/00000_00.png'
+    path.write_bytes(path.read_bytes()[:70])
+
+
+def more(folder, **arrays):
+    "Other arrays in the first file of parameters."
+    with np.load(folder / 'flame_param/00000.npz') as old:
+        np.savez(folder / 'flame_param/00000.npz', **{**old, **arrays})
+
+
+def more_(**arrays):
+    return lambda folder: more(folder, **arrays)
+
+
+def only_(**arrays):
+    return lambda folder: np.savez(folder / 'flame_param/00000.npz', **arrays)
+
+
+BAD_TABLE = {
+    'not JSON': (text('{"frames": ['), 'not readable JSON'),
+    'a list': (text('[]'), 'an object with a list of frames'),
+    'no frames': (top_(frames=[]), 'no frames'),
+    'a frame is null': (top_(frames=[None]), 'frame 0 should be an object'),
+    'no params': (without(1, 'flame_param_path'), 'frame 1 has no flame_param_path'),
+    'another head': (top_(head='0' * 16), 'made on another head'),
+    'half a step': (entry_(0, timestep_index=0.5), 'whole number'),
+    'endless name': (entry_(0, fg_mask_path='x' * 5000), '1 of 6 files'),
+}
+BAD_CAMERA = {
+    'no matrix': (without(1, 'transform_matrix'), 'frame 1: its camera cannot be read'),
+    'ragged matrix': (entry_(0, transform_matrix=[[1, 0], [0]]), 'its camera cannot be read'),
+    '3 x 4 matrix': (short_matrix, '4 x 4'),
     'mirrored matrix': (
-        lambda d: edit(
-            d, lambda t: t['frames'][0].update(transform_matrix=np.diag([-1.0, 1, 1, 1]).tolist())
-        ),
+        entry_(0, transform_matrix=np.diag([-1.0, 1, 1, 1]).tolist()),
         'with a rotation',
     ),
     'scaled matrix': (
-        lambda d: edit(
-            d, lambda t: t['frames'][0].update(transform_matrix=np.diag([4.0, 4, 4, 1]).tolist())
-        ),
+        entry_(0, transform_matrix=np.diag([4.0, 4, 4, 1]).tolist()),
         'with a rotation',
     ),
-    'NaN in a matrix': (
-        lambda d: edit(d, lambda t: t['frames'][0]['transform_matrix'][0].__setitem__(3, math.nan)),
-        'with a rotation',
-    ),
-    'last row 0': (
-        lambda d: edit(
-            d, lambda t: t['frames'][0]['transform_matrix'].__setitem__(3, [0, 0, 0, 0])
-        ),
-        'with a rotation',
-    ),
-    'endless width': (
-        lambda d: edit(d, lambda t: t['frames'][0].update(w=math.inf)),
-        'cannot be read',
-    ),
-    'endless name': (
-        lambda d: edit(d, lambda t: t['frames'][0].update(fg_mask_path='x' * 5000)),
-        '1 of 6 files',
-    ),
-    'focal 0': (lambda d: edit(d, lambda t: t['frames'][0].update(fl_x=0)), 'should be positive'),
-    'half a step': (
-        lambda d: edit(d, lambda t: t['frames'][0].update(timestep_index=0.5)),
-        'whole number',
-    ),
-    'width': (
-        lambda d: edit(d, lambda t: t['frames'][0].update(w=81)),
-        '80 x 60 pixels, transforms.json says 81 x 60',
-    ),
-    'another head': (lambda d: edit(d, lambda t: t.update(head='0' * 16)), 'made on another head'),
+    'NaN in a matrix': (row_(0, [1, 0, 0, math.nan]), 'with a rotation'),
+    'last row 0': (row_(3, [0, 0, 0, 0]), 'with a rotation'),
+    'endless width': (entry_(0, w=math.inf), 'cannot be read'),
+    'focal 0': (entry_(0, fl_x=0), 'should be positive'),
+    'width': (entry_(0, w=81), '80 x 60 pixels, transforms.json says 81 x 60'),
+}
+BAD_PICTURES = {
     'small matte': (
-        lambda d: Image.new('L', (40, 30)).save(d / 'fg_masks/00000_00.png'),
+        picture_(np.zeros((30, 40), np.uint8), 'fg_masks/00000_00.png'),
         '40 x 30 pixels',
     ),
     'a missing picture': (
-        lambda d: (d / 'images/00001_00.png').unlink(),
+        lambda folder: (folder / 'images/00001_00.png').unlink(),
         '1 of 6 files are missing.*00001_00.png',
     ),
-    'torn picture': (
-        lambda d: (d / 'images/00000_00.png').write_bytes(
-            (d / 'images/00000_00.png').read_bytes()[:70]
-        ),
-        'not a readable picture',
-    ),
-    '16-bit picture': (
-        lambda d: Image.fromarray(np.zeros((60, 80), np.uint16)).save(d / 'images/00000_00.png'),
-        'expected 8 bits',
-    ),
+    'torn picture': (torn_picture, 'not a readable picture'),
+    '16-bit picture': (picture_(np.zeros((60, 80), np.uint16)), 'expected 8 bits'),
+}
+BAD_NUMBERS = {
     'torn npz': (
-        lambda d: (d / 'flame_param/00000.npz').write_bytes(b'PK\3\4'),
+        lambda folder: (folder / 'flame_param/00000.npz').write_bytes(b'PK\3\4'),
         'not a readable npz',
     ),
-    'a pickle': (
-        lambda d: np.savez(d / 'flame_param/00000.npz', expr=np.array([{}], object)),
-        'not a readable npz',
-    ),
-    'no names': (lambda d: np.savez(d / 'flame_param/00000.npz', neck=np.zeros(3)), 'it lacks'),
+    'a pickle': (only_(expr=np.array([{}], object)), 'not a readable npz'),
+    'no names': (only_(neck=np.zeros(3)), 'it lacks'),
     'dynamic offset': (
-        lambda d: more(d, dynamic_offset=np.ones((1, 5065, 3))),
+        more_(dynamic_offset=np.ones((1, 5065, 3))),
         'dynamic_offset is not zero',
     ),
-    'other mesh': (lambda d: more(d, static_offset=np.zeros((1, 5143, 3))), 'is for 5143 vertices'),
+    'other mesh': (more_(static_offset=np.zeros((1, 5143, 3))), 'is for 5143 vertices'),
     'too many directions': (
-        lambda d: more(d, expr=np.eye(100)[70:71]),
+        more_(expr=np.eye(100)[70:71]),
         'expr has 71 numbers, open head has 52',
     ),
     'all steps in one': (
-        lambda d: more(d, rotation=np.zeros((2, 3))),
+        more_(rotation=np.zeros((2, 3))),
         r'rotation should be \(1,3\), one time step',
     ),
-    'NaN': (lambda d: more(d, jaw_pose=np.full((1, 3), np.nan)), 'jaw_pose should hold finite'),
-    'text': (lambda d: more(d, shape=np.array(['a'])), 'shape should hold finite'),
+    'NaN': (more_(jaw_pose=np.full((1, 3), np.nan)), 'jaw_pose should hold finite'),
+    'text': (more_(shape=np.array(['a'])), 'shape should hold finite'),
 }
-
-
-def more(d, **arrays):
-    with np.load(d / 'flame_param/00000.npz') as z:
-        np.savez(d / 'flame_param/00000.npz', **{**z, **arrays})
+BAD = BAD_TABLE | BAD_CAMERA | BAD_PICTURES | BAD_NUMBERS
 
 
 @pytest.mark.parametrize('what', BAD)
 def test_damage_is_named(tmp_path, head, what):
-    by_hand(tmp_path, head, T=2)
+    by_hand(tmp_path, head, steps=2)
     spoil, says = BAD[what]
     spoil(tmp_path)
-    with pytest.raises(InputError, match=says) as e:
+    with pytest.raises(InputError, match=says) as error:
         load_vhap(tmp_path)[0]
-    assert '\n' not in str(e.value)
-    assert len(str(e.value)) < 500 + 5000 * ('endless' in what)
+    assert '\n' not in str(error.value)
+    assert len(str(error.value)) < 500 + 5000 * ('endless' in what)
 
 
 def test_nothing_to_read(tmp_path):
@@ -470,7 +495,7 @@ def test_nothing_to_read(tmp_path):
 
 
 def test_zero_dynamic_offset_is_fine(tmp_path, head):
-    by_hand(tmp_path, head, T=1)
+    by_hand(tmp_path, head, steps=1)
     more(tmp_path, dynamic_offset=np.zeros((1, 5065, 3)))
     assert len(load_vhap(tmp_path).frames) == 1
 
@@ -478,69 +503,63 @@ def test_zero_dynamic_offset_is_fine(tmp_path, head):
 # ---- there and back
 
 
-def same(a, b):
-    for k in ('image', 'mask'):
-        assert (getattr(a, k) - getattr(b, k)).abs().max() <= 0.5 / 255 + 1e-6
-    assert torch.allclose(a.viewmat, b.viewmat, atol=1e-6)
-    assert torch.equal(a.K, b.K)
-    assert (a.time, a.camera) == (b.time, b.camera)
-    for k, x in a.params.items():
-        n = x.shape[-1]
-        assert torch.equal(b.params[k][..., :n], x)
-        assert not b.params[k][..., n:].any()
+def same(ours, theirs):
+    for name in ('image', 'mask'):
+        difference = getattr(ours, name) - getattr(theirs, name)
+        assert difference.abs().max() <= 0.5 / 255 + 1e-6
+    assert torch.allclose(ours.viewmat, theirs.viewmat, atol=1e-6)
+    assert torch.equal(ours.K, theirs.K)
+    assert (ours.time, ours.camera) == (theirs.time, theirs.camera)
+    for name, code in ours.params.items():
+        count = code.shape[-1]
+        assert torch.equal(theirs.params[name][..., :count], code)
+        assert not theirs.params[name][..., count:].any()
 
 
-def test_round_trip_of_a_painted_clip(tmp_path, head):
+@pytest.fixture(scope='module')
+def painted(tmp_path_factory, head):
+    "A painted clip, and the folder it was written to."
     clip = synth.mono_clip(synth.make_person(2, head), 10, 48, seed=1, head=head)
-    write_vhap(clip, tmp_path / 'c', head, show=False)
-    back = load_vhap(tmp_path / 'c', head)
+    folder = tmp_path_factory.mktemp('painted') / 'c'
+    write_vhap(clip, folder, head, show=False)
+    return clip, folder
+
+
+def test_round_trip_of_a_painted_clip(painted, head):
+    clip, folder = painted
+    back = load_vhap(folder, head)
     assert len(back) == 10
-    for a, b in zip(clip, back):
-        same(a, b)
-    assert sorted(p.name for p in (tmp_path / 'c').iterdir()) == [
-        'canonical_flame_param.npz',
-        'fg_masks',
-        'flame_param',
-        'images',
-        'transforms.json',
-        'transforms_test.json',
-        'transforms_train.json',
-        'transforms_val.json',
-    ]
-    top = json.loads((tmp_path / 'c/transforms.json').read_text())
-    e = top['frames'][3]
-    keys = set(
-        (
-            'timestep_index timestep_index_original timestep_id camera_index camera_id cx cy fl_x '
-            'fl_y h w camera_angle_x camera_angle_y transform_matrix file_path fg_mask_path flame_param_path'
-        ).split()
-    )
-    assert set(e) == keys
-    assert (e['file_path'], e['fg_mask_path'], e['flame_param_path']) == (
-        'images/00003_00.png',
-        'fg_masks/00003_00.png',
-        'flame_param/00003.npz',
-    )
-    assert set(top) == {
-        'cx',
-        'cy',
-        'fl_x',
-        'fl_y',
-        'h',
-        'w',
-        'camera_angle_x',
-        'camera_angle_y',
-        'timestep_indices',
-        'camera_indices',
-        'frames',
-        'head',
-        'head_name',
-    }
+    for ours, theirs in zip(clip, back):
+        same(ours, theirs)
+
+
+FILES = """canonical_flame_param.npz fg_masks flame_param images transforms.json
+transforms_test.json transforms_train.json transforms_val.json""".split()
+ENTRY = """timestep_index timestep_index_original timestep_id camera_index camera_id cx cy fl_x fl_y
+h w camera_angle_x camera_angle_y transform_matrix file_path fg_mask_path
+flame_param_path""".split()
+TOP = """cx cy fl_x fl_y h w camera_angle_x camera_angle_y timestep_indices camera_indices frames
+head head_name""".split()
+
+
+def test_what_a_written_folder_holds(painted):
+    folder = painted[1]
+    assert sorted(path.name for path in folder.iterdir()) == FILES
+    top = json.loads((folder / 'transforms.json').read_text())
+    assert set(top) == set(TOP)
     assert top['timestep_indices'] == list(range(10))
     assert top['camera_indices'] == [0]
-    assert math.isclose(e['camera_angle_x'], 2 * math.atan(24 / e['fl_x']))
-    with np.load(tmp_path / 'c/flame_param/00003.npz') as z:
-        shapes = {k: z[k].shape for k in z}
+    entry = top['frames'][3]
+    assert set(entry) == set(ENTRY)
+    assert entry['file_path'] == 'images/00003_00.png'
+    assert entry['fg_mask_path'] == 'fg_masks/00003_00.png'
+    assert entry['flame_param_path'] == 'flame_param/00003.npz'
+    assert math.isclose(entry['camera_angle_x'], 2 * math.atan(24 / entry['fl_x']))
+
+
+def test_what_a_file_of_parameters_holds(painted, head):
+    with np.load(painted[1] / 'flame_param/00003.npz') as arrays:
+        shapes = {name: arrays[name].shape for name in arrays}
     assert shapes == dict(
         translation=(1, 3),
         rotation=(1, 3),
@@ -554,7 +573,7 @@ def test_round_trip_of_a_painted_clip(tmp_path, head):
 
 
 @pytest.mark.parametrize(
-    'T,cameras,sizes',
+    'steps,cameras,sizes',
     [
         (10, 16, (105, 7, 48)),
         (10, 1, (7, 0, 3)),
@@ -563,31 +582,27 @@ def test_round_trip_of_a_painted_clip(tmp_path, head):
         (20, 9, (112, 14, 54)),
     ],
 )
-def test_split_of_the_format(tmp_path, T, cameras, sizes):
-    write_vhap([frame(t, f'c{c}', 2, 2) for t in range(T) for c in range(cameras)], tmp_path)
-    got = [
-        json.loads((tmp_path / f'transforms_{s}.json').read_text())['frames']
-        for s in ('train', 'val', 'test')
-    ]
-    assert tuple(map(len, got)) == sizes
-    assert all(e['camera_index'] == 8 for e in got[1])
-    assert {e['timestep_index'] for e in got[2]} == set(range(math.ceil(round(0.7 * T, 6)), T))
+def test_split_of_the_format(tmp_path, steps, cameras, sizes):
+    places = [(step, f'c{camera}') for step in range(steps) for camera in range(cameras)]
+    write_vhap([frame(*place, 2, 2) for place in places], tmp_path)
+
+    def entries(part):
+        return json.loads((tmp_path / f'transforms_{part}.json').read_text())['frames']
+
+    parts = [entries(part) for part in ('train', 'val', 'test')]
+    assert tuple(map(len, parts)) == sizes
+    assert all(entry['camera_index'] == 8 for entry in parts[1])
+    held = set(range(math.ceil(round(0.7 * steps, 6)), steps))
+    assert {entry['timestep_index'] for entry in parts[2]} == held
 
 
 def test_camera_by_camera(tmp_path):
     "Frames may come in any order; time steps are numbered as they come, files sorted."
-    write_vhap([frame(t, c) for c in ('left', 'right') for t in (30, 40)], tmp_path)
-    back = read_vhap(tmp_path)
-    assert [(f.time, f.camera) for f in back] == [
-        (0, 'left'),
-        (0, 'right'),
-        (1, 'left'),
-        (1, 'right'),
-    ]
-    assert [
-        e['timestep_index_original']
-        for e in json.loads((tmp_path / 'transforms.json').read_text())['frames']
-    ] == [30, 30, 40, 40]
+    write_vhap([frame(time, camera) for camera in ('left', 'right') for time in (30, 40)], tmp_path)
+    places = [(f.time, f.camera) for f in read_vhap(tmp_path)]
+    assert places == [(0, 'left'), (0, 'right'), (1, 'left'), (1, 'right')]
+    entries = json.loads((tmp_path / 'transforms.json').read_text())['frames']
+    assert [entry['timestep_index_original'] for entry in entries] == [30, 30, 40, 40]
 
 
 def test_offset_survives(tmp_path, head):
@@ -618,35 +633,47 @@ def test_writer_spares_what_is_there(tmp_path):
     (tmp_path / 'diary.txt').write_text('mine')
     with pytest.raises(InputError, match='not empty'):
         write_vhap([frame()], tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ['diary.txt']
+    assert [path.name for path in tmp_path.iterdir()] == ['diary.txt']
     with pytest.raises(InputError, match='stands|not empty'):
         write_vhap([frame()], tmp_path / 'diary.txt')
 
 
-def test_half_a_folder(tmp_path):
-    def upto(n, seed=0):
-        def make(i):
-            if i >= n:
-                raise RuntimeError('the light went out')
-            return frame(i + seed)
+def eight(upto=8, seed=0):
+    "A clip of eight frames whose maker fails after some of them."
 
-        return Clip(make, 8)
+    def make(i):
+        if i >= upto:
+            raise RuntimeError('the light went out')
+        return frame(i + seed)
 
+    return Clip(make, 8)
+
+
+@pytest.fixture
+def half(tmp_path):
+    "A folder that was interrupted after five frames, with a torn line, as a kill leaves it."
     with pytest.raises(RuntimeError):
-        write_vhap(upto(5), tmp_path)
-    with (tmp_path / 'writing.jsonl').open('a') as f:
-        f.write('{"timestep_index": 5, "ti')  # a torn line, as a kill leaves it
-    for f in (load_vhap, read_vhap):
+        write_vhap(eight(upto=5), tmp_path)
+    with (tmp_path / 'writing.jsonl').open('a') as log:
+        log.write('{"timestep_index": 5, "ti')
+    return tmp_path
+
+
+def test_half_a_folder_is_refused(half):
+    for read in (load_vhap, read_vhap):
         with pytest.raises(InputError, match='half-written'):
-            f(tmp_path)
+            read(half)
     with pytest.raises(InputError, match='another clip'):
-        write_vhap(upto(8, seed=1), tmp_path)
+        write_vhap(eight(seed=1), half)
     with pytest.raises(InputError, match='another clip'):
-        write_vhap(upto(8)[:7], tmp_path)
-    write_vhap(upto(8), tmp_path)
-    for a, b in zip(upto(8), load_vhap(tmp_path), strict=True):
-        same(a, b)
-    assert not (tmp_path / 'writing.jsonl').exists()
+        write_vhap(eight()[:7], half)
+
+
+def test_half_a_folder_goes_on(half):
+    write_vhap(eight(), half)
+    for ours, theirs in zip(eight(), load_vhap(half), strict=True):
+        same(ours, theirs)
+    assert not (half / 'writing.jsonl').exists()
 
 
 KILLED = """
@@ -657,6 +684,12 @@ write_vhap(Clip(lambda i: (time.sleep(.02), frame(i))[1], 60), {folder!r})
 """
 
 
+def contents(folder):
+    "All files but the compressed ones, which carry a date."
+    paths = [path for path in folder.rglob('*') if path.is_file() and path.suffix != '.npz']
+    return {path.relative_to(folder): path.read_bytes() for path in paths}
+
+
 def test_kill_and_go_on(tmp_path):
     code = KILLED.format(here=str(Path(__file__).parent), folder=str(tmp_path / 'c'))
     job = subprocess.Popen([sys.executable, '-c', code], env={**os.environ, 'OMP_NUM_THREADS': '1'})
@@ -665,20 +698,12 @@ def test_kill_and_go_on(tmp_path):
     job.send_signal(signal.SIGKILL)
     job.wait()
     assert not (tmp_path / 'c/transforms.json').exists()
-    made = []
-    write_vhap(Clip(lambda i: (made.append(i), frame(i))[1], 60), tmp_path / 'c')
+    maker = Maker()
+    write_vhap(Clip(maker, 60), tmp_path / 'c')
     write_vhap(Clip(frame, 60), tmp_path / 'whole')
-
-    def files(d):
-        return {
-            p.relative_to(d): p.read_bytes()
-            for p in d.rglob('*')
-            if p.is_file() and p.suffix != '.npz'
-        }
-
-    assert made[0] == 0
-    assert made[1] > 5
-    assert files(tmp_path / 'c') == files(tmp_path / 'whole')
+    assert maker.made[0] == 0
+    assert maker.made[1] > 5
+    assert contents(tmp_path / 'c') == contents(tmp_path / 'whole')
 
 
 def test_another_head(tmp_path, head):
@@ -691,11 +716,8 @@ def test_another_head(tmp_path, head):
             name='a cousin',
         )
     ).requires_grad_(False)
-    assert (
-        head_fingerprint(other)
-        != head_fingerprint(head)
-        == head_fingerprint(head.to(torch.float64))
-    )
+    own = head_fingerprint(head)
+    assert head_fingerprint(other) != own == head_fingerprint(head.to(torch.float64))
     write_vhap([frame()], tmp_path, other)
     with pytest.raises(InputError, match='made on a cousin.*not on open head'):
         load_vhap(tmp_path)
@@ -703,46 +725,65 @@ def test_another_head(tmp_path, head):
 
 
 def test_reading_is_lazy(tmp_path):
-    write_vhap([frame(t) for t in range(5)], tmp_path)
+    write_vhap([frame(time) for time in range(5)], tmp_path)
     clip = load_vhap(tmp_path)
-    for t in range(4):
-        (tmp_path / f'images/{t:05d}_00.png').unlink()
+    for step in range(4):
+        (tmp_path / f'images/{step:05d}_00.png').unlink()
     assert clip[2:][-1].time == 4
     with pytest.raises(InputError, match='not a readable picture'):
         clip[0]
 
 
-def test_heads_in_flames_format(tmp_path):
-    """Two releases with one mesh and other expressions; the open head; a file cut to fewer
-    directions."""
+# ---- heads in FLAME's format
+
+
+@pytest.fixture
+def releases(tmp_path):
+    "Two releases with one mesh and other expressions."
     import flame_files as ff
 
     from spatialavatar0.head.flame_files import load_flame
 
-    m = ff.model()
-    late = dict(m, shapedirs=m['shapedirs'].copy())
+    early = ff.model()
+    late = dict(early, shapedirs=early['shapedirs'].copy())
     late['shapedirs'][:, :, 300:] *= -1
-    a, b = (
-        load_flame(ff.write_original(tmp_path / f'{n}.pkl', x), release=n)
-        for n, x in (('early', m), ('late', late))
+    models = dict(early=early, late=late)
+    paths = {
+        name: ff.write_original(tmp_path / f'{name}.pkl', model) for name, model in models.items()
+    }
+    return [load_flame(path, release=name) for name, path in paths.items()]
+
+
+def random_frame():
+    generator = torch.Generator().manual_seed(0)
+    return frame(
+        shape=torch.randn(1, 300, generator=generator),
+        expr=torch.randn(1, 100, generator=generator),
+        neck=torch.randn(1, 3, generator=generator),
+        static_offset=torch.randn(1, 60, 3, generator=generator),
     )
-    g = torch.Generator().manual_seed(0)
-    f = frame(
-        shape=torch.randn(1, 300, generator=g),
-        expr=torch.randn(1, 100, generator=g),
-        neck=torch.randn(1, 3, generator=g),
-        static_offset=torch.randn(1, 60, 3, generator=g),
-    )
-    write_vhap([f], tmp_path / 'c', a)
-    same(f, load_vhap(tmp_path / 'c', a)[0])
-    assert torch.equal(a(**load_vhap(tmp_path / 'c', a)[0].params), a(**f.params))
-    for other in (b, open_head()):
+
+
+def test_heads_in_flames_format(tmp_path, releases):
+    early, late = releases
+    f = random_frame()
+    write_vhap([f], tmp_path / 'c', early)
+    back = load_vhap(tmp_path / 'c', early)[0]
+    same(f, back)
+    assert torch.equal(early(**back.params), early(**f.params))
+    for other in (late, open_head()):
         with pytest.raises(InputError, match='was made on'):
             load_vhap(tmp_path / 'c', other)
-    edit(
-        tmp_path / 'c', lambda top: top.pop('head')
-    )  # a folder from elsewhere says nothing; sizes must do
+
+
+def test_a_folder_from_elsewhere(tmp_path, releases):
+    "It says nothing of its head; sizes must do."
+    from spatialavatar0.head.flame_files import load_flame
+
+    write_vhap([random_frame()], tmp_path / 'c', releases[0])
+    edit(tmp_path / 'c', lambda top: top.pop('head'))
+    smaller = load_flame(tmp_path / 'early.pkl', num_shape=20, num_expr=100)
     with pytest.raises(InputError, match='300 numbers, .* has 20 directions'):
-        load_vhap(tmp_path / 'c', load_flame(tmp_path / 'early.pkl', num_shape=20, num_expr=100))[0]
+        load_vhap(tmp_path / 'c', smaller)[0]
     with pytest.raises(InputError, match='open head'):
         load_vhap(tmp_path / 'c')[0]
