@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from typing import NamedTuple
 
 import imageio.v2 as imageio
 import numpy as np
@@ -39,14 +40,12 @@ def avatar():
     return new_avatar(open_head(), 48)
 
 
-def film(n, h=48, w=64, seed=0):
+def film(n, height=48, width=64, seed=0):
     "Smooth moving colours, so that compression cannot confuse frames."
-    y, x = np.mgrid[:h, :w]
-    g = np.random.default_rng(seed).uniform(0, 6, 3)
-    return [
-        (127 + 120 * np.sin(x[..., None] / 17 + y[..., None] / 23 + g + i / 2)).astype(np.uint8)
-        for i in range(n)
-    ]
+    y, x = np.mgrid[:height, :width][..., None]
+    colours = np.random.default_rng(seed).uniform(0, 6, 3)
+    waves = [np.sin(x / 17 + y / 23 + colours + i / 2) for i in range(n)]
+    return [(127 + 120 * wave).astype(np.uint8) for wave in waves]
 
 
 # turn, swing, both, speak
@@ -54,18 +53,17 @@ def film(n, h=48, w=64, seed=0):
 
 @pytest.mark.parametrize('seed', range(5))
 def test_turn_is_an_orbit_and_comes_back(seed):
-    g = torch.Generator().manual_seed(seed)
-    yaw, pitch = (torch.rand(2, generator=g) * 140 - 70).tolist()
-    c = torch.randn(3, generator=g) * 0.1
-    V = orbit(0, 0, 0.7, c).double()
-    assert torch.allclose(turn(V, yaw, pitch, c), orbit(yaw, pitch, 0.7, c).double(), atol=1e-5)
-    there = turn(orbit(yaw, pitch, 0.7, c), yaw, 0, c)
-    assert torch.allclose(turn(there, -yaw, 0, c), orbit(yaw, pitch, 0.7, c), atol=1e-5)
-    assert torch.allclose(
-        turn(V, yaw, 0, c) @ torch.cat([c, torch.ones(1)]).double(),
-        V @ torch.cat([c, torch.ones(1)]).double(),
-        atol=1e-6,
-    )  # the centre stays
+    generator = torch.Generator().manual_seed(seed)
+    yaw, pitch = (torch.rand(2, generator=generator) * 140 - 70).tolist()
+    center = torch.randn(3, generator=generator) * 0.1
+    front = orbit(0, 0, 0.7, center).double()
+    away = orbit(yaw, pitch, 0.7, center)
+    assert torch.allclose(turn(front, yaw, pitch, center), away.double(), atol=1e-5)
+    there = turn(away, yaw, 0, center)
+    assert torch.allclose(turn(there, -yaw, 0, center), away, atol=1e-5)
+    point = torch.cat([center, torch.ones(1)]).double()
+    turned = turn(front, yaw, 0, center)
+    assert torch.allclose(turned @ point, front @ point, atol=1e-6)  # the centre stays
 
 
 def test_swing_loops():
@@ -76,111 +74,113 @@ def test_swing_loops():
     assert np.abs(np.abs(yaw).max(0) - (30, 5)).max() < 0.01
 
 
+OPPOSITES = 'jawLeft', 'mouthLeft'  # these do not move together with their right
+
+
 def test_names():
-    h = open_head()
-    assert both(mouthSmile=0.5, jawOpen=0.1) == {
-        'mouthSmileLeft': 0.5,
-        'mouthSmileRight': 0.5,
-        'jawOpen': 0.1,
-    }
-    for n in h.arkit_names:
-        assert both(**{n: 0.3}) == {n: 0.3}
-        assert (
-            n[-4:] != 'Left'
-            or n in ('jawLeft', 'mouthLeft')
-            or both(**{n[:-4]: 0.3}) == {n: 0.3, n[:-4] + 'Right': 0.3}
-        )
-    for bad in ('jaw', 'mouth', 'smile', 'JawOpen', ''):
-        with pytest.raises(InputError, match='not an ARKit weight'):
-            both(**{bad: 1.0})
+    both_sides = dict(mouthSmileLeft=0.5, mouthSmileRight=0.5, jawOpen=0.1)
+    assert both(mouthSmile=0.5, jawOpen=0.1) == both_sides
+    names = open_head().arkit_names
+    for name in names:
+        assert both(**{name: 0.3}) == {name: 0.3}
+    for name in names:
+        if name.endswith('Left') and name not in OPPOSITES:
+            stem = name.removesuffix('Left')
+            assert both(**{stem: 0.3}) == {name: 0.3, f'{stem}Right': 0.3}
+
+
+@pytest.mark.parametrize('bad', ['jaw', 'mouth', 'smile', 'JawOpen', ''])
+def test_unknown_names(bad):
+    with pytest.raises(InputError, match='not an ARKit weight'):
+        both(**{bad: 1.0})
+
+
+@pytest.mark.parametrize('seed', range(8))
+@pytest.mark.parametrize('fps', (12, 24, 60))
+def test_speech(fps, seed):
+    speech = speak(4 * fps, fps, seed)
+    assert len(speech) == 4 * fps
+    assert all(0 <= weight <= 1 for frame in speech for weight in frame.values())
+    assert speech == speak(4 * fps, fps, seed) != speak(4 * fps, fps, seed + 1)
+    for end in (speech[0], speech[-1]):
+        assert max(end.values()) < 0.03  # it loops
+    assert max(frame['jawOpen'] for frame in speech) > 0.2
+    assert np.ptp([frame['eyeBlinkLeft'] for frame in speech]) > 0.5
+    for frame in speech:
+        assert frame['eyeBlinkLeft'] == frame['eyeBlinkRight']
+        assert min(frame['eyeLookOutLeft'], frame['eyeLookInLeft']) == 0
+        assert frame['eyeLookOutLeft'] == frame['eyeLookInRight']
 
 
 @pytest.mark.parametrize('fps', (12, 24, 60))
-def test_speech(fps):
-    for seed in range(8):
-        s = speak(4 * fps, fps, seed)
-        assert len(s) == 4 * fps
-        assert all(0 <= w <= 1 for f in s for w in f.values())
-        assert s == speak(4 * fps, fps, seed) != speak(4 * fps, fps, seed + 1)
-        assert max(max(s[0].values()), max(s[-1].values())) < 0.03  # it loops
-        jaw = [f['jawOpen'] for f in s]
-        assert max(jaw) > 0.2
-        assert np.ptp([f['eyeBlinkLeft'] for f in s]) > 0.5
-        assert all(f['eyeBlinkLeft'] == f['eyeBlinkRight'] for f in s)
-        assert all(
-            min(f['eyeLookOutLeft'], f['eyeLookInLeft']) == 0
-            and f['eyeLookOutLeft'] == f['eyeLookInRight']
-            for f in s
-        )
+def test_length_of_short_speech(fps):
     for n in range(5):
         assert len(speak(n, fps)) == n
-    open_head().arkit(s[9])
+    open_head().arkit(speak(10, fps)[9])
 
 
 def test_render_motion(avatar):
-    h = avatar.head
     K = intrinsics(130, 48, 40)
-    V = orbit(0, 0, 0.9)
-    frames = render_motion(
-        avatar,
-        [V, turn(V, 40)],
-        [{}, h.arkit(both(jawOpen=0.6))],
-        K,
-        48,
-        40,
-        background=(1.0, 0.0, 0.0),
-    )
-    assert [f.shape for f in frames] == [(40, 48, 3)] * 2
+    front = orbit(0, 0, 0.9)
+    cameras = [front, turn(front, 40)]
+    poses = [{}, avatar.head.arkit(both(jawOpen=0.6))]
+    frames = render_motion(avatar, cameras, poses, K, 48, 40, background=(1.0, 0.0, 0.0))
+    assert [frame.shape for frame in frames] == [(40, 48, 3)] * 2
     assert frames[0].dtype == np.uint8
     assert (frames[0] != frames[1]).any()
     assert frames[0][0, 0].tolist() == [255, 0, 0]
     with pytest.raises(ValueError, match='one camera per pose: got 1 cameras and 2 poses'):
-        render_motion(avatar, [V], [{}, {}], K, 48, 40)
+        render_motion(avatar, [front], [{}, {}], K, 48, 40)
 
 
 # films
 
 
+def even(side, suffix):
+    "A side of a film: only a gif may be odd."
+    return side if suffix == 'gif' else side + side % 2
+
+
 @pytest.mark.parametrize('suffix', ('mp4', 'gif', 'MP4'))
-@pytest.mark.parametrize('h,w', ((48, 64), (33, 51), (1, 1), (2, 99)))
-def test_film_reads_back(tmp_path, suffix, h, w):
-    frames = film(9, h, w)
+@pytest.mark.parametrize('height,width', ((48, 64), (33, 51), (1, 1), (2, 99)))
+def test_film_reads_back(tmp_path, suffix, height, width):
+    frames = film(9, height, width)
     path = write_film(iter(frames), tmp_path / f'sub/film.{suffix}', 10)
     back = imageio.mimread(path, memtest=False)
-
-    def even(n):
-        return n + n % 2 if suffix != 'gif' else n
-
     assert len(back) == 9
-    assert back[0].shape[:2] == (even(h), even(w))
+    assert back[0].shape[:2] == (even(height, suffix), even(width, suffix))
     assert os.listdir(path.parent) == [path.name]
-    if min(h, w) > 30:
-        assert max(np.abs(a.astype(float) - b[:h, :w, :3]).mean() for a, b in zip(frames, back)) < 8
+    if min(height, width) > 30:
+        for frame, read in zip(frames, back):
+            assert np.abs(frame.astype(float) - read[:height, :width, :3]).mean() < 8
     if suffix != 'gif':
         assert abs(imageio.get_reader(path).get_meta_data()['duration'] - 0.9) < 0.06
 
 
-@pytest.mark.parametrize('fps', (1, 7, 12, 24, 25, 30, 50))
-def test_gif_keeps_its_length(tmp_path, fps):
+def durations(path):
+    "Of the frames of a gif, milliseconds."
     from PIL import Image
 
-    path = write_film(film(13, 8, 8), tmp_path / 'a.gif', fps)
-    with Image.open(path) as im:
-        lengths = [im.seek(i) or im.info['duration'] for i in range(im.n_frames)]
+    with Image.open(path) as image:
+        return [image.seek(i) or image.info['duration'] for i in range(image.n_frames)]
+
+
+@pytest.mark.parametrize('fps', (1, 7, 12, 24, 25, 30, 50))
+def test_gif_keeps_its_length(tmp_path, fps):
+    lengths = durations(write_film(film(13, 8, 8), tmp_path / 'a.gif', fps))
     assert abs(sum(lengths) - 13000 / fps) <= 5
     assert len(lengths) == 13
     assert max(lengths) - min(lengths) <= 10
 
 
 def test_still_gif_keeps_its_length(tmp_path):
-    from PIL import Image
-
-    with Image.open(write_film(film(1) * 10, tmp_path / 'a.gif', 10)) as im:
-        assert sum(im.seek(i) or im.info['duration'] for i in range(im.n_frames)) == 1000
+    path = write_film(film(1) * 10, tmp_path / 'a.gif', 10)
+    assert sum(durations(path)) == 1000
 
 
 def test_floats_and_tensors_are_frames(tmp_path):
-    frames = [torch.rand(16, 16, 3, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    generators = [torch.Generator().manual_seed(i) for i in range(3)]
+    frames = [torch.rand(16, 16, 3, generator=generator) for generator in generators]
     assert len(imageio.mimread(write_film(frames, tmp_path / 'a.gif'))) == 3
 
 
@@ -223,7 +223,8 @@ def test_failure_leaves_the_old_film(tmp_path, suffix):
         raise error
 
     for error in (KeyboardInterrupt, ValueError('lost')):
-        with pytest.raises(type(error) if isinstance(error, Exception) else error):
+        kind = type(error) if isinstance(error, Exception) else error
+        with pytest.raises(kind):
             write_film(broken(error), path)
         assert path.read_bytes() == old
         assert os.listdir(tmp_path) == [path.name]
@@ -257,122 +258,147 @@ def test_show_film(tmp_path):
         ('a.mp4', '<video src="data:video/mp4;base64,'),
     ):
         html = show_film(write_film(film(2), tmp_path / name), 'a "quoted" film').data
-        assert html.startswith(tag) and '&quot;quoted&quot;' in html
+        assert html.startswith(tag)
+        assert '&quot;quoted&quot;' in html
 
 
 # splat files
 
 
+class Splats(NamedTuple):
+    means: torch.Tensor
+    quats: torch.Tensor
+    scales: torch.Tensor
+    opacities: torch.Tensor
+    colors: torch.Tensor
+
+
 def splats(n=50, seed=0):
-    g = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
 
-    def r(*s):
-        return torch.rand(*s, generator=g)
+    def uniform(*shape):
+        return torch.rand(*shape, generator=generator)
 
-    return (
-        r(n, 3) - 0.5,
-        torch.randn(n, 4, generator=g),
-        r(n, 3) * 0.01 + 1e-4,
-        r(n) * 0.98 + 0.01,
-        r(n, 3),
+    return Splats(
+        means=uniform(n, 3) - 0.5,
+        quats=torch.randn(n, 4, generator=generator),
+        scales=uniform(n, 3) * 0.01 + 1e-4,
+        opacities=uniform(n) * 0.98 + 0.01,
+        colors=uniform(n, 3),
     )
 
 
-def same(a, b, eps=1e-5):
-    m, q, s, o, c = a
-    M, Q, S, O, C = b
+def same(found, truth, eps=1e-5):
+    found = Splats(*found)
+    truth = Splats(*truth)
+    turned = quat_to_mat(found.quats), quat_to_mat(truth.quats)
     return (
-        torch.equal(m, M)
-        and torch.allclose(quat_to_mat(q), quat_to_mat(Q), atol=eps)
-        and torch.allclose(s, S, rtol=eps)
-        and torch.allclose(o, O, atol=eps)
-        and torch.allclose(c, C, atol=eps)
+        torch.equal(found.means, truth.means)
+        and torch.allclose(*turned, atol=eps)
+        and torch.allclose(found.scales, truth.scales, rtol=eps)
+        and torch.allclose(found.opacities, truth.opacities, atol=eps)
+        and torch.allclose(found.colors, truth.colors, atol=eps)
     )
 
 
 @pytest.mark.parametrize('n', (0, 1, 50, 3000))
 def test_ply_round_trip(tmp_path, n):
-    s = splats(n, seed=n)
-    path = write_ply(tmp_path / 'a.ply', *s)
-    assert same(read_ply(path), s)
-    assert same(read_ply(write_ply(tmp_path / 'b.ply', *read_ply(path))), s)
-    assert path.read_bytes().startswith(
-        f'ply\nformat binary_little_endian 1.0\nelement vertex {n}\nproperty float x\n'.encode()
-    )
+    ours = splats(n, seed=n)
+    path = write_ply(tmp_path / 'a.ply', *ours)
+    again = write_ply(tmp_path / 'b.ply', *read_ply(path))
+    assert same(read_ply(path), ours)
+    assert same(read_ply(again), ours)
+    start = f'ply\nformat binary_little_endian 1.0\nelement vertex {n}\nproperty float x\n'
+    assert path.read_bytes().startswith(start.encode())
 
 
 def test_same_picture(avatar, tmp_path):
     from spatialavatar0.pictures.metrics import psnr
     from spatialavatar0.splats.renderers import rasterize
 
-    h = avatar.head
-    s = avatar.world(**h.arkit(both(jawOpen=0.5)))
-    V = orbit(30, 10, 0.9, h()[0].mean(0))
+    head = avatar.head
+    world = avatar.world(**head.arkit(both(jawOpen=0.5)))
+    viewmat = orbit(30, 10, 0.9, head()[0].mean(0))
     K = intrinsics(280, 96, 96)
+    black = torch.zeros(1, 3)
 
-    def draw(s):
-        return rasterize(*s, V[None], K[None], 96, 96, backgrounds=torch.zeros(1, 3))[0][0]
+    def draw(gaussians):
+        rgb, *_ = rasterize(*gaussians, viewmat[None], K[None], 96, 96, backgrounds=black)
+        return rgb[0].clamp(0, 1)
 
     with torch.no_grad():
-        a = draw(s)
-        b = draw(read_ply(write_ply(tmp_path / 'a.ply', *s)))
-    assert a.std() > 0.05
-    assert psnr(a.clamp(0, 1), b.clamp(0, 1)) >= 45
+        ours = draw(world)
+        theirs = draw(read_ply(write_ply(tmp_path / 'a.ply', *world)))
+    assert ours.std() > 0.05
+    assert psnr(ours, theirs) >= 45
 
 
-def ply(rows, columns=PLY_COLUMNS, types=None, before='', after='', lead=b'', nl='\n', count=None):
+KINDS = dict(float='<f4', double='<f8', uchar='u1', int='<i4')
+
+
+def ply(rows, columns=PLY_COLUMNS, types=None, before='', after='', lead=b'', nl='\n'):
     "A PLY with chosen columns, types and tables around."
     types = types or ['float'] * len(columns)
-    head = [
+    lines = [
         'ply',
         'format binary_little_endian 1.0',
         'comment made for a test',
-        before,
-        f'element vertex {len(rows) if count is None else count}',
-        *(f'property {t} {c}' for t, c in zip(types, columns)),
-        *([after] if after else []),
+        *before.split('|'),
+        f'element vertex {len(rows)}',
+        *(f'property {kind} {column}' for kind, column in zip(types, columns)),
+        *after.split('|'),
         'end_header',
     ]
-    head = [l for h in head for l in h.split('|') if l]
-    kind = dict(float='<f4', double='<f8', uchar='u1', int='<i4')
-    table = np.zeros(len(rows), [(c, kind[t]) for c, t in zip(columns, types)])
-    for i, c in enumerate(columns):
-        table[c] = rows[:, i]
-    return (nl.join(head) + nl).encode() + lead + table.tobytes()
+    header = nl.join(filter(None, lines)) + nl
+    table = np.zeros(len(rows), [(column, KINDS[kind]) for column, kind in zip(columns, types)])
+    for i, column in enumerate(columns):
+        table[column] = rows[:, i]
+    return header.encode() + lead + table.tobytes()
+
+
+def body(data):
+    "What follows the header."
+    return data[data.index(b'end_header\n') + 11 :]
 
 
 @pytest.fixture
 def raw(tmp_path):
     "Rows of a file of ours, and what they mean."
-    s = splats(20)
-    data = write_ply(tmp_path / 'raw.ply', *s).read_bytes()
-    return np.frombuffer(data[data.index(b'end_header\n') + 11 :], '<f4').reshape(20, 17), read_ply(
-        tmp_path / 'raw.ply'
-    )
+    path = write_ply(tmp_path / 'raw.ply', *splats(20))
+    rows = np.frombuffer(body(path.read_bytes()), '<f4').reshape(20, 17)
+    return rows, read_ply(path)
 
 
-def test_foreign_files(tmp_path, raw):
-    rows, want = raw
-    path = tmp_path / 'a.ply'
+def foreign_files(rows):
+    "The same splats as other programs write them."
     order = np.random.default_rng(0).permutation(17)
-    few = [i for i, c in enumerate(PLY_COLUMNS) if c[0] != 'n']
-    extra = (
-        PLY_COLUMNS[:9] + [f'f_rest_{i}' for i in range(45)] + PLY_COLUMNS[9:] + ['red', 'label']
-    )
-    wide = np.concatenate([rows[:, :9], np.ones((20, 45)), rows[:, 9:], np.full((20, 2), 200)], 1)
-    for data in (
+    few = [i for i, column in enumerate(PLY_COLUMNS) if column[0] != 'n']
+    rest = [f'f_rest_{i}' for i in range(45)]
+    extra = [*PLY_COLUMNS[:9], *rest, *PLY_COLUMNS[9:], 'red', 'label']
+    ones = np.ones((20, 45))
+    others = np.full((20, 2), 200)
+    wide = np.concatenate([rows[:, :9], ones, rows[:, 9:], others], 1)
+    chunk = 'element chunk 3|property float a|property uchar b'
+    faces = 'element face 0|property list uchar int vertex_indices'
+    return [
         ply(rows[:, order], [PLY_COLUMNS[i] for i in order]),
         ply(rows[:, few], [PLY_COLUMNS[i] for i in few]),
         ply(rows, types=['double'] * 17),
         ply(rows, nl='\r\n'),
         ply(wide, extra, ['float'] * 62 + ['uchar', 'int']),
-        ply(rows, before='element chunk 3|property float a|property uchar b', lead=b'\n' * 15),
-        ply(rows, after='element face 0|property list uchar int vertex_indices'),
+        ply(rows, before=chunk, lead=b'\n' * 15),
+        ply(rows, after=faces),
         ply(rows) + b'more bytes behind',
-    ):
+    ]
+
+
+def test_foreign_files(tmp_path, raw):
+    rows, truth = raw
+    path = tmp_path / 'a.ply'
+    for data in foreign_files(rows):
         path.write_bytes(data)
-        for got, w in zip(read_ply(path), want):
-            assert torch.allclose(got, w, rtol=1e-6, atol=0)
+        for found, want in zip(read_ply(path), truth):
+            assert torch.allclose(found, want, rtol=1e-6, atol=0)
 
 
 def test_foreign_colours_below_black(tmp_path, raw):
@@ -397,46 +423,53 @@ def test_not_a_ply(tmp_path, name):
         read_ply(tmp_path / 'a.ply')
 
 
-def test_malformed(tmp_path, raw):
+HEADERS = [
+    ('binary_little_endian', 'ascii', 'binary little-endian'),
+    ('binary_little_endian', 'binary_big_endian', 'binary little-endian'),
+    ('vertex 20', 'vertex -20', 'cannot use'),
+    ('vertex 20', 'vertex many', 'cannot use'),
+    ('vertex 20', 'vertex 20.5', 'cannot use'),
+    ('vertex 20', 'vertex', 'cannot use'),
+    ('float nx', 'list uchar int nx', 'cannot use'),
+    ('float nx', 'half nx', 'unknown number type half'),
+    ('float ny', 'float nx', 'cannot use'),
+    ('vertex', 'point', 'a table "vertex"'),
+]
+COUNTS = 21, 2**31, 2**40, 10**14, 10**30, '9' * 5000
+HEADERS += [('vertex 20', f'vertex {count}', 'cut short|cannot use') for count in COUNTS]
+
+
+def refuses(path, data, words):
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=words):
+        read_ply(path)
+
+
+def test_malformed_headers(tmp_path, raw):
+    good = ply(raw[0])
+    for old, new, words in HEADERS:
+        refuses(tmp_path / 'a.ply', good.replace(old.encode(), new.encode(), 1), words)
+
+
+@pytest.mark.parametrize('column', ('x', 'opacity', 'rot_3', 'f_dc_0'))
+def test_lost_columns(tmp_path, raw, column):
+    others = [other for other in PLY_COLUMNS if other != column]
+    rows = np.delete(raw[0], PLY_COLUMNS.index(column), 1)
+    refuses(tmp_path / 'a.ply', ply(rows, others), f'lacks {column}')
+
+
+def test_malformed_rows(tmp_path, raw):
     rows, _ = raw
     path = tmp_path / 'a.ply'
-    good = ply(rows)
-
-    def swap(a, b):
-        return good.replace(a.encode(), b.encode(), 1)
-
-    def lost(c):
-        return ply(np.delete(rows, PLY_COLUMNS.index(c), 1), [x for x in PLY_COLUMNS if x != c])
-
-    uchar = ply(rows, types=['uchar' if c == 'opacity' else 'float' for c in PLY_COLUMNS])
-    inf = rows.copy()
-    inf[3, 10] = np.inf
-    cases = [
-        (swap('binary_little_endian', 'ascii'), 'binary little-endian'),
-        (swap('binary_little_endian', 'binary_big_endian'), 'binary little-endian'),
-        (good[:-1], 'cut short.*20 rows of "vertex", there are 19'),
-        *((lost(c), f'lacks {c}') for c in ('x', 'opacity', 'rot_3', 'f_dc_0')),
-        (uchar, 'opacity should be float or double; got uint8'),
-        (swap('vertex 20', 'vertex -20'), 'cannot use'),
-        (swap('vertex 20', 'vertex many'), 'cannot use'),
-        (swap('vertex 20', 'vertex 20.5'), 'cannot use'),
-        (swap('vertex 20', 'vertex'), 'cannot use'),
-        (swap('float nx', 'list uchar int nx'), 'cannot use'),
-        (swap('float nx', 'half nx'), 'unknown number type half'),
-        (swap('float ny', 'float nx'), 'cannot use'),
-        (swap('vertex', 'point'), 'a table "vertex"'),
-        (ply(inf), 'damaged: scales hold nan or inf in 1 '),
-        (ply(rows * np.nan), 'damaged'),
-        (ply(rows, before='element face 2|property list uchar int vertex_indices'), 'cannot use'),
-        *(
-            (swap('vertex 20', f'vertex {n}'), 'cut short|cannot use')
-            for n in (21, 2**31, 2**40, 10**14, 10**30, '9' * 5000)
-        ),
-    ]
-    for data, words in cases:
-        path.write_bytes(data)
-        with pytest.raises(InputError, match=words):
-            read_ply(path)
+    types = ['uchar' if column == 'opacity' else 'float' for column in PLY_COLUMNS]
+    with_inf = rows.copy()
+    with_inf[3, 10] = np.inf
+    faces = 'element face 2|property list uchar int vertex_indices'
+    refuses(path, ply(rows)[:-1], 'cut short.*20 rows of "vertex", there are 19')
+    refuses(path, ply(rows, types=types), 'opacity should be float or double; got uint8')
+    refuses(path, ply(with_inf), 'damaged: scales hold nan or inf in 1 ')
+    refuses(path, ply(rows * np.nan), 'damaged')
+    refuses(path, ply(rows, before=faces), 'cannot use')
 
 
 def test_damaged_headers_never_crash(tmp_path, raw):
@@ -460,39 +493,29 @@ def test_damaged_headers_never_crash(tmp_path, raw):
 
 
 def test_no_file(tmp_path):
-    for p in (tmp_path / 'none.ply', tmp_path):
+    for path in (tmp_path / 'none.ply', tmp_path):
         with pytest.raises(InputError, match='cannot read'):
-            read_ply(p)
+            read_ply(path)
 
 
-def test_bad_splats(tmp_path):
-    s = splats(5)
-    for i, words in enumerate(
-        (
-            'means should be',
-            'quats should be',
-            'scales should be',
-            'opacities should be',
-            'colors should be',
-        )
-    ):
-        with pytest.raises(ValueError, match=words):
-            write_ply(
-                tmp_path / 'a.ply',
-                *(
-                    t[:, :1] if j == i and t.ndim == 2 else t[:3] if j == i else t
-                    for j, t in enumerate(s)
-                ),
-            )
-        with pytest.raises(ValueError, match='nan or inf'):
-            write_ply(
-                tmp_path / 'a.ply', *(t * float('nan') if j == i else t for j, t in enumerate(s))
-            )
+@pytest.mark.parametrize('name', Splats._fields)
+def test_bad_splats(tmp_path, name):
+    good = splats(5)
+    value = getattr(good, name)
+    narrow = value[:, :1] if value.ndim == 2 else value[:3]
+    with pytest.raises(ValueError, match=f'{name} should be'):
+        write_ply(tmp_path / 'a.ply', *good._replace(**{name: narrow}))
+    with pytest.raises(ValueError, match='nan or inf'):
+        write_ply(tmp_path / 'a.ply', *good._replace(**{name: value * float('nan')}))
+    assert not os.listdir(tmp_path)
+
+
+def test_bad_places(tmp_path):
     with pytest.raises(InputError, match='end in .ply'):
-        write_ply(tmp_path / 'a.obj', *s)
+        write_ply(tmp_path / 'a.obj', *splats(5))
     (tmp_path / 'file').write_text('')
     with pytest.raises(InputError, match='cannot write'):
-        write_ply(tmp_path / 'file' / 'a.ply', *s)
+        write_ply(tmp_path / 'file' / 'a.ply', *splats(5))
     assert os.listdir(tmp_path) == ['file']
 
 
@@ -513,18 +536,21 @@ def test_interrupted_ply_keeps_the_old_one(tmp_path, monkeypatch):
 @pytest.mark.parametrize('degree', (0, 3))
 def test_gsplat_writes_what_we_write(tmp_path, raw, degree):
     gsplat = pytest.importorskip('gsplat', reason='gsplat is the referee of this test')
-    rows, want = raw
-    t = torch.from_numpy(rows.copy())
+    rows, truth = raw
+    table = torch.from_numpy(rows.copy())
     rest = torch.ones(20, (degree + 1) ** 2 - 1, 3)
-    args = (t[:, :3], t[:, 10:13], t[:, 13:], t[:, 9], t[:, None, 6:9], rest)
-    data = gsplat.export_splats(*args, format='ply', save_to=str(tmp_path / 'g.ply'))
-    for got, w in zip(read_ply(tmp_path / 'g.ply'), want):
-        assert torch.equal(got, w)
+    means, sh0, opacities = table[:, :3], table[:, None, 6:9], table[:, 9]
+    args = (means, table[:, 10:13], table[:, 13:], opacities, sh0, rest)
+    plain = tmp_path / 'g.ply'
+    small = tmp_path / 'c.ply'
+    data = gsplat.export_splats(*args, format='ply', save_to=str(plain))
+    for found, want in zip(read_ply(plain), truth):
+        assert torch.equal(found, want)
     if not degree:
-        assert data[data.index(b'end_header\n') + 11 :] == np.delete(rows, (3, 4, 5), 1).tobytes()
-    gsplat.export_splats(*args, format='ply_compressed', save_to=str(tmp_path / 'c.ply'))
-    places = read_ply(tmp_path / 'c.ply')[0]
-    assert torch.cdist(places, want[0]).min(1).values.max() < 2e-3
+        assert body(data) == np.delete(rows, (3, 4, 5), 1).tobytes()
+    gsplat.export_splats(*args, format='ply_compressed', save_to=str(small))
+    places = read_ply(small)[0]
+    assert torch.cdist(places, truth[0]).min(1).values.max() < 2e-3
     assert len(places) == 20
 
 
@@ -532,15 +558,17 @@ def test_gsplat_writes_what_we_write(tmp_path, raw, degree):
 @pytest.mark.parametrize('n', (1, 255, 256, 257, 700))
 def test_every_format_reads_back(tmp_path, end, n):
     "Small files know less and are in another order; each Gaussian is found by its place."
-    s = splats(n, seed=n)
-    got = read_splats(write_splats(tmp_path / f'a{end}', *s))
-    assert [len(t) for t in got] == [n] * 5
-    d, i = torch.cdist(got[0], s[0]).min(1)
-    assert len(i.unique()) == n and d.max() < 2e-3
-    assert (quat_to_mat(got[1]) - quat_to_mat(s[1][i])).abs().max() < 0.03
-    assert (got[2].log() - s[2][i].log()).abs().max() < 0.01
-    assert (got[3] - s[3][i]).abs().max() < 0.01
-    assert (got[4] - s[4][i]).abs().max() < 0.01
+    ours = splats(n, seed=n)
+    found = Splats(*read_splats(write_splats(tmp_path / f'a{end}', *ours)))
+    assert [len(values) for values in found] == [n] * 5
+    distances, order = torch.cdist(found.means, ours.means).min(1)
+    truth = Splats(*(values[order] for values in ours))
+    assert len(order.unique()) == n
+    assert distances.max() < 2e-3
+    assert (quat_to_mat(found.quats) - quat_to_mat(truth.quats)).abs().max() < 0.03
+    assert (found.scales.log() - truth.scales.log()).abs().max() < 0.01
+    assert (found.opacities - truth.opacities).abs().max() < 0.01
+    assert (found.colors - truth.colors).abs().max() < 0.01
 
 
 @pytest.mark.parametrize('end', ('.compressed.ply', '.splat', '.npz'))
@@ -559,57 +587,66 @@ def test_damaged_small_files_never_crash(tmp_path, end):
             assert '\n' not in str(e)
 
 
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
 def test_a_failure_keeps_the_old_file(tmp_path, monkeypatch):
     for end in ('.compressed.ply', '.splat', '.npz'):
         path = write_splats(tmp_path / f'a{end}', *splats(5))
         old = path.read_bytes()
-        with monkeypatch.context() as m:
-            m.setattr('pathlib.Path.replace', lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
-            m.setattr('os.replace', lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with monkeypatch.context() as patched:
+            patched.setattr('pathlib.Path.replace', interrupt)
+            patched.setattr('os.replace', interrupt)
             with pytest.raises(KeyboardInterrupt):
                 write_splats(path, *splats(6))
         assert path.read_bytes() == old
-        assert not [x for x in os.listdir(tmp_path) if 'part' in x or x.startswith('.')]
+        names = os.listdir(tmp_path)
+        assert not [name for name in names if 'part' in name or name.startswith('.')]
 
 
 def test_sequence_goes_on(tmp_path, avatar, monkeypatch):
     poses = [avatar.head.arkit(dict(jawOpen=i / 5)) for i in range(5)]
-    write, count = export.write_splats, []
+    folder = tmp_path / 's'
+    write = export.write_splats
+    written = []
 
-    def broken(path, *s):
-        count.append(path)
-        return write(path, *s) if len(count) < 3 else (_ for _ in ()).throw(KeyboardInterrupt())
+    def broken(path, *gaussians):
+        written.append(path)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        return write(path, *gaussians)
 
-    with monkeypatch.context() as m:
-        m.setattr(export, 'write_splats', broken)
+    with monkeypatch.context() as patched:
+        patched.setattr(export, 'write_splats', broken)
         with pytest.raises(KeyboardInterrupt):
-            write_sequence(avatar, poses, tmp_path / 's')
-    first = {p.name: p.stat().st_mtime_ns for p in (tmp_path / 's').glob('frame*')}
+            write_sequence(avatar, poses, folder)
+    first = {path: path.stat().st_mtime_ns for path in folder.glob('frame*')}
     assert len(first) == 2
-    write_sequence(avatar, poses, tmp_path / 's')
-    assert len(list((tmp_path / 's').glob('frame*'))) == 5
-    assert all((tmp_path / 's' / k).stat().st_mtime_ns == t for k, t in first.items())
+    write_sequence(avatar, poses, folder)
+    assert len(list(folder.glob('frame*'))) == 5
+    assert all(path.stat().st_mtime_ns == time for path, time in first.items())
 
 
 def test_plyfile_reads_it(tmp_path):
     plyfile = pytest.importorskip(
         'plyfile', reason='plyfile is an independent reader, used only here: pip install plyfile'
     )
-    s = splats(30)
-    v = plyfile.PlyData.read(str(write_ply(tmp_path / 'a.ply', *s)))['vertex']
-    assert [p.name for p in v.properties] == PLY_COLUMNS
-    assert len(v.data) == 30
+    ours = splats(30)
+    path = write_ply(tmp_path / 'a.ply', *ours)
+    vertex = plyfile.PlyData.read(str(path))['vertex']
+    assert [p.name for p in vertex.properties] == PLY_COLUMNS
+    assert len(vertex.data) == 30
 
-    def col(*names):
-        return torch.from_numpy(np.stack([v[n] for n in names], -1).copy())
+    def columns(*names):
+        return torch.from_numpy(np.stack([vertex[name] for name in names], -1).copy())
 
-    assert torch.equal(col('x', 'y', 'z'), s[0])
-    assert (col('nx', 'ny', 'nz') == 0).all()
-    assert torch.allclose(col('opacity')[:, 0].sigmoid(), s[3], atol=1e-6)
-    assert torch.allclose(col('scale_0', 'scale_1', 'scale_2').exp(), s[2], rtol=1e-5)
-    assert torch.allclose(
-        quat_to_mat(col('rot_0', 'rot_1', 'rot_2', 'rot_3')), quat_to_mat(s[1]), atol=1e-6
-    )
-    assert torch.allclose(
-        0.5 + 0.28209479177387814 * col('f_dc_0', 'f_dc_1', 'f_dc_2'), s[4], atol=1e-6
-    )
+    assert torch.equal(columns('x', 'y', 'z'), ours.means)
+    assert (columns('nx', 'ny', 'nz') == 0).all()
+    assert torch.allclose(columns('opacity')[:, 0].sigmoid(), ours.opacities, atol=1e-6)
+    scales = columns('scale_0', 'scale_1', 'scale_2').exp()
+    assert torch.allclose(scales, ours.scales, rtol=1e-5)
+    turned = quat_to_mat(columns('rot_0', 'rot_1', 'rot_2', 'rot_3'))
+    assert torch.allclose(turned, quat_to_mat(ours.quats), atol=1e-6)
+    colors = 0.5 + 0.28209479177387814 * columns('f_dc_0', 'f_dc_1', 'f_dc_2')
+    assert torch.allclose(colors, ours.colors, atol=1e-6)
