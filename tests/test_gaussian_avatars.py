@@ -13,7 +13,7 @@ from spatialavatar0.ground.core import InputError
 from spatialavatar0.head.head import open_head
 from spatialavatar0.use.animate import pose_of, talk
 from spatialavatar0.use.gaussian_avatars import (
-    COLUMNS,
+    BOUND_PLY_COLUMNS,
     from_centres,
     read_gaussian_avatar,
     write_gaussian_avatar,
@@ -101,4 +101,4 @@ def test_nothing_is_written_for_a_broken_avatar(avatar, tmp_path):
 
 
 def test_columns():
-    assert len(COLUMNS) == 63
+    assert len(BOUND_PLY_COLUMNS) == 63

@@ -42,7 +42,7 @@ from spatialavatar0.use.viewer import (
     home_view,
     in_browser,
     other_side,
-    pack,
+    pack_avatar,
     page_picture,
     panel_picture,
     serve,
@@ -381,7 +381,7 @@ def test_signed_steps_keep_zero():
 
 
 def test_packed_arrays_lie_apart_and_aligned(small):
-    table, data = pack(small)
+    table, data = pack_avatar(small)
     at = 0
     for place in table.values():
         assert place['at'] % 4 == 0

@@ -13,7 +13,7 @@ __all__ = [
     'face_arrays',
     'splat_arrays',
     'lay_out',
-    'pack',
+    'pack_avatar',
     'control_groups',
     'home_view',
     'view_of',
@@ -190,7 +190,7 @@ def lay_out(
 
 
 # %% ../../nbs/use/82_viewer.ipynb #4033c875
-def pack(
+def pack_avatar(
     avatar: Avatar,
 ) -> tuple:  # where each array lies, the bytes
     "All numbers of a page."
@@ -308,7 +308,7 @@ def write_page(
         raise InputError(f'a page should end in .html; got {path.name}')
     if not re.fullmatch('#[0-9a-fA-F]{6}', background):
         raise InputError(f'background should look like #ffffff; got {background!r}')
-    table, data = pack(avatar)
+    table, data = pack_avatar(avatar)
     if motions is None:
         motions = motions_for(avatar.head, 200)
     header = json.dumps(_header(avatar, table, motions, background))
