@@ -43,10 +43,13 @@ from spatialavatar0.pictures.looks import (
     Palette,
     above_hairline,
     canvas,
+    chance,
+    draw_strands,
     face_coords,
     hair_mask,
     lay,
     noise,
+    normal,
     paint_beard,
     paint_brows,
     paint_eyes,
@@ -57,10 +60,12 @@ from spatialavatar0.pictures.looks import (
     part_verts,
     random_palette,
     spot,
+    uniform,
 )
 from spatialavatar0.pictures.people import (
     STUDIO,
     Person,
+    direction_at,
     face_centre,
     paint,
     random_light,
@@ -112,45 +117,47 @@ class Domain:
 # %% ../../nbs/pictures/36_domains.ipynb #9a15d0c0
 def _rig(cameras):
     "Yaw and pitch of cameras on an arc of 75 degrees to both sides, at three heights."
-    return tuple(
-        (-75 + 150 * c / (cameras - 1) if cameras > 1 else 0.0, (-8.0, 6.0, 18.0)[c % 3])
-        for c in range(cameras)
-    )
+    pitches = -8.0, 6.0, 18.0
+    if cameras == 1:
+        return ((0.0, pitches[0]),)
+    return tuple((-75 + 150 * c / (cameras - 1), pitches[c % 3]) for c in range(cameras))
 
 
 # %% ../../nbs/pictures/36_domains.ipynb #f5a95aef
-def _checked(d):
+def _checked(domain):
     "The domain, if its numbers make sense."
-    if not isinstance(d, Domain):
+    if not isinstance(domain, Domain):
         raise InputError(
-            f'expected a Domain, as mono(), multi() or shifted() return it; got {type(d).__name__}'
+            'expected a Domain, as mono(), multi() or shifted() return it; got '
+            f'{type(domain).__name__}'
         )
-    for k in ('size', 'instants'):
-        if type(getattr(d, k)) is not int or getattr(d, k) < 1:
+    for name in ('size', 'instants'):
+        value = getattr(domain, name)
+        if type(value) is not int or value < 1:
             raise InputError(
-                f'{k} of a domain should be a whole number, 1 or more; got {getattr(d, k)!r}'
+                f'{name} of a domain should be a whole number, 1 or more; got {value!r}'
             )
-    if not d.cameras or any(len(c) != 2 for c in d.cameras):
+    if not domain.cameras or any(len(camera) != 2 for camera in domain.cameras):
         raise InputError(
-            f'cameras of a domain should be pairs (yaw, pitch), at least one; got {d.cameras!r}'
+            'cameras of a domain should be pairs (yaw, pitch), at least one; got '
+            f'{domain.cameras!r}'
         )
-    if not 0 <= d.turn <= 90:
-        raise InputError(f'turn of a domain should be 0 to 90 degrees; got {d.turn}')
-    for k in ('lively', 'harsh', 'creases', 'flush', 'flicker', 'tracking', 'grain'):
-        if not 0 <= getattr(d, k) < math.inf:
-            raise InputError(
-                f'{k} of a domain should be a number, 0 or more; got {getattr(d, k)!r}'
-            )
-    return d
+    if not 0 <= domain.turn <= 90:
+        raise InputError(f'turn of a domain should be 0 to 90 degrees; got {domain.turn}')
+    for name in ('lively', 'harsh', 'creases', 'flush', 'flicker', 'tracking', 'grain'):
+        value = getattr(domain, name)
+        if not 0 <= value < math.inf:
+            raise InputError(f'{name} of a domain should be a number, 0 or more; got {value!r}')
+    return domain
 
 
 # %% ../../nbs/pictures/36_domains.ipynb #f47d193c
 def _domain(changes, **usual):
-    wrong = set(changes) - {f.name for f in fields(Domain)}
+    "A domain with some fields changed, all of them checked."
+    names = [field.name for field in fields(Domain)]
+    wrong = set(changes) - set(names)
     if wrong:
-        raise InputError(
-            f'a domain has no {min(wrong)!r}; it has {", ".join(f.name for f in fields(Domain))}'
-        )
+        raise InputError(f'a domain has no {min(wrong)!r}; it has {", ".join(names)}')
     return _checked(Domain(**{**usual, **changes}))
 
 
@@ -214,17 +221,9 @@ def shifted(
 def _draw(*key):
     """A generator of its own for every purpose: the same numbers whatever was drawn before, on any
     machine."""
-    h = hashlib.blake2b('/'.join(map(str, key)).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(h, 'little') >> 1)
-
-
-def _uniform(g, lo=0.0, hi=1.0):
-    return lo + (hi - lo) * torch.rand((), generator=g).item()
-
-
-# %% ../../nbs/pictures/36_domains.ipynb #cf4bc0c9
-def _normal(g, std=1.0):
-    return std * torch.randn((), generator=g).item()
+    name = '/'.join(map(str, key))
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, 'little') >> 1)
 
 
 # %% ../../nbs/pictures/36_domains.ipynb #8c3cfb2f
@@ -263,6 +262,7 @@ class Style:
 
 
 # %% ../../nbs/pictures/36_domains.ipynb #1e87f385
+# chance of men, chance of women
 _CUTS = dict(
     bald=(0.10, 0.0),
     horseshoe=(0.08, 0.0),
@@ -274,7 +274,8 @@ _CUTS = dict(
     bob=(0.02, 0.22),
     long=(0.04, 0.18),
     bun=(0.0, 0.10),
-)  # chance of men, women
+)
+# least, most, metres
 _VOLUME = dict(
     bald=(0, 0),
     horseshoe=(0.003, 0.008),
@@ -286,14 +287,22 @@ _VOLUME = dict(
     bob=(0.008, 0.016),
     long=(0.007, 0.013),
     bun=(0.004, 0.008),
-)  # metres
+)
+_BEARDS = dict(none=0.4, stubble=0.2, full=0.18, goatee=0.12, moustache=0.1)
 
 
-def _one_of(g, chances):
+# %% ../../nbs/pictures/36_domains.ipynb #be77b0fc
+def _one_of(rng, chances):
     "A key of a dict, with its chance."
-    return list(chances)[
-        torch.multinomial(torch.tensor([float(c) for c in chances.values()]), 1, generator=g).item()
-    ]
+    weights = torch.tensor([float(c) for c in chances.values()])
+    return list(chances)[torch.multinomial(weights, 1, generator=rng).item()]
+
+
+def _draw_curl(rng, hair):
+    "How much the hair curls. Both numbers are drawn whatever the haircut."
+    curls = uniform(rng, 0.5, 1.0)
+    slight = uniform(rng, 0, 0.3) ** 2
+    return dict(curly=curls, afro=0.8).get(hair, slight)
 
 
 # %% ../../nbs/pictures/36_domains.ipynb #2eb5e39b
@@ -303,48 +312,51 @@ def random_style(
     generator: torch.Generator,
 ) -> Style:
     "Draw a haircut and the rest."
-    g = generator
-    hair = _one_of(g, {k: v[0 if male else 1] for k, v in _CUTS.items()})
-    beard = (
-        _one_of(g, dict(none=0.4, stubble=0.2, full=0.18, goatee=0.12, moustache=0.1))
-        if male
-        else 'none'
-    )
-    length = dict(bob=_uniform(g, 1.0, 1.6), long=_uniform(g, 2.0, 2.7)).get(hair, 0.0)
+    rng = generator
+    hair = _one_of(rng, {cut: chances[0 if male else 1] for cut, chances in _CUTS.items()})
+    beard = _one_of(rng, _BEARDS) if male else 'none'
+    lengths = dict(bob=uniform(rng, 1.0, 1.6), long=uniform(rng, 2.0, 2.7))
     return Style(
-        hair,
-        _uniform(g, 0.6, 1.8) if hair == 'swept' else 0.0,
-        dict(curly=_uniform(g, 0.5, 1.0), afro=0.8).get(hair, _uniform(g, 0, 0.3) ** 2),
-        length,
-        _uniform(g, 0.022, 0.035) * (hair == 'bun'),
-        beard,
-        _uniform(g, 0.4, 1.0) * (not male and _uniform(g) < 0.35),
-        _uniform(g, 0.2, 0.6) * (not male and _uniform(g) < 0.35),
-        int(_uniform(g) ** 2 * 4),
-        _uniform(g, 0.82, 1.05),
+        hair=hair,
+        top=uniform(rng, 0.6, 1.8) if hair == 'swept' else 0.0,
+        curl=_draw_curl(rng, hair),
+        length=lengths.get(hair, 0.0),
+        bun=uniform(rng, 0.022, 0.035) * (hair == 'bun'),
+        beard=beard,
+        lipstick=uniform(rng, 0.4, 1.0) * (not male and chance(rng, 0.35)),
+        shadow=uniform(rng, 0.2, 0.6) * (not male and chance(rng, 0.35)),
+        moles=int(uniform(rng) ** 2 * 4),
+        teeth=uniform(rng, 0.82, 1.05),
     )
 
 
 # %% ../../nbs/pictures/36_domains.ipynb #e8b3a89d
-def _colours(look, age, g):
+_DARK_HAIR, _DARK_IRIS = (0.07, 0.055, 0.05), (0.13, 0.075, 0.045)
+_GREY = (0.62, 0.61, 0.59)
+
+
+def _greyed(rng, hair, age):
+    "Some of the old turn grey, some of them wholly."
+    if age > 0.45 and chance(rng, 0.75):
+        grey = torch.tensor(_GREY) * uniform(rng, 0.75, 1.15)
+        hair = torch.lerp(hair, grey, min(1.0, uniform(rng, 0.2, 1.4) * age))
+    return hair
+
+
+# %% ../../nbs/pictures/36_domains.ipynb #ca438133
+def _colours(look, age, rng):
     "Hair and eyes that go with the skin; grey comes with age."
     dark = 1 - float(look.skin.mean()) / 0.75
-    hair, iris = look.hair, look.iris
-    light = float(hair.mean())
-    if dark > 0.35 and light > 0.16:
-        hair = torch.tensor([0.07, 0.055, 0.05]) * _uniform(g, 0.7, 2.0)
+    hair = look.hair
+    iris = look.iris
+    if dark > 0.35 and float(hair.mean()) > 0.16:
+        hair = torch.tensor(_DARK_HAIR) * uniform(rng, 0.7, 2.0)
     if dark > 0.35 and float(iris[2]) > float(iris[0]) * 0.9:
-        iris = torch.tensor([0.13, 0.075, 0.045]) * _uniform(g, 0.7, 1.5)
-    if age > 0.45 and _uniform(g) < 0.75:
-        hair = torch.lerp(
-            hair,
-            torch.tensor([0.62, 0.61, 0.59]) * _uniform(g, 0.75, 1.15),
-            min(1.0, _uniform(g, 0.2, 1.4) * age),
-        )
-    warm = _uniform(g, -0.25, 1.0)
-    skin = (
-        look.skin * torch.tensor([1.0, 1 + 0.035 * warm, 1 - 0.07 * warm]) * _uniform(g, 0.94, 1.06)
-    )
+        iris = torch.tensor(_DARK_IRIS) * uniform(rng, 0.7, 1.5)
+    hair = _greyed(rng, hair, age)
+    warm = uniform(rng, -0.25, 1.0)
+    tint = torch.tensor([1.0, 1 + 0.035 * warm, 1 - 0.07 * warm])
+    skin = look.skin * tint * uniform(rng, 0.94, 1.06)
     return dict(skin=skin.clamp(0.1, 0.95), hair=hair.clamp(0.03, 0.9), iris=iris)
 
 
@@ -352,11 +364,43 @@ def _colours(look, age, g):
 _LIPSTICK = [[0.62, 0.1, 0.14], [0.75, 0.3, 0.33], [0.45, 0.12, 0.2], [0.72, 0.36, 0.28]]
 
 
-def _lips(skin, male, lipstick, g):
+def _lips(skin, male, lipstick, rng):
     "Colour of the lips, with what is on them."
     bare = skin * torch.tensor([0.9, 0.68, 0.66] if male else [0.95, 0.62, 0.62])
-    red = torch.tensor(_LIPSTICK[int(_uniform(g) * 4)])
-    return torch.lerp(bare, red * float(0.5 + 0.6 * skin.mean()), 0.8 * lipstick).clamp(0.05, 0.9)
+    red = torch.tensor(_LIPSTICK[int(uniform(rng) * 4)])
+    bright = red * float(0.5 + 0.6 * skin.mean())
+    return torch.lerp(bare, bright, 0.8 * lipstick).clamp(0.05, 0.9)
+
+
+# %% ../../nbs/pictures/36_domains.ipynb #9ac3886d
+def _draw_face(rng, style, male, skin):
+    "Freckles, beard, brows and lashes."
+    freckles = uniform(rng, 0.2, 0.5) * (chance(rng, 0.25) and skin.mean() > 0.45)
+    stubble = uniform(rng, 0.12, 0.35)
+    full = uniform(rng, 0.65, 0.97)
+    return dict(
+        freckles=freckles,
+        beard=dict(none=0.0, stubble=stubble).get(style.beard, full),
+        brow=uniform(rng, 0.05, 0.085) * (1.15 if male else 0.8),
+        lashes=uniform(rng, 0.3, 0.5) if male else uniform(rng, 0.6, 0.95),
+    )
+
+
+def _draw_hairline(rng, style, male, age):
+    "Up with the age of men, down with a fringe; eye distances."
+    somewhere = normal(rng, 0.06)
+    receding = 0.12 * age if male else -0.04
+    fringe = style.hair in ('short', 'bob', 'long') and chance(rng, 0.35)
+    return somewhere + receding - 0.32 * fringe
+
+
+def _draw_cover(rng, hair):
+    "How soft the hairline is, and how much skin the hair hides."
+    if hair == 'bald':
+        return dict(hair_edge=0.2, cover=uniform(rng, 0.03, 0.16))
+    if hair == 'buzz':
+        return dict(hair_edge=0.1, cover=uniform(rng, 0.55, 0.85))
+    return dict(hair_edge=uniform(rng, 0.03, 0.07), cover=1.0)
 
 
 # %% ../../nbs/pictures/36_domains.ipynb #0d2261fa
@@ -364,61 +408,72 @@ def random_person(
     generator: torch.Generator,
 ) -> tuple:  # Palette, Style
     "Draw somebody's colours and style; both belong to the same age and sex."
-    g = generator
-    male, age = _uniform(g) < 0.5, _uniform(g) ** 1.5
-    look = random_palette(g)
-    c = _colours(look, age, g)
-    s = random_style(look, male, g)
-    lips = _lips(c['skin'], male, s.lipstick, g)
-    lo, hi = _VOLUME[s.hair]
-    bald = s.hair == 'bald'
-    return replace(
-        look,
-        **c,
-        lips=lips,
-        age=age,
-        freckles=_uniform(g, 0.2, 0.5) * (_uniform(g) < 0.25 and c['skin'].mean() > 0.45),
-        beard=dict(none=0.0, stubble=_uniform(g, 0.12, 0.35)).get(s.beard, _uniform(g, 0.65, 0.97)),
-        brow=_uniform(g, 0.05, 0.085) * (1.15 if male else 0.8),
-        lashes=_uniform(g, 0.3, 0.5) if male else _uniform(g, 0.6, 0.95),
-        hairline=_normal(g, 0.06)
-        + (0.12 * age if male else -0.04)
-        - 0.32 * (s.hair in ('short', 'bob', 'long') and _uniform(g) < 0.35),
-        sideburn=_uniform(g, 0.2, 1) if male else _uniform(g, 0, 0.4),
-        hair_edge=0.2 if bald else 0.1 if s.hair == 'buzz' else _uniform(g, 0.03, 0.07),
-        cover=_uniform(g, 0.03, 0.16)
-        if bald
-        else _uniform(g, 0.55, 0.85)
-        if s.hair == 'buzz'
-        else 1.0,
-        volume=_uniform(g, lo, hi),
-    ), s
+    rng = generator
+    male = chance(rng, 0.5)
+    age = uniform(rng) ** 1.5
+    look = random_palette(rng)
+    colours = _colours(look, age, rng)
+    style = random_style(look, male, rng)
+    lips = _lips(colours['skin'], male, style.lipstick, rng)
+    face = _draw_face(rng, style, male, colours['skin'])
+    hairline = _draw_hairline(rng, style, male, age)
+    sideburn = uniform(rng, 0.2, 1) if male else uniform(rng, 0, 0.4)
+    cover = _draw_cover(rng, style.hair)
+    volume = uniform(rng, *_VOLUME[style.hair])
+    cut = dict(hairline=hairline, sideburn=sideburn, volume=volume, **cover)
+    return replace(look, lips=lips, age=age, **colours, **face, **cut), style
 
 
 # %% ../../nbs/pictures/36_domains.ipynb #5d5b9e87
-def _hangs(p, style, line):
+def _hangs(where, style, line):
     "(N,) 1 where hair hangs: behind a line before the ears, down to its length."
     if not style.length:
-        return p.new_zeros(len(p))
-    line = line + 0.6 * smooth(-p[:, 1], 1.2, 2.1)
-    return smooth(-p[:, 2] - line, 0.0, 0.12) * smooth(p[:, 1] + style.length, -0.05, 0.12)
+        return where.new_zeros(len(where))
+    y = where[:, 1]
+    z = where[:, 2]
+    line = line + 0.6 * smooth(-y, 1.2, 2.1)
+    return smooth(-z - line, 0.0, 0.12) * smooth(y + style.length, -0.05, 0.12)
 
 
 # %% ../../nbs/pictures/36_domains.ipynb #51aa71f1
 def hair_where(
-    p: Tensor,  # (N,3) places on the neutral head, eye distances
+    where: Tensor,  # (N,3) places on the neutral head, eye distances
     look: Palette,
     style: Style,
     wobble=0.0,  # (N,) moves the line, eye distances
 ) -> Tensor:  # (N,) 0..1
     "Where there is hair."
-    m = hair_mask(p, look, wobble)
+    mask = hair_mask(where, look, wobble)
     if style.hair == 'horseshoe':
-        m = m * smooth(p[:, 1] + 0.5 * wobble, 1.25, 0.75) * smooth(-p[:, 2], 0.3, 0.8)
-    return torch.maximum(m, _hangs(p, style, 0.72))
+        low = smooth(where[:, 1] + 0.5 * wobble, 1.25, 0.75)
+        behind = smooth(-where[:, 2], 0.3, 0.8)
+        mask = mask * low * behind
+    return torch.maximum(mask, _hangs(where, style, 0.72))
 
 
 # %% ../../nbs/pictures/36_domains.ipynb #c692a491
+def _stands(where, ears, look, style, rng):
+    "(N,) metres: how far the hair stands off the skull."
+    y = where[:, 1]
+    z = where[:, 2]
+    grow = smooth(above_hairline(where, look), -0.1, 0.5) * (1 - ears)
+    if style.hair == 'horseshoe':
+        grow = grow * smooth(y, 1.3, 0.8)
+    waves = 0.15 * noise(where, 1.8, rng)
+    curls = (0.07 + 0.1 * style.curl) * noise(where, 3.5, rng)
+    rough = 1 + waves + curls
+    swept = 1 + style.top * smooth(y, 0.9, 1.5) * smooth(z, -1.8, -0.5)
+    return look.volume * grow * rough.clamp_min(0.25) * swept
+
+
+def _knot(where, style):
+    "(N,) metres: a bun at the back."
+    at = where.new_tensor([0, 0.75, -2.75])
+    size = where.new_tensor([0.55, 0.5, 0.7])
+    return style.bun * (-(((where - at) / size) ** 2).sum(-1)).exp()
+
+
+# %% ../../nbs/pictures/36_domains.ipynb #97784936
 def stand_off(
     head: Head,
     verts: Tensor,  # (V,3) the person's neutral shape, metres
@@ -428,202 +483,202 @@ def stand_off(
 ) -> Tensor:  # (V,3) metres
     """Hair as a displacement of the mesh: it stands off the skull, hangs around the neck, makes a
     knot."""
-    p, g = face_coords(head), generator
-    skin = torch.zeros(len(p))
+    where = face_coords(head)
+    skin = torch.zeros(len(where))
     skin[part_verts(head, 'skin')] = 1
-    grow = smooth(above_hairline(p, look), -0.1, 0.5) * (1 - head.masks['ears'])
-    if style.hair == 'horseshoe':
-        grow = grow * smooth(p[:, 1], 1.3, 0.8)
-    rough = 1 + 0.15 * noise(p, 1.8, g) + (0.07 + 0.1 * style.curl) * noise(p, 3.5, g)
-    out = (
-        look.volume
-        * grow
-        * rough.clamp_min(0.25)
-        * (1 + style.top * smooth(p[:, 1], 0.9, 1.5) * smooth(p[:, 2], -1.8, -0.5))
-    )
-    out = (
-        out
-        + style.bun
-        * (
-            -(((p - p.new_tensor([0, 0.75, -2.75])) / p.new_tensor([0.55, 0.5, 0.7])) ** 2).sum(-1)
-        ).exp()
-    )
+    out = _stands(where, head.masks['ears'], look, style, generator) + _knot(where, style)
     offset = (skin * out)[:, None] * vertex_normals(verts, head.faces)
-    return offset + _curtain(p, verts, head, look, style, g) if style.length else offset
+    if not style.length:
+        return offset
+    return offset + _curtain(where, verts, head, look, style, generator)
 
 
 # %% ../../nbs/pictures/36_domains.ipynb #413dc9ee
-def _curtain(p, verts, head, look, style, g):
+def _curtain(where, verts, head, look, style, rng):
     "(V,3) moves the skin below and behind the ears out to an oval around the head."
-    eyes = [verts[part_verts(head, n)].mean(0) for n in ('eye_l', 'eye_r')]
-    unit = (eyes[0] - eyes[1]).norm()
-    q = (verts - (eyes[0] + eyes[1]) / 2) / unit
-    d = torch.stack([q[:, 0], 0 * q[:, 0], q[:, 2] + 1.3], 1)
-    r = d.norm(dim=-1).clamp_min(0.05)
-    d = d / r[:, None]
-    fall = smooth(-q[:, 1], 0.0, 2.5)
-    v = look.volume / unit
-    oval = (((d[:, 0] / (1.2 + v)) ** 2 + (d[:, 2] / (1.68 + v - 0.4 * fall)) ** 2) ** -0.5) * (
-        1 + 0.035 * noise(p * p.new_tensor([1, 0.25, 1]), 7.0, g)
-    )
-    m = _hangs(p, style, 0.86) * smooth(-p[:, 1], -0.35, 0.25) * (p[:, 1] > -3.2)
-    m[part_verts(head, *[n for n in head.part_names if n != 'skin'])] = 0
-    return (m * (oval - r) * unit)[:, None] * d
+    left, right = (verts[part_verts(head, name)].mean(0) for name in ('eye_l', 'eye_r'))
+    unit = (left - right).norm()
+    x, y, z = ((verts - (left + right) / 2) / unit).T
+    outwards = torch.stack([x, 0 * x, z + 1.3], 1)
+    radius = outwards.norm(dim=-1).clamp_min(0.05)
+    outwards = outwards / radius[:, None]
+
+    fall = smooth(-y, 0.0, 2.5)
+    volume = look.volume / unit
+    across = (outwards[:, 0] / (1.2 + volume)) ** 2
+    along = (outwards[:, 2] / (1.68 + volume - 0.4 * fall)) ** 2
+    rough = 1 + 0.035 * noise(where * where.new_tensor([1, 0.25, 1]), 7.0, rng)
+    oval = (across + along) ** -0.5 * rough
+
+    below = smooth(-where[:, 1], -0.35, 0.25) * (where[:, 1] > -3.2)
+    mask = _hangs(where, style, 0.86) * below
+    mask[part_verts(head, *[name for name in head.part_names if name != 'skin'])] = 0
+    return (mask * (oval - radius) * unit)[:, None] * outwards
 
 
 # %% ../../nbs/pictures/36_domains.ipynb #004f7e73
-def _beard(a, c, look, style, strands):
+def _beard(paint, canvas, look, style, strands):
     "Stubble and full beards cover the jaw; the others a part of it."
-    if style.beard in ('none', 'stubble', 'full'):
-        return paint_beard(a, c, look, strands) if style.beard != 'none' else a
-    p, x = c.where, c.where[:, 0].abs()
-    lips = smooth(c.masks['lips'], 0.2, 0.5)
-    m = (
+    if style.beard == 'none':
+        return paint
+    if style.beard in ('stubble', 'full'):
+        return paint_beard(paint, canvas, look, strands)
+    x = canvas.where[:, 0].abs()
+    y = canvas.where[:, 1]
+    z = canvas.where[:, 2]
+    lips = smooth(canvas.masks['lips'], 0.2, 0.5)
+    mask = (
         smooth(-x, -0.5, -0.36)
-        * smooth(p[:, 1], -1.16, -1.02)
-        * smooth(-p[:, 1], 0.84, 0.92)
-        * smooth(p[:, 2], 0.05, 0.25)
+        * smooth(y, -1.16, -1.02)
+        * smooth(-y, 0.84, 0.92)
+        * smooth(z, 0.05, 0.25)
     )
     if style.beard == 'goatee':
-        m = torch.maximum(
-            m, smooth(-x, -0.46, -0.3) * smooth(-p[:, 1], 1.2, 1.36) * smooth(p[:, 2], -0.5, -0.2)
-        )
-    return lay(
-        a,
-        look.hair * 0.9,
-        (look.beard * m * (1 - lips) * c.on('skin') * (0.85 + 0.15 * strands)).clamp(0, 1),
-    )
+        chin = smooth(-x, -0.46, -0.3) * smooth(-y, 1.2, 1.36) * smooth(z, -0.5, -0.2)
+        mask = torch.maximum(mask, chin)
+    alpha = look.beard * mask * (1 - lips) * canvas.on('skin') * (0.85 + 0.15 * strands)
+    return lay(paint, look.hair * 0.9, alpha.clamp(0, 1))
 
 
 # %% ../../nbs/pictures/36_domains.ipynb #22218388
-def _hair(a, c, look, style, strands, g):
+def _hair(paint, canvas, look, style, strands, rng):
     "The hair itself, straight or in curls."
-    p = c.where
-    curls = noise(p, 16.0, g)
-    m = hair_where(p, look, style, 0.05 * noise(p, 5.0, g, 8)) * c.on('skin')
+    where = canvas.where
+    curls = noise(where, 16.0, rng)
+    mask = hair_where(where, look, style, 0.05 * noise(where, 5.0, rng, 8)) * canvas.on('skin')
     if not style.length:
-        m = m * (1 - c.masks['ears'])
+        mask = mask * (1 - canvas.masks['ears'])
+    straight = 1 - style.curl
     shine = (
         1
-        + (1 - style.curl) * 0.2 * strands
+        + straight * 0.2 * strands
         + (0.1 + 0.25 * style.curl) * curls
-        + 0.1 * noise(p, 1.2, g, 6)
-        + 0.22 * (1 - style.curl) * spot(p, (0.0, 1.7, -0.6), (2.0, 0.3, 0.5))
+        + 0.1 * noise(where, 1.2, rng, 6)
+        + 0.22 * straight * spot(where, (0.0, 1.7, -0.6), (2.0, 0.3, 0.5))
     )
-    return lay(a, look.hair * shine.clamp(0.45, 1.4)[:, None], look.cover * m)
+    return lay(paint, look.hair * shine.clamp(0.45, 1.4)[:, None], look.cover * mask)
 
 
 # %% ../../nbs/pictures/36_domains.ipynb #c155900c
-def _make_up(a, c, look, style, g):
+def _mole(where, rng):
+    "(N,) a round spot somewhere on the face."
+    at = where.new_tensor([uniform(rng, -0.9, 0.9), uniform(rng, -1.7, 0.9), 0.0])
+    nearest = ((where[:, :2] - at[:2]) ** 2).sum(-1).argmin()
+    at[2] = where[nearest, 2]
+    size = uniform(rng, 0.03, 0.055)
+    return (-((where - at) / size).square().sum(-1)).exp()
+
+
+def _make_up(paint, canvas, look, style, rng):
     "Moles, and colour on the lids."
-    p = c.where
-    lids = spot(p, (0.5, 0.1, 0.15), (0.3, 0.1, 0.3)) * c.on('skin')
-    a = lay(a, look.skin * a.new_tensor([0.45, 0.3, 0.38]), style.shadow * lids)
+    skin = canvas.on('skin')
+    lids = spot(canvas.where, (0.5, 0.1, 0.15), (0.3, 0.1, 0.3)) * skin
+    shadow = look.skin * paint.new_tensor([0.45, 0.3, 0.38])
+    brown = look.skin * paint.new_tensor([0.4, 0.3, 0.28])
+    paint = lay(paint, shadow, style.shadow * lids)
     for _ in range(style.moles):
-        at = p.new_tensor([_uniform(g, -0.9, 0.9), _uniform(g, -1.7, 0.9), 0.0])
-        at[2] = p[((p[:, :2] - at[:2]) ** 2).sum(-1).argmin(), 2]
-        a = lay(
-            a,
-            look.skin * a.new_tensor([0.4, 0.3, 0.28]),
-            0.85 * (-((p - at) / _uniform(g, 0.03, 0.055)).square().sum(-1)).exp() * c.on('skin'),
-        )
-    return a
+        paint = lay(paint, brown, 0.85 * _mole(canvas.where, rng) * skin)
+    return paint
 
 
 # %% ../../nbs/pictures/36_domains.ipynb #ed21e901
-def _texture(c, look, style, g):
+def _texture(canvas, look, style, rng):
     "(N,3) all layers, bottom to top, and (N,) how much of it is skin."
-    strands = noise(c.where * c.where.new_tensor([1, 0.2, 1]), 42.0, g)
-    a = paint_lips(_make_up(paint_skin(c, look, g), c, look, style, g), c, look)
-    a = paint_lashes(paint_brows(_beard(a, c, look, style, strands), c, look, strands), c, look)
-    bare = 1 - hair_where(c.where, look, style)
-    a = paint_mouth(paint_eyes(_hair(a, c, look, style, strands, g), c, look), c)
-    return lay(a, a * style.teeth, c.on('teeth_up', 'teeth_low')).clamp(0.01, 1), bare * c.on(
-        'skin'
-    )
+    strands = draw_strands(canvas, rng)
+    paint = paint_skin(canvas, look, rng)
+    paint = _make_up(paint, canvas, look, style, rng)
+    paint = paint_lips(paint, canvas, look)
+    paint = _beard(paint, canvas, look, style, strands)
+    paint = paint_brows(paint, canvas, look, strands)
+    paint = paint_lashes(paint, canvas, look)
+    paint = _hair(paint, canvas, look, style, strands, rng)
+    paint = paint_eyes(paint, canvas, look)
+    paint = paint_mouth(paint, canvas)
+    paint = lay(paint, paint * style.teeth, canvas.on('teeth_up', 'teeth_low'))
+    bare = 1 - hair_where(canvas.where, look, style)
+    return paint.clamp(0.01, 1), bare * canvas.on('skin')
 
 
 # %% ../../nbs/pictures/36_domains.ipynb #cc2281b3
-def _groove(d, width):
+def _groove(distance, width):
     "A dark line at distance 0 and the light on its lip."
-    return 0.6 * (-(((d - 1.6 * width) / width) ** 2)).exp() - (-((d / width) ** 2)).exp()
+    lip = 0.6 * (-(((distance - 1.6 * width) / width) ** 2)).exp()
+    return lip - (-((distance / width) ** 2)).exp()
 
 
 # %% ../../nbs/pictures/36_domains.ipynb #947da5b7
-def _rows(d, gap, width):
+def _rows(distance, gap, width):
     "Grooves every `gap`."
-    return _groove((d / gap - (d / gap).round()) * gap, width)
+    return _groove((distance / gap - (distance / gap).round()) * gap, width)
 
 
 # %% ../../nbs/pictures/36_domains.ipynb #ef739cd0
-def _from_corner(p):
+def _from_corner(where):
     "Way outwards, height and distance from the outer corner of the eye, eye distances."
-    u = p[:, 0].abs() - 0.78
-    u = (u**2 + p[:, 2].clamp_max(0) ** 2).sqrt() * u.sign()
-    return u, p[:, 1] + 0.04, (u**2 + (p[:, 1] + 0.04) ** 2).sqrt()
+    x = where[:, 0].abs() - 0.78
+    behind = where[:, 2].clamp_max(0)
+    out = (x**2 + behind**2).sqrt() * x.sign()
+    height = where[:, 1] + 0.04
+    return out, height, (out**2 + height**2).sqrt()
 
 
 # %% ../../nbs/pictures/36_domains.ipynb #bbff4db9
+def _fold_places(where):
+    "(K,N) where on the face each kind of crease may appear, 0..1; rows as in CREASES."
+    y = where[:, 1]
+    z = where[:, 2]
+    out, _, far = _from_corner(where)
+    ring = smooth(far, 0.03, 0.12) * smooth(-far, -0.5, -0.3)
+    crow = ring * smooth(out, 0.0, 0.08) * (z > -1.0)
+    upper_lip = spot(where, (0.1, -0.97, 0.4), (0.24, 0.09, 0.4))
+    lower_lip = spot(where, (0.1, -1.45, 0.35), (0.22, 0.07, 0.4))
+    rows = dict(
+        forehead=spot(where, (0.0, 0.86, 0.25), (0.85, 0.34, 0.6)),
+        frown=spot(where, (0.12, 0.3, 0.35), (0.16, 0.26, 0.5)),
+        crow=crow,
+        fold=smooth(y, -1.45, -1.1) * smooth(-y, 0.5, 0.68) * smooth(z, -0.4, -0.1),
+        nose=spot(where, (0.13, -0.15, 0.3), (0.14, 0.18, 0.4)),
+        lips=upper_lip + lower_lip,
+        under=spot(where, (0.5, -0.2, 0.15), (0.36, 0.14, 0.4)),
+    )
+    return torch.stack(list(rows.values()))
+
+
+# %% ../../nbs/pictures/36_domains.ipynb #fe50cefc
 @lru_cache(maxsize=4)
 def _folds(head, resolution):
     "(K,N) where on the face each kind of crease is, 0..1, and (N,) where the blush rises."
-    p = canvas(head, resolution).where
-    x = p[:, 0].abs()
-    y = p[:, 1]
-    z = p[:, 2]
-    u, _, r = _from_corner(p)
-    crow = smooth(r, 0.03, 0.12) * smooth(-r, -0.5, -0.3) * smooth(u, 0.0, 0.08) * (z > -1.0)
-    fold = smooth(y, -1.45, -1.1) * smooth(-y, 0.5, 0.68) * smooth(z, -0.4, -0.1)
-    lips = spot(p, (0.1, -0.97, 0.4), (0.24, 0.09, 0.4)) + spot(
-        p, (0.1, -1.45, 0.35), (0.22, 0.07, 0.4)
-    )
-    where = [
-        spot(p, (0.0, 0.86, 0.25), (0.85, 0.34, 0.6)),
-        spot(p, (0.12, 0.3, 0.35), (0.16, 0.26, 0.5)),
-        crow,
-        fold,
-        spot(p, (0.13, -0.15, 0.3), (0.14, 0.18, 0.4)),
-        lips,
-        spot(p, (0.5, -0.2, 0.15), (0.36, 0.14, 0.4)),
-    ]
-    red = (
-        spot(p, (0.66, -0.5, 0.15), (0.36, 0.3, 0.5))
-        + 0.6 * spot(p, (0.0, -0.55, 0.6), (0.25, 0.2, 0.4))
-        + 0.35 * spot(p, (0.0, 0.8, 0.3), (0.8, 0.4, 0.5))
-    )
-    skin = (1 - smooth(canvas(head, resolution).masks['lips'], 0.3, 0.6)) * canvas(
-        head, resolution
-    ).on('skin')
-    return torch.stack(where) * skin, red * skin
+    board = canvas(head, resolution)
+    where = board.where
+    cheeks = spot(where, (0.66, -0.5, 0.15), (0.36, 0.3, 0.5))
+    nose = spot(where, (0.0, -0.55, 0.6), (0.25, 0.2, 0.4))
+    forehead = spot(where, (0.0, 0.8, 0.3), (0.8, 0.4, 0.5))
+    red = cheeks + 0.6 * nose + 0.35 * forehead
+    skin = (1 - smooth(board.masks['lips'], 0.3, 0.6)) * board.on('skin')
+    return _fold_places(where) * skin, red * skin
 
 
 # %% ../../nbs/pictures/36_domains.ipynb #06c96dae
 def crease_lines(
-    p: Tensor,  # (N,3) places on the neutral face, eye distances
+    where: Tensor,  # (N,3) places on the neutral face, eye distances
     wobble: Tensor,  # (N,) moves the lines, eye distances
 ) -> Tensor:  # (K,N) rows as in CREASES: below 0 the valley, above 0 its lit lip
     "The lines along which skin folds."
-    x = p[:, 0].abs()
-    y = p[:, 1]
-    w = 0.05
-    u, v, r = _from_corner(p)
-    forehead = _rows(y + 0.10 * x**2 + wobble, 0.2, w)
-    frown = _groove(x - 0.12 - 0.1 * (y - 0.3) + wobble, w)
-    crow = _rows(torch.atan2(v + 0.3 * wobble, u), 0.55, 0.17)
-    fold = _groove(x - 0.30 - 0.34 * ((-0.6 - y) / 0.6).clamp(0, 1.3) ** 1.3 + wobble, 1.2 * w)
-    nose = _rows(y + 0.4 * x + wobble, 0.13, 0.04)
-    lips = _rows(x + wobble, 0.1, 0.03)
-    return torch.stack(
-        [
-            forehead,
-            frown,
-            crow,
-            fold,
-            nose,
-            lips,
-            _groove(-(y + 0.24 - 0.35 * ((x - 0.5) / 0.5) ** 2 + wobble), w),
-        ]
+    x = where[:, 0].abs()
+    y = where[:, 1]
+    width = 0.05
+    out, height, _ = _from_corner(where)
+    lower = ((-0.6 - y) / 0.6).clamp(0, 1.3)  # 0 at the nose, 1 at the mouth
+    rows = dict(
+        forehead=_rows(y + 0.10 * x**2 + wobble, 0.2, width),
+        frown=_groove(x - 0.12 - 0.1 * (y - 0.3) + wobble, width),
+        crow=_rows(torch.atan2(height + 0.3 * wobble, out), 0.55, 0.17),
+        fold=_groove(x - 0.30 - 0.34 * lower**1.3 + wobble, 1.2 * width),
+        nose=_rows(y + 0.4 * x + wobble, 0.13, 0.04),
+        lips=_rows(x + wobble, 0.1, 0.03),
+        under=_groove(-(y + 0.24 - 0.35 * ((x - 0.5) / 0.5) ** 2 + wobble), width),
     )
+    return torch.stack(list(rows.values()))
 
 
 # %% ../../nbs/pictures/36_domains.ipynb #87839a2c
@@ -642,12 +697,14 @@ FLUSH = dict(mouthSmile=0.7, cheekSquint=0.3, browDown=0.25, cheekPuff=0.5, jawO
 @lru_cache(maxsize=4)
 def _drivers(head):
     "(52,K+1) how much every ARKit score folds each line, and reddens."
-    w = torch.zeros(len(head.arkit_names), len(CREASES) + 1)
-    for k, actions in enumerate([*CREASES.values(), FLUSH]):
-        for n, x in actions.items():
-            sides = [i for i, m in enumerate(head.arkit_names) if m in (n, n + 'Left', n + 'Right')]
-            w[sides, k] = x / len(sides)
-    return w
+    names = head.arkit_names
+    drivers = torch.zeros(len(names), len(CREASES) + 1)
+    for column, actions in enumerate([*CREASES.values(), FLUSH]):
+        for action, weight in actions.items():
+            spellings = action, action + 'Left', action + 'Right'
+            rows = [i for i, name in enumerate(names) if name in spellings]
+            drivers[rows, column] = weight / len(rows)
+    return drivers
 
 
 # %% ../../nbs/pictures/36_domains.ipynb #45a97ca8
@@ -664,6 +721,14 @@ class Character(Person):
 
 
 # %% ../../nbs/pictures/36_domains.ipynb #6a25c240
+def _draw_lines(rng, where, places, age):
+    "(K,N) somebody's creases at full strength: older skin folds deeper, each line differently."
+    wobble = 0.02 * noise(where, 2.5, rng, 8) + uniform(rng, -0.05, 0.05)
+    depth = (0.16 + 0.26 * age) * (0.6 + 0.8 * torch.rand(len(CREASES), 1, generator=rng))
+    return crease_lines(where, wobble) * places * depth
+
+
+# %% ../../nbs/pictures/36_domains.ipynb #27d41ab4
 def make_character(
     seed: int,  # the same seed, the same person
     head: Head = None,  # default: the open head
@@ -672,30 +737,25 @@ def make_character(
 ) -> Character:
     "Draw somebody, hair, habits and wrinkles."
     head = head or open_head()
-    g = _draw('person', seed)
-    c = canvas(head, resolution)
-    shape = (strength * torch.randn(1, head.num_shape, generator=g)).clamp(-3, 3)
-    look, style = random_person(g)
-    colour, bare = _texture(c, look, style, g)
-    where, red = _folds(head, resolution)
-    red = bare * red * _uniform(g, 0.4, 1.0)
-    lines = crease_lines(c.where, 0.02 * noise(c.where, 2.5, g, 8) + _uniform(g, -0.05, 0.05)) * (
-        where * bare
-    )
-    lines = lines * (
-        (0.16 + 0.26 * look.age) * (0.6 + 0.8 * torch.rand(len(lines), 1, generator=g))
-    )
-    colour = (colour * (1 + look.age * colour.new_tensor(_ALWAYS) @ lines)[:, None]).clamp(0.01, 1)
-    offset = stand_off(head, head(shape=shape)[0], look, style, g)
+    rng = _draw('person', seed)
+    board = canvas(head, resolution)
+    shape = (strength * torch.randn(1, head.num_shape, generator=rng)).clamp(-3, 3)
+    look, style = random_person(rng)
+    colour, bare = _texture(board, look, style, rng)
+    fold_places, blush_places = _folds(head, resolution)
+    redness = bare * blush_places * uniform(rng, 0.4, 1.0)
+    lines = _draw_lines(rng, board.where, fold_places * bare, look.age)
+    at_rest = look.age * colour.new_tensor(_ALWAYS) @ lines
+    colour = (colour * (1 + at_rest)[:, None]).clamp(0.01, 1)
     return Character(
-        seed,
-        shape,
-        colour[c.nearest],
-        offset,
-        look,
-        style,
-        lines[:, c.nearest.flatten()],
-        red.clamp(0, 1)[c.nearest.flatten()],
+        seed=seed,
+        shape=shape,
+        texture=colour[board.nearest],
+        static_offset=stand_off(head, head(shape=shape)[0], look, style, rng),
+        look=look,
+        style=style,
+        lines=lines[:, board.nearest.flatten()],
+        redness=redness.clamp(0, 1)[board.nearest.flatten()],
     )
 
 
@@ -711,69 +771,75 @@ def emote(
     flush: float = 1.0,  # strength of the blush
 ) -> Character:  # with the texture of this moment
     "Skin folds and reddens with the expression."
-    *a, red = (expr[0] @ _drivers(head)).clamp(0, 1)
+    *folds, red = (expr[0] @ _drivers(head)).clamp(0, 1)
     R = len(person.texture)
-    t = person.texture
+    texture = person.texture
     if creases:
-        t = t * (1 + creases * torch.stack(a) @ person.lines).reshape(R, R, 1)
+        texture = texture * (1 + creases * torch.stack(folds) @ person.lines).reshape(R, R, 1)
     if flush:
-        t = t * (1 - (flush * red * person.redness)[:, None] * t.new_tensor(_RED)).reshape(R, R, 3)
-    return replace(person, texture=t.clamp(0, 1))
+        blush = (flush * red * person.redness)[:, None] * texture.new_tensor(_RED)
+        texture = texture * (1 - blush).reshape(R, R, 3)
+    return replace(person, texture=texture.clamp(0, 1))
 
 
 # %% ../../nbs/pictures/36_domains.ipynb #bc4c4dea
+def _harsher(light, direction, harsh):
+    "The lamp from another side, with deeper shadows."
+    return replace(
+        light,
+        direction=direction,
+        ambient=light.ambient * (1 - 0.4 * harsh),
+        diffuse=light.diffuse * (1 + 0.5 * harsh),
+    )
+
+
 def _light(domain, who):
     """The lamp of somebody's clip; a harsh one may stand behind the ear, with deep shadows and a
     colour."""
     if domain.studio:
         return STUDIO
-    g, h = _draw(who, 'light'), domain.harsh
-    l = random_light(g)
-    az = _uniform(g, -1.7, 1.7)
-    el = _uniform(g, -0.4, 1.2)
-    level = _uniform(g, 0.78, 1.0) / (l.ambient + 0.5 * l.diffuse)
-    if h:
-        l = replace(
-            l,
-            direction=(math.sin(az) * math.cos(el), math.sin(el), math.cos(az) * math.cos(el)),
-            ambient=l.ambient * (1 - 0.4 * h),
-            diffuse=l.diffuse * (1 + 0.5 * h),
-        )
+    rng = _draw(who, 'light')
+    light = random_light(rng)
+    direction = direction_at(azimuth=uniform(rng, -1.7, 1.7), elevation=uniform(rng, -0.4, 1.2))
+    level = uniform(rng, 0.78, 1.0) / (light.ambient + 0.5 * light.diffuse)
+    if domain.harsh:
+        light = _harsher(light, direction, domain.harsh)
     return replace(
-        l,
-        ambient=level * l.ambient,
-        diffuse=level * l.diffuse,
-        tint=tuple(1 + (x - 1) * (0.5 + 0.7 * h) for x in l.tint),
+        light,
+        ambient=level * light.ambient,
+        diffuse=level * light.diffuse,
+        tint=tuple(1 + (x - 1) * (0.5 + 0.7 * domain.harsh) for x in light.tint),
     )
 
 
 # %% ../../nbs/pictures/36_domains.ipynb #9f4c4dd5
+def _clouds(rng, n, channels, size):
+    "(size,size,channels) smooth noise from a grid of n x n random numbers."
+    grid = torch.randn(1, channels, n, n, generator=rng)
+    grown = F.interpolate(grid, (size, size), mode='bicubic', align_corners=True)
+    return grown[0].permute(1, 2, 0)
+
+
 def backdrop_picture(
     generator: torch.Generator,
     size: int,  # pixels
 ) -> Tensor:  # (size,size,3)
     "What is behind somebody: a gradient, blurred things, or a rough wall."
-    g = generator
-    a, b = (
-        0.15 + 0.65 * torch.rand(2, 1, generator=g) + 0.12 * torch.randn(2, 3, generator=g)
-    ).clamp(0.03, 0.97)
+    rng = generator
+    greys = 0.15 + 0.65 * torch.rand(2, 1, generator=rng)
+    first, second = (greys + 0.12 * torch.randn(2, 3, generator=rng)).clamp(0.03, 0.97)
 
-    def grow(n, c):
-        return F.interpolate(
-            torch.randn(1, c, n, n, generator=g), (size, size), mode='bicubic', align_corners=True
-        )[0].permute(1, 2, 0)
+    def blend(n, contrast):
+        amount = 0.5 + contrast * _clouds(rng, n, 1, size)
+        return torch.lerp(first, second, amount.clamp(0, 1))
 
-    kind = _uniform(g)
-    t = (
-        0.5 + 0.7 * grow(2, 1)
-        if kind < 0.35
-        else 0.5 + 0.5 * grow(5, 1)
-        if kind < 0.7
-        else 0.5 + 0.3 * grow(3, 1)
-    )
+    kind = uniform(rng)
+    if kind < 0.35:
+        return blend(2, 0.7)
     if kind < 0.7:
-        return torch.lerp(a, b, t.clamp(0, 1)) + (0.06 * grow(6, 3) if kind > 0.35 else 0.0)
-    return torch.lerp(a, b, t.clamp(0, 1)) * (1 + 0.08 * grow(min(size, max(4, size // 3)), 1))
+        return blend(5, 0.5) + 0.06 * _clouds(rng, 6, 3, size)
+    wall = blend(3, 0.3)
+    return wall * (1 + 0.08 * _clouds(rng, min(size, max(4, size // 3)), 1, size))
 
 
 # %% ../../nbs/pictures/36_domains.ipynb #3fa8ef87
@@ -788,64 +854,67 @@ def _backdrop(domain, who):
 # %% ../../nbs/pictures/36_domains.ipynb #07f07c18
 def _pose(domain, who, t, head):
     "Keyword arguments of the head at one instant: the truth."
-    g = _draw(who, 'pose', t)
-    w = {k: min(1.0, x) for k, x in random_scores(g, domain.lively).items()}
+    rng = _draw(who, 'pose', t)
+    scores = random_scores(rng, domain.lively)
+    face = head.arkit({name: min(1.0, score) for name, score in scores.items()})
     far = min(8.0, 0.2 * domain.turn) if domain.studio else 0.75 * domain.turn
-    turn = (
-        torch.tensor([[_normal(g, 5.0), _uniform(g, -far, far), _normal(g, 3.0)]]) * math.pi / 180
-    )
+    pitch = normal(rng, 5.0)
+    yaw = uniform(rng, -far, far)
+    roll = normal(rng, 3.0)
+    turn = torch.tensor([[pitch, yaw, roll]]) * math.pi / 180
     return dict(
-        {k: v[None] for k, v in head.arkit(w).items()},
+        {name: value[None] for name, value in face.items()},
         rotation=turn / 2,
         neck=turn / 2,
-        translation=0.003 * torch.randn(1, 3, generator=g),
+        translation=0.003 * torch.randn(1, 3, generator=rng),
     )
 
 
 # %% ../../nbs/pictures/36_domains.ipynb #0cacdde7
 def _camera(domain, who, c, head):
     "viewmat, K of a camera of somebody's clip."
-    g = _draw(who, 'camera')
+    rng = _draw(who, 'camera')
     yaw, pitch = domain.cameras[c]
-    near = 0.0
-    up = 0.0
     zoom = 1.0
     if not domain.studio:
-        yaw = yaw + 0.25 * domain.turn * _uniform(g, -1, 1)
-        pitch = pitch + _uniform(g, -8, 12)
-        zoom = _uniform(g, 0.92, 1.1)
-    return orbit(yaw, pitch, 0.6, face_centre(head)), intrinsics(
-        1.9 * zoom * domain.size, domain.size, domain.size
-    )
+        yaw = yaw + 0.25 * domain.turn * uniform(rng, -1, 1)
+        pitch = pitch + uniform(rng, -8, 12)
+        zoom = uniform(rng, 0.92, 1.1)
+    viewmat = orbit(yaw, pitch, 0.6, face_centre(head))
+    return viewmat, intrinsics(1.9 * zoom * domain.size, domain.size, domain.size)
 
 
 # %% ../../nbs/pictures/36_domains.ipynb #5fc32c5f
+# spread: weights, radians, metres
 TRACKING = dict(
     shape=0.04, expr=0.01, jaw=0.004, eyes=0.015, neck=0.0025, rotation=0.0025, translation=0.0004
-)  # spread: weights, radians, metres
+)
 
 
 def _tracked(domain, who, t, params):
     """Parameters as a tracker would find them: one error about who it is, and one per instant about
     the rest."""
-    s = {k: _draw(who, 'tracked', k, *([] if k == 'shape' else [t])) for k in params}
-    return {
-        k: x + domain.tracking * TRACKING[k] * torch.randn(x.shape, generator=s[k])
-        for k, x in params.items()
-    }
+
+    def with_error(name, value):
+        instant = () if name == 'shape' else (t,)
+        error = torch.randn(value.shape, generator=_draw(who, 'tracked', name, *instant))
+        return value + domain.tracking * TRACKING[name] * error
+
+    return {name: with_error(name, value) for name, value in params.items()}
 
 
 # %% ../../nbs/pictures/36_domains.ipynb #0d1c6a18
 def _expose(domain, who, t, c, image):
     """The picture as the sensor saves it: brighter or darker from instant to instant, a little from
     camera to camera, grainy."""
-    gain = domain.flicker * (
-        _normal(_draw(who, 'flicker', t)) + 0.3 * _normal(_draw(who, 'flicker', t, c))
-    )
+    of_all = normal(_draw(who, 'flicker', t))
+    of_one = normal(_draw(who, 'flicker', t, c))
+    gain = domain.flicker * (of_all + 0.3 * of_one)
     if gain:
         image = image * math.exp(gain)
     if domain.grain:
-        image = image + domain.grain * torch.randn(image.shape, generator=_draw(who, 'grain', t, c))
+        grain = torch.randn(image.shape, generator=_draw(who, 'grain', t, c))
+        image = image + domain.grain * grain
     return image.clamp(0, 1)
 
 
@@ -853,6 +922,28 @@ def _expose(domain, who, t, c, image):
 @lru_cache(maxsize=8)
 def _person(who, head):
     return make_character(who, head)
+
+
+def _painted(domain, who, t, c, head, light, background):
+    "A frame of somebody's clip: the truth, painted; then what the sensor and a tracker make of it."
+    truth = _pose(domain, who, t, head)
+    someone = emote(_person(who, head), truth['expr'], head, domain.creases, domain.flush)
+    frame = paint(
+        someone,
+        *_camera(domain, who, c, head),
+        domain.size,
+        truth,
+        light,
+        background=background,
+        head=head,
+    )
+    return replace(
+        frame,
+        image=_expose(domain, who, t, c, frame.image),
+        params=_tracked(domain, who, t, frame.params),
+        time=t,
+        camera=f'{c:02d}',
+    )
 
 
 # %% ../../nbs/pictures/36_domains.ipynb #2ba88758
@@ -879,33 +970,19 @@ class People:
         if isinstance(i, slice):
             return People(self.domain, self.seeds[i], self.head)
         who = self.seeds[index(i)]
-        return Clip(
-            lambda k: self._frame(who, *divmod(k, len(self.domain.cameras))), len(self.domain)
-        )
 
-    def person(self, i: int) -> Character:
-        return _person(self.seeds[index(i)], self.head)  # the truth about somebody
+        def frame(k):
+            return self._frame(who, *divmod(k, len(self.domain.cameras)))
+
+        return Clip(frame, len(self.domain))
 
     def _frame(self, who, t, c):
-        d, h = self.domain, self.head
-        truth = _pose(d, who, t, h)
-        someone = emote(_person(who, h), truth['expr'], h, d.creases, d.flush)
-        f = paint(
-            someone,
-            *_camera(d, who, c, h),
-            d.size,
-            truth,
-            _light(d, who),
-            background=_backdrop(d, who),
-            head=h,
-        )
-        return replace(
-            f,
-            image=_expose(d, who, t, c, f.image),
-            params=_tracked(d, who, t, f.params),
-            time=t,
-            camera=f'{c:02d}',
-        )
+        light = _light(self.domain, who)
+        behind = _backdrop(self.domain, who)
+        return _painted(self.domain, who, t, c, self.head, light, behind)
+
+    def person(self, i: int) -> Character:  # the truth about somebody
+        return _person(self.seeds[index(i)], self.head)
 
 
 # %% ../../nbs/pictures/36_domains.ipynb #88508de5
@@ -926,67 +1003,73 @@ def people(
 class Trial:
     "A question with its answer: from these pictures, what does that camera see?"
 
-    sources: (
-        list  # four frames of one person, in a drawn order: a test with K sources takes the first K
-    )
+    sources: list  # four frames of one person, in drawn order: K sources are the first K
     target: Frame  # another frame of the same person
     person: int  # number within its test set
 
 
 # %% ../../nbs/pictures/36_domains.ipynb #dbce3d20
+# domain, its own people, how many, targets each
 _HELD = dict(
     mono=(mono, dict(block=11), 24, 2),
     multi=(multi, dict(block=12), 8, 6),
     shifted=(shifted, dict(block=13), 16, 3),
-)  # domain, its own people, how many, targets each
+)
 
 
-def _spread(n, k, g):
+def _spread(n, k, rng):
     "k of n places in order, one from each of k equal stretches, in drawn order."
     edges = [n * j // k for j in range(k + 1)]
-    picks = torch.tensor([a + int(_uniform(g) * (b - a)) for a, b in zip(edges, edges[1:])])
-    return picks[torch.randperm(k, generator=g)].tolist()
+    stretches = zip(edges, edges[1:])
+    picks = torch.tensor([lo + int(uniform(rng) * (hi - lo)) for lo, hi in stretches])
+    return picks[torch.randperm(k, generator=rng)].tolist()
 
 
 # %% ../../nbs/pictures/36_domains.ipynb #9803bb8f
-def _mono_trials(crowd, i, targets, g):
+def _mono_trials(crowd, i, targets, rng):
     "Sources that differ in yaw; the targets are other moments of the clip."
-    d, who = crowd.domain, crowd.seeds[i]
-    order = sorted(
-        range(d.instants), key=lambda t: float(_pose(d, who, t, crowd.head)['rotation'][0, 1])
-    )
-    src = [order[k] for k in _spread(d.instants, 4, g)]
-    rest = [t for t in order if t not in src]
-    return src, [rest[k] for k in _spread(len(rest), targets, g)]
+    domain = crowd.domain
+    who = crowd.seeds[i]
+
+    def yaw(t):
+        return float(_pose(domain, who, t, crowd.head)['rotation'][0, 1])
+
+    order = sorted(range(domain.instants), key=yaw)
+    sources = [order[k] for k in _spread(domain.instants, 4, rng)]
+    rest = [t for t in order if t not in sources]
+    return sources, [rest[k] for k in _spread(len(rest), targets, rng)]
 
 
 # %% ../../nbs/pictures/36_domains.ipynb #85b26dd2
-def _multi_trials(crowd, i, targets, g):
+def _multi_trials(crowd, i, targets, rng):
     "Sources from four sides at one instant; the targets all around at other instants."
-    d = crowd.domain
-    C = len(d.cameras)
-    src = [d.index(0, c) for c in _spread(C, 4, g)]
-    return src, [d.index(1 + k % (d.instants - 1), c) for k, c in enumerate(_spread(C, targets, g))]
+    domain = crowd.domain
+    count = len(domain.cameras)
+    sources = [domain.index(0, c) for c in _spread(count, 4, rng)]
+    sides = _spread(count, targets, rng)
+    instants = [1 + k % (domain.instants - 1) for k in range(targets)]
+    return sources, [domain.index(t, c) for t, c in zip(instants, sides)]
 
 
 # %% ../../nbs/pictures/36_domains.ipynb #c45c2cf4
 def _held_crowd(name, size):
-    make, changes, n, _ = _HELD[name]
-    return people(make(size, **changes), n)
+    "The people of a held-out set."
+    make, changes, count, _ = _HELD[name]
+    return people(make(size, **changes), count)
 
 
 # %% ../../nbs/pictures/36_domains.ipynb #a10012ac
 @lru_cache(maxsize=8)
 def _held_out(name, size):
+    "The trials of a set, painted once."
     crowd = _held_crowd(name, size)
     targets = _HELD[name][3]
+    choose = _multi_trials if crowd.domain.studio else _mono_trials
     trials = []
     for i, clip in enumerate(crowd):
-        src, dst = (_multi_trials if crowd.domain.studio else _mono_trials)(
-            crowd, i, targets, _draw('held out', name, i)
-        )
-        sources = [clip[k] for k in src]
-        trials += [Trial(sources, clip[k], i) for k in dst]
+        given, asked = choose(crowd, i, targets, _draw('held out', name, i))
+        sources = [clip[k] for k in given]
+        trials += [Trial(sources, clip[k], i) for k in asked]
     return trials
 
 

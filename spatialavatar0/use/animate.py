@@ -209,7 +209,9 @@ def _glances(t, rng, reach=0.25):
         times += [at, at + 0.04]
         values += [values[-1], reach * aside * (rng.uniform() < 0.8)]
         at += rng.uniform(0.4, 1.3)
-    times += [max(t[-1] - 0.15, times[-1]), max(t[-1] - 0.1, times[-1] + 0.05)]
+    leave = max(t[-1] - 0.15, times[-1])
+    straight = max(t[-1] - 0.1, times[-1] + 0.05)
+    times += [leave, straight]
     values += [values[-1], 0.0]
     return np.interp(t, times, values)
 

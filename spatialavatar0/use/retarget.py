@@ -217,7 +217,8 @@ def _codes(head, who, used):
     def pose(x):
         if arkit:
             return head.arkit(x)
-        return dict(expr=x[:, :-1], jaw=F.pad(x[:, -1:], (0, 2)))
+        jaw = F.pad(x[:, -1:], (0, 2))
+        return dict(expr=x[:, :-1], jaw=jaw)
 
     def points(x):
         return _points_of(head, who, pose(x), len(x))
