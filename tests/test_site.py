@@ -234,8 +234,9 @@ FLAGS = ['--no-sandbox', '--enable-unsafe-swiftshader', '--disable-background-ne
 LOST_AND_WIDE = """[
     [...document.images].filter(i => i.loading != "lazy" && !(i.complete && i.naturalWidth)).length,
     document.documentElement.scrollWidth - innerWidth]"""
+# what cells print may be wide: it is not to be read line by line
 WIDE_BLOCKS = """[...document.querySelectorAll('.highlight pre code')]
-    .map(b => b.scrollWidth > b.clientWidth + 1)"""
+    .filter(b => !b.closest('.output')).map(b => b.scrollWidth > b.clientWidth + 1)"""
 
 
 @contextmanager
