@@ -275,6 +275,8 @@ _CUTS = dict(
     long=(0.04, 0.18),
     bun=(0.0, 0.10),
 )
+
+# %% ../../nbs/pictures/36_domains.ipynb #63559dab
 # least, most, metres
 _VOLUME = dict(
     bald=(0, 0),
@@ -386,6 +388,7 @@ def _draw_face(rng, style, male, skin):
     )
 
 
+# %% ../../nbs/pictures/36_domains.ipynb #ee733374
 def _draw_hairline(rng, style, male, age):
     "Up with the age of men, down with a fringe; eye distances."
     somewhere = normal(rng, 0.06)
@@ -394,6 +397,7 @@ def _draw_hairline(rng, style, male, age):
     return somewhere + receding - 0.32 * fringe
 
 
+# %% ../../nbs/pictures/36_domains.ipynb #8d20aa7b
 def _draw_cover(rng, hair):
     "How soft the hairline is, and how much skin the hair hides."
     if hair == 'bald':
@@ -793,6 +797,7 @@ def _harsher(light, direction, harsh):
     )
 
 
+# %% ../../nbs/pictures/36_domains.ipynb #81c629a8
 def _light(domain, who):
     """The lamp of somebody's clip; a harsh one may stand behind the ear, with deep shadows and a
     colour."""
@@ -820,6 +825,7 @@ def _clouds(rng, n, channels, size):
     return grown[0].permute(1, 2, 0)
 
 
+# %% ../../nbs/pictures/36_domains.ipynb #e444ad48
 def backdrop_picture(
     generator: torch.Generator,
     size: int,  # pixels
@@ -924,6 +930,7 @@ def _person(who, head):
     return make_character(who, head)
 
 
+# %% ../../nbs/pictures/36_domains.ipynb #16a35a20
 def _painted(domain, who, t, c, head, light, background):
     "A frame of somebody's clip: the truth, painted; then what the sensor and a tracker make of it."
     truth = _pose(domain, who, t, head)

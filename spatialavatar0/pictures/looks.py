@@ -270,6 +270,7 @@ def _draw_face(rng, male):
     )
 
 
+# %% ../../nbs/pictures/34_looks.ipynb #ba9db54f
 def _draw_hair(rng, male, bald, fringe):
     "Hairline, sideburns, and how the hair covers the skull."
     return dict(
@@ -486,6 +487,7 @@ def draw_strands(
     return noise(canvas.where * canvas.where.new_tensor([1, 0.2, 1]), 42.0, generator)
 
 
+# %% ../../nbs/pictures/34_looks.ipynb #116a7614
 def paint_texture(
     canvas: Canvas,
     look: Palette,

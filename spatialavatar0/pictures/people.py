@@ -116,6 +116,7 @@ def direction_at(
     return math.sin(azimuth) * flat, math.sin(elevation), math.cos(azimuth) * flat
 
 
+# %% ../../nbs/pictures/35_people.ipynb #7bfa9a37
 def random_light(
     generator: torch.Generator,
 ) -> Light:
@@ -232,6 +233,7 @@ _ACTIONS = dict(
 _PAIRED = 'mouthSmile', 'mouthFrown', 'browDown', 'eyeBlink', 'eyeWide', 'noseSneer'
 
 
+# %% ../../nbs/pictures/35_people.ipynb #29999f69
 def _gaze_scores(across, up):
     "ARKit name -> weight of eyes that look to the left of the head and upwards, -1 to 1."
     left = max(across, 0)
@@ -366,6 +368,7 @@ def _soft(jumps):
     return F.avg_pool1d(padded, 3, 1)[0, 0]
 
 
+# %% ../../nbs/pictures/35_people.ipynb #2cd13537
 def _stare(frames, rng, turn):
     "ARKit name -> (T,) of eyes that hold the camera while the head turns, and sometimes jump."
 
@@ -419,6 +422,7 @@ def _sway(frames, seed):
     return 0.004 * torch.tensor([1.0, 0.5, 1.0]) * torch.stack(paths, 1)
 
 
+# %% ../../nbs/pictures/35_people.ipynb #9ffc2670
 def motion(
     frames: int,  # at 25 a second
     seed: int = 0,

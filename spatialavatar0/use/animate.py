@@ -137,6 +137,7 @@ def _turn_of(part, values):
     return torch.tensor([[math.radians(angle) for angle in degrees]])
 
 
+# %% ../../nbs/use/80_animate.ipynb #342c7bbb
 def pose_of(
     head,
     values: dict,  # name -> number: weights, turns in degrees; what is missing is 0
@@ -294,6 +295,7 @@ def _lids_of(places, t, jump):
     return np.max([0 * t] + [_bump(t, t[i] + 0.04, 0.05, 0.11) for i in jumps], 0)
 
 
+# %% ../../nbs/use/80_animate.ipynb #6a12099d
 def look_around(
     n: int,
     fps: int = 25,

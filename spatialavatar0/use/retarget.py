@@ -203,6 +203,7 @@ class _Codes(NamedTuple):
     high: Tensor  # (n,)
 
 
+# %% ../../nbs/use/81_retarget.ipynb #6e629c7d
 def _points_of(head, who, pose, count):
     "(count,51,3) points of many poses, 32 of them at a time."
     parts = [slice(i, i + 32) for i in range(0, count, 32)]
@@ -210,6 +211,7 @@ def _points_of(head, who, pose, count):
     return torch.cat([face_points(head, head(**who, **poses)) for poses in some])
 
 
+# %% ../../nbs/use/81_retarget.ipynb #9c50cb91
 def _codes(head, who, used):
     "ARKit's weights; for heads without them the first expression codes and the jaw's pitch."
     arkit = hasattr(head, 'arkit_names')
@@ -331,6 +333,7 @@ def _controls(names, path):
     return known
 
 
+# %% ../../nbs/use/81_retarget.ipynb #e46cf914
 def _numbers(known, row, frame, path):
     "Control -> number of one row."
     if len(row) != len(known):
@@ -373,6 +376,7 @@ def _timecode_rate(names, rows):
     return min((fps for fps in (24, 25, 30, 50, 60, 120) if fps > max(counts)), default=None)
 
 
+# %% ../../nbs/use/81_retarget.ipynb #27fdccee
 def _read_csv(text, path):
     "Column names, rows, frames per second or None."
     try:
