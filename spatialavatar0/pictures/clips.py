@@ -134,6 +134,13 @@ def on_background(
     return mask * frame.image + (1 - mask) * torch.as_tensor(background).to(mask)
 
 
+# %% ../../nbs/pictures/32_clips.ipynb #440b1fea
+def _sequence(source):
+    "A sequence as it is, any other iterable as a list."
+    is_one = hasattr(source, '__len__') and hasattr(source, '__getitem__')
+    return source if is_one else list(source)
+
+
 # %% ../../nbs/pictures/32_clips.ipynb #6397ccf4
 class Clip:
     "Frames in order, held or made when asked for; a slice, or a list of places, is a clip again."
@@ -148,12 +155,10 @@ class Clip:
             if length is None:
                 raise ValueError('a clip from a function needs its length')
             self._make = lru_cache(cache)(source) if cache else source
-            self.places = range(length)
-            return
-        if not (hasattr(source, '__len__') and hasattr(source, '__getitem__')):
-            source = list(source)
-        self._make = source.__getitem__
-        self.places = range(len(source))
+        else:
+            source = _sequence(source)
+            self._make, length = source.__getitem__, len(source)
+        self.places = range(length)
 
     def __len__(self):
         return len(self.places)
@@ -169,9 +174,7 @@ class Clip:
         part.places = self.places[i] if isinstance(i, slice) else [self.places[j] for j in i]
         return part
 
-    @property
-    def frames(self):
-        return list(self)  # all of them, in memory
+    frames = property(list)  # all of them, in memory
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #d38584b5
@@ -219,7 +222,7 @@ def _check_params(params):
             expect_tensor(name, value, (1, count), 'one row per frame')
 
 
-# %% ../../nbs/pictures/32_clips.ipynb #de67d714
+# %% ../../nbs/pictures/32_clips.ipynb #df42d552
 def to_flame_param(
     params: dict,  # keyword arguments of the head, each (1,n)
     head: Head,
@@ -273,7 +276,7 @@ def fit_code(
     return torch.from_numpy(np.pad(x, (0, max(0, n - len(x))))[None, :n].copy())
 
 
-# %% ../../nbs/pictures/32_clips.ipynb #8ca10daa
+# %% ../../nbs/pictures/32_clips.ipynb #889da893
 def _check_arrays(arrays, where):
     "All there, all finite numbers, of one time step."
     gone = {*_THEIRS.values(), *_ROOM} - set(arrays)
@@ -347,6 +350,7 @@ def _camera_entry(frame):
     )
 
 
+# %% ../../nbs/pictures/32_clips.ipynb #af1b5b01
 def _entry(frame, step, camera):
     "What transforms.json says about a frame: number of its time step, of its camera."
     return dict(
@@ -492,7 +496,7 @@ def write_vhap(
     return folder
 
 
-# %% ../../nbs/pictures/32_clips.ipynb #7997e79f
+# %% ../../nbs/pictures/32_clips.ipynb #d5a35a9f
 def _part_of(entry, end, cameras):
     "Which file of the split an entry goes to; end: the first time step of the test."
     if entry['timestep_index'] >= end:
@@ -657,7 +661,7 @@ def _shot(folder, top, entry, i):
     )
 
 
-# %% ../../nbs/pictures/32_clips.ipynb #2000e599
+# %% ../../nbs/pictures/32_clips.ipynb #3c4d1e97
 def _check_picture(picture, path, size, says, grey):
     "The right size, 8 bits, colours: what `read_picture` asks for."
     if size and picture.size != tuple(size):
@@ -798,7 +802,7 @@ def check_once(
             )
 
 
-# %% ../../nbs/pictures/32_clips.ipynb #e8ecf5de
+# %% ../../nbs/pictures/32_clips.ipynb #73789446
 def _check_folder(folder, top, split, head):
     "Made on this head, and with frames in it."
     own = head_fingerprint(head)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ssim_forward', 'ssim_backward', 'ssim', 'open_lpips']
 
-# %% ../../nbs/pictures/31_fast_metrics.ipynb #de64d263
+# %% ../../nbs/pictures/31_fast_metrics.ipynb #02b2f833
 import hashlib
 import warnings
 from pathlib import Path
@@ -66,11 +66,8 @@ def _ssim_and_slopes(mx, my, sxx, syy, sxy):
 # %% ../../nbs/pictures/31_fast_metrics.ipynb #fb92456d
 @nb.njit(parallel=True, **_OPTS)
 def ssim_forward(threads, X, Y, step, pad, slopes, totals):
-    """Sum of SSIM over all windows of X, Y (B,H,W*step); slopes (B,3,H',W') of every window, with a
-    border of pad."""
-    B = len(X)
-    H = X.shape[1] - 10
-    W = X.shape[2] - 10 * step
+    "Sums of SSIM over the windows of X, Y (B,H,W*step); slopes (B,3,H',W') with a border of pad."
+    B, H, W = len(X), X.shape[1] - 10, X.shape[2] - 10 * step
     for t in nb.prange(threads):
         sums = np.zeros((5, X.shape[2]), np.float32)
         total = 0.0
@@ -216,7 +213,7 @@ def _trunk_of_manifest(path):
     return _Trunk(convs, heads, 'manifest: lpips_alex')
 
 
-# %% ../../nbs/pictures/31_fast_metrics.ipynb #dd89447c
+# %% ../../nbs/pictures/31_fast_metrics.ipynb #31b8ee52
 def _trunk_of_torchvision():
     path = Path(torch.hub.get_dir()) / 'checkpoints' / _TORCHVISION
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest()[:8] != '7be5be79':

@@ -175,7 +175,7 @@ def ssim_map(
     return above / below
 
 
-# %% ../../nbs/pictures/30_metrics.ipynb #9c089f2e
+# %% ../../nbs/pictures/30_metrics.ipynb #25388298
 def as_batch(picture: Tensor) -> Tensor:  # (B,H,W,D)
     "A picture (H,W) or (H,W,D) as a batch of one; a batch as it is."
     if picture.ndim == 2:
@@ -196,7 +196,7 @@ def ssim_batches(a, b, padding):
     return a, b
 
 
-# %% ../../nbs/pictures/30_metrics.ipynb #64f31522
+# %% ../../nbs/pictures/30_metrics.ipynb #8a785cd9
 def plain_ssim(
     a: Tensor,  # (H,W,D), (B,H,W,D) or (H,W), 0..1
     b: Tensor,  # the same shape
@@ -246,7 +246,7 @@ def ms_ssim(
     return similarity if a.ndim == 4 else similarity[0]
 
 
-# %% ../../nbs/pictures/30_metrics.ipynb #5e381506
+# %% ../../nbs/pictures/30_metrics.ipynb #b79278e2
 def feature_distance(
     ours: list,  # outputs F_k(a) of a network's layers, each (B,D,H,W)
     truth: list,  # F_k(b), the same shapes
@@ -276,7 +276,7 @@ def _answer(estimator, picture):
     return None if said is None else torch.as_tensor(said, dtype=torch.float64)
 
 
-# %% ../../nbs/pictures/30_metrics.ipynb #a8864c3c
+# %% ../../nbs/pictures/30_metrics.ipynb #50009e49
 def ask(
     estimator,  # function: (H,W,3) picture -> (n,) or (n,2) numbers, None if there is no face
     pairs,  # iterable of (ours, truth) pictures

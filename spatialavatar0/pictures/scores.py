@@ -36,7 +36,7 @@ class Preset:
     quirks: tuple = ()  # what surprises
 
 
-# %% ../../nbs/pictures/37_scores.ipynb #dbe4e215
+# %% ../../nbs/pictures/37_scores.ipynb #71581691
 _PAPER = Preset(
     name='paper',
     background=1.0,
@@ -63,7 +63,7 @@ _SPLATTINGAVATAR = Preset(
     quirks=('the render is not clamped: values above 1 cost',),
 )
 
-# %% ../../nbs/pictures/37_scores.ipynb #e9e8dea9
+# %% ../../nbs/pictures/37_scores.ipynb #a128288f
 _GAUSSIANAVATARS = Preset(
     name='gaussianavatars',
     background=1.0,
@@ -94,7 +94,7 @@ _GAGAVATAR = Preset(
     quirks=('pictures as its tracker stores them, 512 x 512',),
 )
 
-# %% ../../nbs/pictures/37_scores.ipynb #da7c69a7
+# %% ../../nbs/pictures/37_scores.ipynb #c937a7c2
 PRESETS = {
     preset.name: preset for preset in (_PAPER, _SPLATTINGAVATAR, _GAUSSIANAVATARS, _GAGAVATAR)
 }
@@ -140,7 +140,7 @@ def frame_scores(
     )
 
 
-# %% ../../nbs/pictures/37_scores.ipynb #7b04ed0c
+# %% ../../nbs/pictures/37_scores.ipynb #d9041281
 def _preset(preset):
     "A preset, or the one of this name."
     if not isinstance(preset, str):
@@ -148,6 +148,21 @@ def _preset(preset):
     if preset not in PRESETS:
         raise InputError(f'preset should be one of {", ".join(PRESETS)}; got {preset!r}')
     return PRESETS[preset]
+
+
+# %% ../../nbs/pictures/37_scores.ipynb #02b07eec
+_COLUMNS = ('mse', 'psnr', 'ssim', 'lpips')
+
+
+def _scores_of_frames(pairs, preset, lpips):
+    "Name -> the number of each frame."
+    rows = [
+        frame_scores(ours, lay_on(truth, mask, preset), preset, lpips)
+        for ours, truth, mask in pairs
+    ]
+    if not rows:
+        raise InputError('expected at least one frame; got none')
+    return {name: np.array([row[name] for row in rows]) for name in _COLUMNS}
 
 
 # %% ../../nbs/pictures/37_scores.ipynb #06d00012
@@ -163,13 +178,7 @@ def film_scores(
     "A film by the rules of a preset (Sec. 4.1); a number never comes without them."
     preset = _preset(preset)
     lpips = open_lpips() if lpips == 'auto' else lpips
-    rows = [
-        frame_scores(ours, lay_on(truth, mask, preset), preset, lpips)
-        for ours, truth, mask in pairs
-    ]
-    if not rows:
-        raise InputError('expected at least one frame; got none')
-    columns = {k: np.array([row[k] for row in rows]) for k in ('mse', 'psnr', 'ssim', 'lpips')}
+    columns = _scores_of_frames(pairs, preset, lpips)
     mean = float(columns['psnr'].mean())
     pooled = pooled_psnr(columns['mse'])
     spread = ('psnr', 'ssim', *(['lpips'] if lpips else []))
@@ -181,7 +190,7 @@ def film_scores(
         ssim=float(columns['ssim'].mean()),
         lpips=None if lpips is None else float(columns['lpips'].mean()),
         **{f'{k}_std': float(columns[k].std()) for k in spread},
-        frames=len(rows),
+        frames=len(columns['mse']),
         preset=preset.name,
         lpips_from=getattr(lpips, 'name', None),
     )
