@@ -49,7 +49,8 @@ def run_page(page, *on):
 def run_alone(page):
     code = ALONE.format(page=str(page))
     command = [sys.executable, '-c', code]
-    done = subprocess.run(command, cwd=ROOT / 'tests', capture_output=True, text=True)
+    env = {**os.environ, 'PYTHONPATH': str(ROOT / 'tools')}
+    done = subprocess.run(command, cwd=ROOT / 'tests', env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

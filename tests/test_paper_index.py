@@ -8,7 +8,7 @@ def test_the_page_is_in_step():
     assert paper_index.PAGE.read_text() == paper_index.text(), 'run `python tools/paper_index.py`'
 
 
-@pytest.mark.parametrize('row', paper_index.rows(), ids=lambda row: row['cite'])
+@pytest.mark.parametrize('row', paper_index.rows(), ids=paper_index.title)
 def test_no_row_lacks_anything(row):
     assert not paper_index.lacks(row)
 

@@ -29,7 +29,7 @@ and takes one second to run.
 
 The page is made by `python tools/paper_index.py`. A test refuses a row without a function, and a
 function of the method whose docstring does not name its place."""
-HEAD = '| paper | what it says | function | check | figure |\n|---|---|---|---|---|'
+HEAD = '| paper | what | function |\n|---|---|---|'
 WIDTH = 110  # of a figure's words
 
 
@@ -119,34 +119,41 @@ def link(place):
     return f'[`{place.name}`]({relative}{anchor(place.heading)})'
 
 
-def cell_text(text):
-    return text.replace('|', r'\|').replace('\n', ' ')
-
-
 def short(text):
     "The beginning of a text, to the end of a word."
     return text if len(text) <= WIDTH else text[:WIDTH].rsplit(' ', 1)[0] + ' ...'
 
 
+def title(row):
+    return f'{row["cite"]}: {row["name"]}'
+
+
 def line(row):
-    "One row of the table."
+    "One row of the table; its place leads to what is said below."
+    places = [place for path in row['functions'] if (place := find(path))]
+    heading = f'[{row["cite"]}]({anchor(title(row))})'
+    return f'| {heading} | {row["name"]} | {", ".join(map(link, places))} |'
+
+
+def section(row):
+    "What a row says, with a check and a figure."
     places = [place for path in row['functions'] if (place := find(path))]
     checks = [p.check for p in places if p.check]
     figures = [p.figure for p in places if p.figure]
-    return '| {} | {} | {} | {} | {} |'.format(
-        row['cite'],
-        row['says'],
-        ', '.join(map(link, places)),
-        f'`{cell_text(short(checks[0]))}`' if checks else '',
-        cell_text(short(figures[0])) if figures else '',
-    )
+    lines = [f'### {title(row)}', row['says'], f'Code: {", ".join(map(link, places))}.']
+    if checks:
+        lines.append(f'A check: `{short(checks[0])}`')
+    if figures:
+        lines.append(f'To see there: {short(figures[0])}')
+    return '\n\n'.join(lines)
 
 
 def notebook():
     table = '\n'.join([HEAD, *map(line, rows())])
+    places = '\n\n'.join(['## One by one', *map(section, rows())])
     cells = [
         dict(cell_type='markdown', id=f'paper{i}', metadata={}, source=text.splitlines(True))
-        for i, text in enumerate((TITLE, table))
+        for i, text in enumerate((TITLE, table, places))
     ]
     spec = dict(display_name='python3', language='python', name='python3')
     return dict(cells=cells, metadata=dict(kernelspec=spec), nbformat=4, nbformat_minor=5)

@@ -199,6 +199,8 @@ class Site:
     def link(self, url, page):
         "Where a link of a page leads on the site."
         parts = urlsplit(url)
+        if not (parts.scheme or parts.path) and page.suffix == '.ipynb':
+            return anchor_of(parts.fragment)
         if parts.scheme or not parts.path:
             return url
         target = (page.parent / unquote(parts.path)).resolve()

@@ -95,6 +95,7 @@ def head_to_camera(
     return R
 
 
+# %% ../../nbs/avatar/41_warp.ipynb #70a1a4b6
 def face_angles(
     frame: Frame,
 ) -> Tensor:  # (2,) radians

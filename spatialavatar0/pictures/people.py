@@ -251,7 +251,6 @@ def _gaze_scores(across, up):
 def random_scores(
     generator: torch.Generator,
     strength: float = 1.0,  # 0 neutral, 1 lively
-    names=None,  # the names the head knows; default ARKit's own spelling of pairs
 ) -> dict:  # ARKit name -> weight 0..1
     "A random mix of a few facial actions and a gaze."
     scores = {}

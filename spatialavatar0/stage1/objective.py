@@ -58,7 +58,7 @@ def face_box(
     height: int,  # of the picture, pixels
     dilate: float = 1.65,  # the paper's (A.2)
 ) -> tuple:  # x0, y0, x1, y1 pixels, x1 and y1 excluded; at least one pixel
-    "The box around the projected face, dilated about its middle and cut at the border."
+    "The box around the projected face, dilated about its middle and cut at the border (A.2)."
     pixels, _ = project(points, viewmat, K)
     low, high = pixels.amin(0), pixels.amax(0)
     middle, half = (low + high) / 2, (high - low) / 2 * dilate
