@@ -470,6 +470,7 @@ def _stands(where, ears, look, style, rng):
     return look.volume * grow * rough.clamp_min(0.25) * swept
 
 
+# %% ../../nbs/pictures/36_domains.ipynb #5c5f72fa
 def _knot(where, style):
     "(N,) metres: a bun at the back."
     at = where.new_tensor([0, 0.75, -2.75])
@@ -573,6 +574,7 @@ def _mole(where, rng):
     return (-((where - at) / size).square().sum(-1)).exp()
 
 
+# %% ../../nbs/pictures/36_domains.ipynb #54ec755c
 def _make_up(paint, canvas, look, style, rng):
     "Moles, and colour on the lids."
     skin = canvas.on('skin')

@@ -85,6 +85,7 @@ class Canvas:
         return _texels_of(self, names)
 
 
+# %% ../../nbs/pictures/34_looks.ipynb #9689f7b7
 @lru_cache(maxsize=64)
 def _texels_of(canvas, names):
     ids = torch.tensor([canvas.part_names.index(name) for name in names])

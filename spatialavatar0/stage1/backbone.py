@@ -170,6 +170,7 @@ def code(
     return torch.cat(parts)
 
 
+# %% ../../nbs/stage1/50_backbone.ipynb #83f24dc1
 @patch
 def target(
     self: Look,
@@ -242,6 +243,7 @@ class _ConvBlock(nn.Sequential):
         )
 
 
+# %% ../../nbs/stage1/50_backbone.ipynb #631474c2
 def double(
     maps: Tensor,  # (B,C,H,W)
 ) -> Tensor:  # (B,C,2H,2W)

@@ -121,6 +121,7 @@ def _open(self: Shelf, record, generator, folder, limit):
     return np.zeros(count, record)
 
 
+# %% ../../nbs/stage1/55_trainer.ipynb #71f02893
 @patch
 def _about(self: Shelf, record, generator):
     "What must be the same for looks to be of use again."
@@ -207,12 +208,14 @@ def look(self: Shelf, person: int, frame: int) -> Look:
     return Look(*map(tensor, names), params)
 
 
+# %% ../../nbs/stage1/55_trainer.ipynb #dd94356d
 @patch
 def box(self: Shelf, person: int, frame: int) -> list:  # x0, y0, x1, y1
     "The face box of a picture."
     return self.records[self.first[person] + frame]['box'].tolist()
 
 
+# %% ../../nbs/stage1/55_trainer.ipynb #c96c5296
 @patch
 def _roll(self: Shelf, person, generator):
     "What the sampler must know of one person."
@@ -271,6 +274,7 @@ def _check_plan(schedule, data):
         )
 
 
+# %% ../../nbs/stage1/55_trainer.ipynb #39968b7f
 def _lpips_for(schedule):
     "LPIPS where a phase asks for it and its weights are here; a note where they are not."
     if not any(phase.weights.lpips for phase in schedule):
@@ -293,6 +297,7 @@ class Now(NamedTuple):
     t: int  # step within the phase
 
 
+# %% ../../nbs/stage1/55_trainer.ipynb #aca7b01c
 @patch
 def now(self: Trainer) -> Now:
     "Where in the schedule we are."
@@ -348,6 +353,7 @@ def render(self: Trainer, batch: Batch, weights: Weights, bf16: bool = False) ->
     return Compared(rgb, truths(batch).to(device), decoded, gamma)
 
 
+# %% ../../nbs/stage1/55_trainer.ipynb #050cf5be
 def _drawn(generator, splats, look, background, name):
     "One person's picture; the rasterizer refuses nan, and then we say whose it is."
     try:
@@ -384,6 +390,7 @@ def share_gradients(self: Trainer):
         param.grad = grad.view_as(param).clone()
 
 
+# %% ../../nbs/stage1/55_trainer.ipynb #e90c64da
 @patch
 def backward(self: Trainer, batch: Batch, weights: Weights, bf16: bool = False) -> tuple:
     "Gradients of the mean over the whole batch; the terms as numbers; L1 per picture."
@@ -421,6 +428,7 @@ def step(self: Trainer) -> dict:
     return costs
 
 
+# %% ../../nbs/stage1/55_trainer.ipynb #fe698503
 @patch
 def _set_rates(self: Trainer, now: Now):
     "The phase's rate, times the factor of each layer."
@@ -438,6 +446,7 @@ def _gradients(self: Trainer, batch, phase):
     return dict(loss=loss, **terms)
 
 
+# %% ../../nbs/stage1/55_trainer.ipynb #be2bd39a
 @patch
 def check(self: Trainer, batch, weights, terms, each, norm) -> float:
     "The weighted sum of the terms; or which term of which frames is nan."
@@ -508,6 +517,7 @@ def load(self: Trainer, path):
     self.log = meta['log']
 
 
+# %% ../../nbs/stage1/55_trainer.ipynb #0149e3f0
 @patch
 @torch.no_grad()
 def _restore(self: Trainer, tensors):
@@ -577,6 +587,7 @@ def _keep(self: Trainer, state):
         self.save(state)
 
 
+# %% ../../nbs/stage1/55_trainer.ipynb #2028efcf
 @patch
 def _try_step(self: Trainer, state):
     "A step; a bad one keeps the state before it, and says where."
@@ -588,6 +599,7 @@ def _try_step(self: Trainer, state):
         raise BadBatch(f'{error}{where}') from None
 
 
+# %% ../../nbs/stage1/55_trainer.ipynb #f1c03e79
 @patch
 def _tell_stopped(self: Trainer, state):
     "Where it stopped, and how to go on."
@@ -646,6 +658,7 @@ def score_generator(
     return dict(psnr=-10 * math.log10(mse), head_psnr=-10 * math.log10(head), ssim=similarity)
 
 
+# %% ../../nbs/stage1/55_trainer.ipynb #c0110425
 def _errors(rgb, look, background):
     "Mean squared error, the same inside the matte, SSIM."
     truth, matte = look.target([background] * 3)

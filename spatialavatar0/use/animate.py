@@ -230,6 +230,7 @@ def _gaze(across, up):
     )
 
 
+# %% ../../nbs/use/80_animate.ipynb #2891bfb1
 def _mood(t, rng, fps):
     "(n,) a slow wave that is 0 at both ends."
     ends = np.sin(math.pi * t / max(t[-1], 1 / fps))
@@ -360,6 +361,7 @@ def _limited(name, value):
     return float(np.clip(value, *TURNS.get(name, weight)))
 
 
+# %% ../../nbs/use/80_animate.ipynb #6259d065
 def mix(
     *motions,  # lists of dicts of controls
 ) -> list:  # as long as the shortest
@@ -455,6 +457,7 @@ def _even_sides(frame):
     return np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode='edge')
 
 
+# %% ../../nbs/use/80_animate.ipynb #8ffe83cf
 def _write_mp4(frames, path, fps):
     import imageio.v2 as imageio
 

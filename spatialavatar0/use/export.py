@@ -198,6 +198,7 @@ def _raw_splats(rows):
     )
 
 
+# %% ../../nbs/use/83_export.ipynb #88b8f255
 def _plain_splats(rows, path):
     needed = [column for column in PLY_COLUMNS if column[0] != 'n']
     _need_columns(rows, needed, path, 'a Gaussian splatting PLY')
@@ -221,6 +222,7 @@ def _sound(splats, path):
     return splats
 
 
+# %% ../../nbs/use/83_export.ipynb #db744019
 def read_ply(
     path,  # binary little-endian 3DGS PLY, plain or compressed; only colour of degree 0 is read
 ) -> tuple:  # means, quats, scales, opacities, colors, as write_ply takes them
@@ -332,6 +334,7 @@ def _chunks_of(tables, path):
     return chunks
 
 
+# %% ../../nbs/use/83_export.ipynb #9dcf4685
 def _packed_splats(tables, path):
     rows = tables['vertex']
     _need_columns(rows, _PACKED, path, 'a compressed PLY')
@@ -429,6 +432,7 @@ def _fingerprint_of(avatar, poses, ending):
     return hashed.hexdigest()[:16]
 
 
+# %% ../../nbs/use/83_export.ipynb #3a771aa6
 def _start_over(folder, about, text):
     "Frames of another motion go; a folder of somebody's other files stays as it is."
     if not about.is_file() and any(folder.iterdir()):

@@ -40,6 +40,7 @@ def _at_centres(face_ids, faces) -> Binding:
     return Binding(face_ids, thirds, face_ids.new_zeros(len(face_ids), 2), faces, 0)
 
 
+# %% ../../nbs/use/85_gaussian_avatars.ipynb #4691e18f
 def from_centres(
     avatar: Avatar,
 ) -> Tensor:  # (N,3) in triangle sizes: what the same places are called from the triangles' centres

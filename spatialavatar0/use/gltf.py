@@ -122,6 +122,7 @@ def _form(rows):
     return 'MAT4' if rows.shape[1] == 16 else f'VEC{rows.shape[1]}'
 
 
+# %% ../../nbs/use/84_gltf.ipynb #ef480e9e
 @patch
 def table(self: _File, rows, bounds=False, target=None):  # (n,) or (n,c) -> number of the accessor
     "Add a table of numbers."
@@ -240,6 +241,7 @@ def _png(image):  # (H,W,3) uint8 -> bytes
     return stream.getvalue()
 
 
+# %% ../../nbs/use/84_gltf.ipynb #9a5d9c75
 def _material(file, texture):
     "One unlit material: the colours as they are."
     view = file.view(_png(texture))
@@ -422,6 +424,7 @@ def described(self: _Tables, i):
     return rows
 
 
+# %% ../../nbs/use/84_gltf.ipynb #389cbdc1
 @patch
 def checked(self: _Tables, i):
     "The rows of an accessor, or one clear error."

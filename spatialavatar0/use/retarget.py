@@ -263,6 +263,7 @@ def _fit_points(unknowns, home, change, pull):
     return x.clamp(unknowns.low, unknowns.high)
 
 
+# %% ../../nbs/use/81_retarget.ipynb #6fa2014c
 def _only(pose, *names):
     "Some entries of a pose."
     return {name: value for name, value in pose.items() if name in names}

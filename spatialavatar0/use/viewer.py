@@ -97,6 +97,7 @@ class Steps(NamedTuple):
     step: np.ndarray  # (c,)
 
 
+# %% ../../nbs/use/82_viewer.ipynb #cd0d2893
 def whole_steps(
     x: Tensor,  # (n,c)
     bits: int = 16,
@@ -172,6 +173,7 @@ def _plain_array(x):
     return x.astype(np.uint32) if x.dtype == np.int64 else x
 
 
+# %% ../../nbs/use/82_viewer.ipynb #b3ffabfa
 def lay_out(
     arrays: dict,  # name -> array, or Steps
 ) -> tuple:  # where each lies, for JSON; the bytes
@@ -236,6 +238,7 @@ def home_view(
     )
 
 
+# %% ../../nbs/use/82_viewer.ipynb #139448c9
 def view_of(
     home: dict,  # from home_view
     values: dict,  # yaw and pitch in degrees, zoom
@@ -286,6 +289,7 @@ def _header(avatar, table, motions, background):
     )
 
 
+# %% ../../nbs/use/82_viewer.ipynb #6166907d
 def _fill(template, parts):
     for name, text in parts.items():
         template = template.replace('{{' + name + '}}', text)
@@ -378,6 +382,7 @@ def _complaints(tab, url):
     return bad
 
 
+# %% ../../nbs/use/82_viewer.ipynb #503d8d46
 def _visit(path, do, size):
     from playwright.sync_api import sync_playwright
 
@@ -535,6 +540,7 @@ def _jpeg(rgb):  # (H,W,3) 0..1 -> bytes
     return stream.getvalue()
 
 
+# %% ../../nbs/use/82_viewer.ipynb #dd8773be
 @patch
 def draw(self: Explorer, size=None):  # size in pixels; default: full
     "Draw and show; returns the picture (size,size,3)."
@@ -606,6 +612,7 @@ def _lay_out(self: Explorer):
     self.panel = HBox([VBox([self.image, self.status]), options])
 
 
+# %% ../../nbs/use/82_viewer.ipynb #ea8b1206
 @patch
 def _listen(self: Explorer):
     for name, slider in self.sliders.items():
@@ -642,6 +649,7 @@ def quick_size(self: Explorer):  # pixels
     return int(side + 15) // 16 * 16
 
 
+# %% ../../nbs/use/82_viewer.ipynb #1d8b89cb
 @patch
 def slider_moved(self: Explorer, name, value):
     "The other side follows; a quick picture now, and a full one when all is still."
@@ -714,6 +722,7 @@ def _face_clients(server, home):
         client.camera.fov = 2 * math.atan(0.5 / home['focal'])
 
 
+# %% ../../nbs/use/82_viewer.ipynb #96b5453f
 def _show_with_sliders(server, avatar):
     "The splats, and sliders that pose them."
     values = {}
