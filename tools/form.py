@@ -18,8 +18,8 @@ import tokenize
 
 import house
 
-# what -> limit; tests/test_form.py holds the numbers to these. The aim for cells was a median of 8 and
-# a 90th percentile of 18: a function with a line for each argument is longer than that.
+# what -> limit; tests/test_form.py holds the numbers to these. The aim for cells was a median of 8
+# and a 90th percentile of 18: a function with a line for each argument is longer than that.
 LIMITS = dict(
     semicolons=0,
     tokens_p99=35,
