@@ -100,6 +100,15 @@ def test_layer(module):
     assert not first & HEAVY, f'import {first & HEAVY} inside the function that needs it'
 
 
+@pytest.mark.parametrize('module', house.LESSONS)
+def test_lesson(module):
+    "One sitting; what is there for speed or for broken input has a machine room."
+    found = cells(MODULES[module])
+    assert len(found) <= 45, f'{len(found)} code cells'
+    exported = '\n'.join(house.text(c) for c in found if house.is_exported(c))
+    assert 'numba' not in exported, 'compiled loops have a page of their own'
+
+
 # ---- pages
 
 
