@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from spatialavatar0.capture.film import track_video
-from spatialavatar0.capture.film_avatar import agreed, first_likeness, refine_likeness
+from spatialavatar0.capture.film_avatar import first_film_avatar, refine_on_film, with_agreed_matte
 from spatialavatar0.capture.landmarks import frame_landmarks
 from spatialavatar0.ground.assets import asset
 from spatialavatar0.ground.core import to_uint8
@@ -85,10 +85,10 @@ def scores(avatar, frames):
 def avatar_of(train, test, settings, head):
     "Numbers of the avatar of a film, on frames put aside; the avatar, and its first frame."
     began = time.perf_counter()
-    start, vote = first_likeness(train, settings.resolution, head)
-    avatar, _ = refine_likeness(start, vote, train, settings.iters)
+    start, vote = first_film_avatar(train, settings.resolution, head)
+    avatar, _ = refine_on_film(start, vote, train, settings.iters)
     took = time.perf_counter() - began
-    held = Clip([agreed(start, vote, frame) for frame in test])
+    held = Clip([with_agreed_matte(start, vote, frame) for frame in test])
     numbers = dict(
         start=scores(start, held),
         refined=scores(avatar, held),
@@ -96,7 +96,7 @@ def avatar_of(train, test, settings, head):
         frames=len(train),
         seconds=round(took),
     )
-    first = agreed(start, vote, train[start_frame(train)])
+    first = with_agreed_matte(start, vote, train[start_frame(train)])
     return numbers, avatar, first
 
 

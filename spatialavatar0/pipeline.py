@@ -77,11 +77,11 @@ from spatialavatar0.capture.photo import (
 )
 from spatialavatar0.judge.benchmark import (
     avatar_by,
+    head_squares,
     jobs_of,
     method_of,
-    parts,
+    parts_of_clip,
     run_all,
-    squares,
     subjects,
 )
 from spatialavatar0.pictures.clips import (
@@ -109,8 +109,8 @@ from spatialavatar0.use.animate import (
 from .avatar.avatar import Avatar, load_avatar, new_avatar
 from .avatar.hair import unturned
 from .avatar.portrait import from_frame, head_square, without_clothes
-from .capture.film import track_video, watch
-from .capture.film_avatar import agreed, first_likeness, refine_likeness
+from .capture.film import track_video, watch_film
+from .capture.film_avatar import first_film_avatar, refine_on_film, with_agreed_matte
 from .capture.track import fit
 from .ground.core import InputError, atomic_path, progress, set_seed, to_uint8
 from .ground.geometry import crop_intrinsics
@@ -128,7 +128,7 @@ from .stage2.refine import RefineConfig, paper_config, start_frame
 from .use.export import write_ply, write_sequence, write_splats
 from .use.gaussian_avatars import write_gaussian_avatar
 from .use.gltf import write_glb
-from .use.retarget import across, performance, read_arkit, retarget
+from .use.retarget import performance, read_arkit, retarget, retarget_across
 from .use.viewer import home_view, write_page
 from .use.viewer import view_of as controls_view
 
@@ -660,17 +660,17 @@ class _Likeness(NamedTuple):
     vote: torch.Tensor  # (N,) how many mattes each Gaussian lies in
     avatar: Avatar  # refined on all frames
 
-    def agreed(self, frame):  # with a matte that agrees with all the others
-        return agreed(self.start, self.vote, frame)
+    def with_agreed_matte(self, frame):  # with a matte that agrees with all the others
+        return with_agreed_matte(self.start, self.vote, frame)
 
 
 # %% ../nbs/pipeline.ipynb #8484c07c
 def _likeness_of(train, head, cfg, out, say):
     "Warp, then refine; goes on from state.safetensors."
-    start, vote = first_likeness(train, cfg.resolution, head)
+    start, vote = first_film_avatar(train, cfg.resolution, head)
     say(f'warped: {len(start):,} Gaussians')
     where = dict(state=out / 'state.safetensors', device=cfg.device)
-    avatar, _ = refine_likeness(start, vote, train, cfg.clip_iters, seed=cfg.seed, **where)
+    avatar, _ = refine_on_film(start, vote, train, cfg.clip_iters, seed=cfg.seed, **where)
     return _Likeness(start, vote, avatar)
 
 
@@ -865,7 +865,7 @@ def _training_sets(generator, out, options, head, say):
 
     def read(folder):
         clips = [load_clip(path, head) for path in subjects(folder).values()]
-        return [squares(clip, generator.head, size) for clip in clips]
+        return [head_squares(clip, generator.head, size) for clip in clips]
 
     def shelf(name, clips):
         return Shelf(clips, generator, Path(out) / 'looks' / name)
@@ -1012,7 +1012,7 @@ def _performed(path, driver, say):
         frames = progress(load_clip(path, driver), 'read')
         return _Performance(performance(frames), 25, driver)
     say('tracking the film')
-    frames, fps = watch(path)
+    frames, fps = watch_film(path)
     return _Performance(performance(frames), fps, open_head())
 
 
@@ -1040,7 +1040,7 @@ def _retargeted(avatar, path, options, say):
     if head_fingerprint(performer) == head_fingerprint(head):
         return retarget(poses, head, neutral), fps
     shown = dict(shape=avatar.shape, static_offset=avatar.static_offset[None])
-    return across(poses, performer, head, driven_is=shown, neutral=neutral), fps
+    return retarget_across(poses, performer, head, driven_is=shown, neutral=neutral), fps
 
 
 # %% ../nbs/pipeline.ipynb #18c00003
@@ -1162,7 +1162,7 @@ def evaluate_avatar(
     head = _head_from(head)
     p = _own_protocol(protocol)
     results = Results(out)
-    part = parts(load_clip(clip, head), p)
+    part = parts_of_clip(load_clip(clip, head), p)
     method = method or Path(str(avatar)).stem
     subject = subject or Path(clip).resolve().name
     if results.has(method=method, protocol=p.id, subject=subject, driver=subject, seed=seed):

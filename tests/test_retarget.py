@@ -16,11 +16,11 @@ from spatialavatar0.pictures.clips import Frame
 from spatialavatar0.use.animate import TURNS, motions_for, pose_of, talk
 from spatialavatar0.use.retarget import (
     MOVES,
-    across,
     face_points,
     performance,
     read_arkit,
     retarget,
+    retarget_across,
     stacked,
     unstacked,
 )
@@ -94,12 +94,12 @@ def points_of(head, motion):
 
 
 def test_between_heads_needs_points_and_keeps_identity(head, poses):
-    theirs = across(poses[:8], head, head, neutral={})
+    theirs = retarget_across(poses[:8], head, head, neutral={})
     assert set(theirs[0]) <= set(MOVES)
     misses = (points_of(head, poses[:8]) - points_of(head, theirs)).norm(dim=-1)
     assert float(misses.mean()) < 3e-4  # onto itself: a third of a millimetre
     bigger = dict(shape=torch.full((1, 100), 0.3))
-    driven = across(poses[:4], head, head, driven_is=bigger)
+    driven = retarget_across(poses[:4], head, head, driven_is=bigger)
     assert 'shape' not in driven[0]
     assert len(driven) == 4
 

@@ -35,14 +35,14 @@ from spatialavatar0.avatar.warp import (
     Sighting,
     bleed,
     borrow_mirrored,
-    fill,
+    fill_smooth,
     mirror_texels,
     sample_picture,
     see_texels,
     trust,
 )
 
-from ..ground.core import smooth
+from ..ground.core import smoothstep
 from ..ground.geometry import project, rgb_to_sh0
 from ..head.head import Head, open_head
 from ..pictures.clips import Frame
@@ -66,7 +66,7 @@ def light_lids(
     sure = rgb[around & (t > 0.9)]
     if not len(sure):
         return rgb
-    hidden = (1 - t) * smooth(lids, 0, 0.3)
+    hidden = (1 - t) * smoothstep(lids, 0, 0.3)
     return torch.lerp(rgb, sure.quantile(0.7, 0), hidden[:, None])
 
 
@@ -90,8 +90,8 @@ def bake_eyes(
     ball, iris, pupil = (texel_mask(avatar.head, name, avatar.binding) for name in regions)
     tint = iris_color(sample_picture(frame, s.uv), s.visible & (iris > 0.5) & (pupil < 0.3))
     rgb = torch.tensor([0.78, 0.75, 0.73]).expand(len(avatar), 3)
-    rgb = torch.lerp(rgb, tint.expand_as(rgb), smooth(iris, 0.3, 0.7)[:, None])
-    rgb = torch.lerp(rgb, torch.full_like(rgb, 0.03), smooth(pupil, 0.3, 0.7)[:, None])
+    rgb = torch.lerp(rgb, tint.expand_as(rgb), smoothstep(iris, 0.3, 0.7)[:, None])
+    rgb = torch.lerp(rgb, torch.full_like(rgb, 0.03), smoothstep(pupil, 0.3, 0.7)[:, None])
     return rgb * (ball > 0)[:, None]
 
 
@@ -112,7 +112,7 @@ def fill_apart(
         sure = group & (known > 0.5)
         if sure.any():
             prior = 0.93 * rgb[sure].median(0).values
-            rgb[group] = fill(rgb[group], known[group], points[group], prior, pull)
+            rgb[group] = fill_smooth(rgb[group], known[group], points[group], prior, pull)
     return rgb
 
 

@@ -17,7 +17,7 @@ __all__ = [
     'mirror_texels',
     'borrow_mirrored',
     'neighbour_graph',
-    'fill',
+    'fill_smooth',
 ]
 
 # %% ../../nbs/avatar/41_warp.ipynb #674e9d13
@@ -35,7 +35,7 @@ from spatialavatar0.splats.mesh import (
     visible_points,
 )
 
-from ..ground.core import InputError, smooth
+from ..ground.core import InputError, smoothstep
 from ..ground.geometry import axis_angle_to_mat, crop_intrinsics, project
 from ..head.head import Head
 from ..pictures.clips import Frame
@@ -160,7 +160,7 @@ def trust(
     matte = erode(frame.mask, 3)[..., None].expand(-1, -1, 3)
     inside = sample_picture(replace(frame, image=matte), s.uv)[:, 0] > 0.9
     open_eye = (1 - texel_mask(head, 'lid_rims', binding)).clamp(0, 1)
-    t = s.visible * smooth(s.cosine, 0.15, 0.55) * inside
+    t = s.visible * smoothstep(s.cosine, 0.15, 0.55) * inside
     t = t * open_eye * ~shaded_lid(avatar, frame, s)
     return t * ~part_is(head, binding, *PAINTED)
 
@@ -213,7 +213,7 @@ def neighbour_graph(
 
 
 # %% ../../nbs/avatar/41_warp.ipynb #b7e429a0
-def fill(
+def fill_smooth(
     values: Tensor,  # (N,D) known where trusted
     trust: Tensor,  # (N,) 0..1
     points: Tensor,  # (N,3) metres, on the rest head

@@ -27,7 +27,7 @@ __all__ = [
     'ahead',
     'Tracking',
     'track_video',
-    'watch',
+    'watch_film',
 ]
 
 # %% ../../nbs/capture/75_film.ipynb #500cf036
@@ -733,7 +733,7 @@ def track_video(
 
 
 # %% ../../nbs/capture/75_film.ipynb #b3546a08
-def watch(
+def watch_film(
     video,  # film file, or a folder of pictures
     head: Head = None,  # default: the open head
     most: float = 30.0,  # pictures a second, at most

@@ -7,12 +7,12 @@ __all__ = [
     'WIDTHS',
     'differing',
     'votes',
-    'agreed',
+    'with_agreed_matte',
     'tuck_ears',
     'FirstAvatar',
-    'first_likeness',
+    'first_film_avatar',
     'film_config',
-    'refine_likeness',
+    'refine_on_film',
 ]
 
 # %% ../../nbs/capture/76_film_avatar.ipynb #2431391e
@@ -26,7 +26,7 @@ from torch import Tensor
 from ..avatar.avatar import Avatar
 from ..avatar.hair import grow_hair
 from ..avatar.warp import bleed, erode, face_angles, sample_picture, see_texels
-from ..ground.core import InputError, smooth
+from ..ground.core import InputError, smoothstep
 from ..ground.geometry import project
 from ..head.head import Head, open_head
 from ..pictures.clips import Clip, Frame
@@ -66,7 +66,7 @@ def votes(
     counted = torch.zeros(len(avatar))
     for frame in clip:
         seen = see_texels(avatar.binding, avatar.verts(**frame.pose), frame)
-        weight = seen.visible * smooth(seen.cosine, -0.1, 0.2)
+        weight = seen.visible * smoothstep(seen.cosine, -0.1, 0.2)
         inside += weight * _matte_at(frame, seen.uv)
         counted += weight
     return (inside + 0.5 * doubt) / (counted + 0.5)
@@ -76,14 +76,14 @@ def votes(
 def _draw_winners(avatar, vote, frame):
     "(H,W) how much of a pixel the points with a majority cover."
     means, quats, scales, opacities, colors = avatar.world(**frame.pose)
-    elected = opacities * smooth(vote, 0.35, 0.65)
+    elected = opacities * smoothstep(vote, 0.35, 0.65)
     camera = frame.viewmat[None], frame.K[None], frame.width, frame.height
     _, alphas, _ = rasterize(means, quats, scales, elected, colors[:, :1], *camera)
     return alphas[0, ..., 0]
 
 
 # %% ../../nbs/capture/76_film_avatar.ipynb #b3f3dcb1
-def agreed(
+def with_agreed_matte(
     avatar: Avatar,
     vote: Tensor,  # (N,) from votes
     frame: Frame,
@@ -149,7 +149,7 @@ class FirstAvatar(NamedTuple):
 
 
 # %% ../../nbs/capture/76_film_avatar.ipynb #b18a83f8
-def first_likeness(
+def first_film_avatar(
     clip: Clip,
     resolution: int = 128,  # texels per side
     head: Head = None,  # default: the open head
@@ -166,7 +166,7 @@ def first_likeness(
     ears = tuck_ears(haired, frontal_first(views)[:3])
     shaped = replace(haired, static_offset=haired.static_offset + ears)
     vote = votes(shaped, views)
-    best = frontal_first([agreed(shaped, vote, frame) for frame in views[:n]])
+    best = frontal_first([with_agreed_matte(shaped, vote, frame) for frame in views[:n]])
     avatar = from_photos(best, resolution, head, shaped.static_offset).avatar
     return FirstAvatar(avatar, vote)
 
@@ -190,14 +190,14 @@ def film_config(
 def _film_gates(avatar, frames):
     "Page 73's gates; what many frames see beside the head may fade, too."
     gate = gates(avatar, frames)
-    strange = smooth(1 - votes(avatar, frames, 1.0), 0.4, 0.7)
+    strange = smoothstep(1 - votes(avatar, frames, 1.0), 0.4, 0.7)
     return dict(gate, logit_opacities=torch.maximum(gate['logit_opacities'], strange))
 
 
 # %% ../../nbs/capture/76_film_avatar.ipynb #42f224a5
-def refine_likeness(
+def refine_on_film(
     avatar: Avatar,
-    vote: Tensor,  # from first_likeness
+    vote: Tensor,  # from first_film_avatar
     clip: Clip,  # to learn from
     iters: int = 2000,
     *,
@@ -207,10 +207,10 @@ def refine_likeness(
     device='cpu',  # as for refine
 ) -> tuple:  # the refined Avatar, and a log
     "Sharpen a likeness on the film it comes from; with a state, an interrupted run goes on."
-    some = [agreed(avatar, vote, clip[i]) for i in differing(clip, 24)]
+    some = [with_agreed_matte(avatar, vote, clip[i]) for i in differing(clip, 24)]
 
     def view(i):
-        frame = agreed(avatar, vote, clip[i])
+        frame = with_agreed_matte(avatar, vote, clip[i])
         return look(avatar, bleed(frame), uncovered(avatar, frame))
 
     return refine(

@@ -41,7 +41,7 @@ from spatialavatar0.avatar.warp import (
 from ..avatar.avatar import Avatar, new_avatar, texel_mask
 from ..avatar.hair import grow_hair
 from ..avatar.portrait import bake_eyes, complete_colors, sink_offsets
-from ..ground.core import InputError, smooth
+from ..ground.core import InputError, smoothstep
 from ..ground.geometry import crop_intrinsics, project, rgb_to_sh0
 from ..head.head import Head, open_head
 from ..pictures.clips import Clip, Frame, on_background
@@ -82,8 +82,8 @@ def visibility(
         seen = see_texels(avatar.binding, avatar.verts(**frame.pose), frame)
         sure = replace(frame, image=erode(frame.mask, 2)[..., None].expand(-1, -1, 3))
         inside = sample_picture(sure, seen.uv)[:, 0] > 0.9
-        facing = seen.visible * smooth(seen.cosine, -0.1, 0.3)
-        squarely = seen.visible * smooth(seen.cosine, 0.2, 0.55) * inside
+        facing = seen.visible * smoothstep(seen.cosine, -0.1, 0.3)
+        squarely = seen.visible * smoothstep(seen.cosine, 0.2, 0.55) * inside
         best = torch.maximum(best, torch.stack([facing, squarely]))
     return tuple(best)
 

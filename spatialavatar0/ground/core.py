@@ -14,7 +14,7 @@ __all__ = [
     'to_uint8',
     'show_images',
     'show_figure',
-    'smooth',
+    'smoothstep',
     'check',
     'test_close',
 ]
@@ -201,7 +201,7 @@ def show_figure(
 
 
 # %% ../../nbs/ground/00_core.ipynb #e8f04607
-def smooth(
+def smoothstep(
     x: torch.Tensor,  # any shape
     lo: float,  # 0 up to here
     hi: float,  # 1 from here; may lie below lo

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = [
     'subjects',
-    'parts',
-    'squares',
+    'parts_of_clip',
+    'head_squares',
     'Method',
     'method_of',
     'avatar_by',
@@ -88,7 +88,7 @@ class _Shots:
 
 
 # %% ../../nbs/judge/92_benchmark.ipynb #6f02a401
-def parts(
+def parts_of_clip(
     frames: Clip,
     p: Protocol,
 ) -> dict:  # train and test: Clips; source: Frame that stands for the person
@@ -114,7 +114,7 @@ def parts(
 
 
 # %% ../../nbs/judge/92_benchmark.ipynb #ccc6940e
-def squares(
+def head_squares(
     clip,  # frames
     head: Head,
     size: int,  # pixels per side
@@ -169,7 +169,7 @@ def _first_avatar(method, part, head):
         return from_frame(frame, method.resolution, head=head)
     known = [train[i * len(train) // 4] for i in range(4)] if len(train) >= 4 else [source]
     generator = from_pretrained('toy' if method.start == 'network' else method.start, head)
-    return generator(list(squares(known, head, generator.config.image_size)))
+    return generator(list(head_squares(known, head, generator.config.image_size)))
 
 
 # %% ../../nbs/judge/92_benchmark.ipynb #06421962
@@ -250,12 +250,12 @@ def run_job(job: Job) -> Line:
     numba.set_num_threads(min(job.threads, numba.config.NUMBA_NUM_THREADS))
     head = load_flame(job.head) if job.head else open_head()
     p = protocol_of(job.protocol)
-    part = parts(load_clip(job.shown_at, head), p)
+    part = parts_of_clip(load_clip(job.shown_at, head), p)
     method = method_of(job.method, job.iters, job.resolution)
     avatar = avatar_by(method, p, part, head, job.seed, _state_file(job), job.device)
     render, test, source = renderer(avatar), part['test'], None
     if job.crosses:
-        test = parts(load_clip(job.driver_at, head), p)['test']
+        test = parts_of_clip(load_clip(job.driver_at, head), p)['test']
         render, source = _driven(avatar, test, head), part['source']
     names = dict(method=job.method, subject=job.shown, driver=job.driver, seed=job.seed)
     more = dict(iters=job.iters if method.refine else 0)

@@ -47,7 +47,7 @@ from spatialavatar0.pictures.looks import (
     draw_strands,
     face_coords,
     hair_mask,
-    lay,
+    lay_paint,
     noise,
     normal,
     paint_beard,
@@ -59,7 +59,7 @@ from spatialavatar0.pictures.looks import (
     paint_skin,
     part_verts,
     random_palette,
-    spot,
+    soft_spot,
     uniform,
 )
 from spatialavatar0.pictures.people import (
@@ -73,7 +73,7 @@ from spatialavatar0.pictures.people import (
 )
 
 # %% ../../nbs/pictures/36_domains.ipynb #b2923207
-from ..ground.core import InputError, smooth
+from ..ground.core import InputError, smoothstep
 from ..ground.geometry import intrinsics, orbit
 from ..head.head import Head, open_head
 from ..splats.mesh import vertex_normals
@@ -435,8 +435,8 @@ def _hangs(where, style, line):
         return where.new_zeros(len(where))
     y = where[:, 1]
     z = where[:, 2]
-    line = line + 0.6 * smooth(-y, 1.2, 2.1)
-    return smooth(-z - line, 0.0, 0.12) * smooth(y + style.length, -0.05, 0.12)
+    line = line + 0.6 * smoothstep(-y, 1.2, 2.1)
+    return smoothstep(-z - line, 0.0, 0.12) * smoothstep(y + style.length, -0.05, 0.12)
 
 
 # %% ../../nbs/pictures/36_domains.ipynb #51aa71f1
@@ -449,8 +449,8 @@ def hair_where(
     "Where there is hair."
     mask = hair_mask(where, look, wobble)
     if style.hair == 'horseshoe':
-        low = smooth(where[:, 1] + 0.5 * wobble, 1.25, 0.75)
-        behind = smooth(-where[:, 2], 0.3, 0.8)
+        low = smoothstep(where[:, 1] + 0.5 * wobble, 1.25, 0.75)
+        behind = smoothstep(-where[:, 2], 0.3, 0.8)
         mask = mask * low * behind
     return torch.maximum(mask, _hangs(where, style, 0.72))
 
@@ -460,13 +460,13 @@ def _stands(where, ears, look, style, rng):
     "(N,) metres: how far the hair stands off the skull."
     y = where[:, 1]
     z = where[:, 2]
-    grow = smooth(above_hairline(where, look), -0.1, 0.5) * (1 - ears)
+    grow = smoothstep(above_hairline(where, look), -0.1, 0.5) * (1 - ears)
     if style.hair == 'horseshoe':
-        grow = grow * smooth(y, 1.3, 0.8)
+        grow = grow * smoothstep(y, 1.3, 0.8)
     waves = 0.15 * noise(where, 1.8, rng)
     curls = (0.07 + 0.1 * style.curl) * noise(where, 3.5, rng)
     rough = 1 + waves + curls
-    swept = 1 + style.top * smooth(y, 0.9, 1.5) * smooth(z, -1.8, -0.5)
+    swept = 1 + style.top * smoothstep(y, 0.9, 1.5) * smoothstep(z, -1.8, -0.5)
     return look.volume * grow * rough.clamp_min(0.25) * swept
 
 
@@ -508,14 +508,14 @@ def _curtain(where, verts, head, look, style, rng):
     radius = outwards.norm(dim=-1).clamp_min(0.05)
     outwards = outwards / radius[:, None]
 
-    fall = smooth(-y, 0.0, 2.5)
+    fall = smoothstep(-y, 0.0, 2.5)
     volume = look.volume / unit
     across = (outwards[:, 0] / (1.2 + volume)) ** 2
     along = (outwards[:, 2] / (1.68 + volume - 0.4 * fall)) ** 2
     rough = 1 + 0.035 * noise(where * where.new_tensor([1, 0.25, 1]), 7.0, rng)
     oval = (across + along) ** -0.5 * rough
 
-    below = smooth(-where[:, 1], -0.35, 0.25) * (where[:, 1] > -3.2)
+    below = smoothstep(-where[:, 1], -0.35, 0.25) * (where[:, 1] > -3.2)
     mask = _hangs(where, style, 0.86) * below
     mask[part_verts(head, *[name for name in head.part_names if name != 'skin'])] = 0
     return (mask * (oval - radius) * unit)[:, None] * outwards
@@ -531,18 +531,18 @@ def _beard(paint, canvas, look, style, strands):
     x = canvas.where[:, 0].abs()
     y = canvas.where[:, 1]
     z = canvas.where[:, 2]
-    lips = smooth(canvas.masks['lips'], 0.2, 0.5)
+    lips = smoothstep(canvas.masks['lips'], 0.2, 0.5)
     mask = (
-        smooth(-x, -0.5, -0.36)
-        * smooth(y, -1.16, -1.02)
-        * smooth(-y, 0.84, 0.92)
-        * smooth(z, 0.05, 0.25)
+        smoothstep(-x, -0.5, -0.36)
+        * smoothstep(y, -1.16, -1.02)
+        * smoothstep(-y, 0.84, 0.92)
+        * smoothstep(z, 0.05, 0.25)
     )
     if style.beard == 'goatee':
-        chin = smooth(-x, -0.46, -0.3) * smooth(-y, 1.2, 1.36) * smooth(z, -0.5, -0.2)
+        chin = smoothstep(-x, -0.46, -0.3) * smoothstep(-y, 1.2, 1.36) * smoothstep(z, -0.5, -0.2)
         mask = torch.maximum(mask, chin)
     alpha = look.beard * mask * (1 - lips) * canvas.on('skin') * (0.85 + 0.15 * strands)
-    return lay(paint, look.hair * 0.9, alpha.clamp(0, 1))
+    return lay_paint(paint, look.hair * 0.9, alpha.clamp(0, 1))
 
 
 # %% ../../nbs/pictures/36_domains.ipynb #22218388
@@ -559,9 +559,9 @@ def _hair(paint, canvas, look, style, strands, rng):
         + straight * 0.2 * strands
         + (0.1 + 0.25 * style.curl) * curls
         + 0.1 * noise(where, 1.2, rng, 6)
-        + 0.22 * straight * spot(where, (0.0, 1.7, -0.6), (2.0, 0.3, 0.5))
+        + 0.22 * straight * soft_spot(where, (0.0, 1.7, -0.6), (2.0, 0.3, 0.5))
     )
-    return lay(paint, look.hair * shine.clamp(0.45, 1.4)[:, None], look.cover * mask)
+    return lay_paint(paint, look.hair * shine.clamp(0.45, 1.4)[:, None], look.cover * mask)
 
 
 # %% ../../nbs/pictures/36_domains.ipynb #c155900c
@@ -578,12 +578,12 @@ def _mole(where, rng):
 def _make_up(paint, canvas, look, style, rng):
     "Moles, and colour on the lids."
     skin = canvas.on('skin')
-    lids = spot(canvas.where, (0.5, 0.1, 0.15), (0.3, 0.1, 0.3)) * skin
+    lids = soft_spot(canvas.where, (0.5, 0.1, 0.15), (0.3, 0.1, 0.3)) * skin
     shadow = look.skin * paint.new_tensor([0.45, 0.3, 0.38])
     brown = look.skin * paint.new_tensor([0.4, 0.3, 0.28])
-    paint = lay(paint, shadow, style.shadow * lids)
+    paint = lay_paint(paint, shadow, style.shadow * lids)
     for _ in range(style.moles):
-        paint = lay(paint, brown, 0.85 * _mole(canvas.where, rng) * skin)
+        paint = lay_paint(paint, brown, 0.85 * _mole(canvas.where, rng) * skin)
     return paint
 
 
@@ -600,7 +600,7 @@ def _texture(canvas, look, style, rng):
     paint = _hair(paint, canvas, look, style, strands, rng)
     paint = paint_eyes(paint, canvas, look)
     paint = paint_mouth(paint, canvas)
-    paint = lay(paint, paint * style.teeth, canvas.on('teeth_up', 'teeth_low'))
+    paint = lay_paint(paint, paint * style.teeth, canvas.on('teeth_up', 'teeth_low'))
     bare = 1 - hair_where(canvas.where, look, style)
     return paint.clamp(0.01, 1), bare * canvas.on('skin')
 
@@ -634,18 +634,18 @@ def _fold_places(where):
     y = where[:, 1]
     z = where[:, 2]
     out, _, far = _from_corner(where)
-    ring = smooth(far, 0.03, 0.12) * smooth(-far, -0.5, -0.3)
-    crow = ring * smooth(out, 0.0, 0.08) * (z > -1.0)
-    upper_lip = spot(where, (0.1, -0.97, 0.4), (0.24, 0.09, 0.4))
-    lower_lip = spot(where, (0.1, -1.45, 0.35), (0.22, 0.07, 0.4))
+    ring = smoothstep(far, 0.03, 0.12) * smoothstep(-far, -0.5, -0.3)
+    crow = ring * smoothstep(out, 0.0, 0.08) * (z > -1.0)
+    upper_lip = soft_spot(where, (0.1, -0.97, 0.4), (0.24, 0.09, 0.4))
+    lower_lip = soft_spot(where, (0.1, -1.45, 0.35), (0.22, 0.07, 0.4))
     rows = dict(
-        forehead=spot(where, (0.0, 0.86, 0.25), (0.85, 0.34, 0.6)),
-        frown=spot(where, (0.12, 0.3, 0.35), (0.16, 0.26, 0.5)),
+        forehead=soft_spot(where, (0.0, 0.86, 0.25), (0.85, 0.34, 0.6)),
+        frown=soft_spot(where, (0.12, 0.3, 0.35), (0.16, 0.26, 0.5)),
         crow=crow,
-        fold=smooth(y, -1.45, -1.1) * smooth(-y, 0.5, 0.68) * smooth(z, -0.4, -0.1),
-        nose=spot(where, (0.13, -0.15, 0.3), (0.14, 0.18, 0.4)),
+        fold=smoothstep(y, -1.45, -1.1) * smoothstep(-y, 0.5, 0.68) * smoothstep(z, -0.4, -0.1),
+        nose=soft_spot(where, (0.13, -0.15, 0.3), (0.14, 0.18, 0.4)),
         lips=upper_lip + lower_lip,
-        under=spot(where, (0.5, -0.2, 0.15), (0.36, 0.14, 0.4)),
+        under=soft_spot(where, (0.5, -0.2, 0.15), (0.36, 0.14, 0.4)),
     )
     return torch.stack(list(rows.values()))
 
@@ -656,11 +656,11 @@ def _folds(head, resolution):
     "(K,N) where on the face each kind of crease is, 0..1, and (N,) where the blush rises."
     board = canvas(head, resolution)
     where = board.where
-    cheeks = spot(where, (0.66, -0.5, 0.15), (0.36, 0.3, 0.5))
-    nose = spot(where, (0.0, -0.55, 0.6), (0.25, 0.2, 0.4))
-    forehead = spot(where, (0.0, 0.8, 0.3), (0.8, 0.4, 0.5))
+    cheeks = soft_spot(where, (0.66, -0.5, 0.15), (0.36, 0.3, 0.5))
+    nose = soft_spot(where, (0.0, -0.55, 0.6), (0.25, 0.2, 0.4))
+    forehead = soft_spot(where, (0.0, 0.8, 0.3), (0.8, 0.4, 0.5))
     red = cheeks + 0.6 * nose + 0.35 * forehead
-    skin = (1 - smooth(board.masks['lips'], 0.3, 0.6)) * board.on('skin')
+    skin = (1 - smoothstep(board.masks['lips'], 0.3, 0.6)) * board.on('skin')
     return _fold_places(where) * skin, red * skin
 
 

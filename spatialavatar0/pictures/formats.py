@@ -6,13 +6,13 @@
 __all__ = [
     'READERS',
     'check_head',
-    'numbers',
-    'camera',
+    'finite_numbers',
+    'viewmat_of',
     'pinhole',
-    'field',
-    'codes',
+    'entry_of',
+    'fit_codes',
     'NoSplit',
-    'part',
+    'split_last',
     'read_imavatar',
     'turn_6d',
     'metrical_codes',
@@ -96,7 +96,7 @@ def _array_of(x):
         return np.array('')
 
 
-def numbers(
+def finite_numbers(
     x,  # what the file has
     name: str,  # of the field, for the error
     count,  # how many it should be; None: any number but none
@@ -115,7 +115,7 @@ def numbers(
 
 
 # %% ../../nbs/pictures/33_formats.ipynb #07a2594c
-def camera(
+def viewmat_of(
     R,  # (3,3) world -> camera
     t,  # (3,)
     flip,  # sign of each camera axis, to OpenCV
@@ -145,7 +145,7 @@ def pinhole(fx, fy, cx, cy, where) -> Tensor:  # (3,3)
 
 
 # %% ../../nbs/pictures/33_formats.ipynb #477bdba1
-def field(d, name, where):
+def entry_of(d, name, where):
     "An entry of a dictionary of strangers."
     if not isinstance(d, dict):
         raise InputError(f'{where} should be an object with {name}; got {printable(repr(d), 60)}')
@@ -154,7 +154,7 @@ def field(d, name, where):
     return d[name]
 
 
-def codes(head, where, **given) -> dict:  # keyword arguments of the head
+def fit_codes(head, where, **given) -> dict:  # keyword arguments of the head
     "Codes cut or padded to the head's directions; joints as they are."
     room = dict(shape=head.num_shape, expr=head.num_expr)
     params = {}
@@ -171,7 +171,7 @@ class NoSplit(InputError):
     "The data set cannot be split the way its papers do."
 
 
-def part(clip, split, last, where) -> Clip:
+def split_last(clip, split, last, where) -> Clip:
     "Train and test of a format that holds out its last frames."
     if split is None:
         return clip
@@ -214,16 +214,16 @@ def _png(name):
 
 def _world_mat(entry, where):
     "IMavatar's camera as ours."
-    m = numbers(field(entry, 'world_mat', where), 'world_mat', None, where)
+    m = finite_numbers(entry_of(entry, 'world_mat', where), 'world_mat', None, where)
     if m.size not in (12, 16):
         raise InputError(f'{where}: world_mat should be 3 x 4; got {m.size} numbers')
     m = m.reshape(-1, 4)
-    return camera(m[:3, :3], m[:3, 3], (1, -1, -1), 4, 'world_mat', where)
+    return viewmat_of(m[:3, :3], m[:3, 3], (1, -1, -1), 4, 'world_mat', where)
 
 
 def _imavatar_joints(entry, where):
     "The 15 numbers of pose by our names."
-    pose = numbers(field(entry, 'pose', where), 'pose', 15, where)
+    pose = finite_numbers(entry_of(entry, 'pose', where), 'pose', 15, where)
     return dict(rotation=pose[:3], neck=pose[3:6], jaw=pose[6:9], eyes=pose[9:])
 
 
@@ -231,10 +231,10 @@ def _imavatar_joints(entry, where):
 def _imavatar_shot(folder, entry, i, K, size, head, shape):
     "Entry i of flame_params.json."
     where = f'{folder / "flame_params.json"}: frame {i}'
-    name = field(entry, 'file_path', where)
+    name = entry_of(entry, 'file_path', where)
     view = _world_mat(entry, where)
     joints = _imavatar_joints(entry, where)
-    expr = numbers(field(entry, 'expression', where), 'expression', None, where)
+    expr = finite_numbers(entry_of(entry, 'expression', where), 'expression', None, where)
     image = inside(folder, _png(name), where)
     mask = None
     if (folder / 'mask' / image.name).is_file():
@@ -243,7 +243,7 @@ def _imavatar_shot(folder, entry, i, K, size, head, shape):
 
     def read():
         pair = read_pair(image, mask, size, 'the first picture')
-        params = codes(head, where, shape=shape, expr=expr, **joints)
+        params = fit_codes(head, where, shape=shape, expr=expr, **joints)
         return Frame(*pair, view, K, params, time, '0')
 
     return _Shot(image, mask, time, read)
@@ -252,10 +252,10 @@ def _imavatar_shot(folder, entry, i, K, size, head, shape):
 # %% ../../nbs/pictures/33_formats.ipynb #ef0f1301
 def _imavatar_camera(folder, top, path):
     "K, and the size of the first picture, which all others must have."
-    share = numbers(field(top, 'intrinsics', path), 'intrinsics', 4, path)
+    share = finite_numbers(entry_of(top, 'intrinsics', path), 'intrinsics', 4, path)
     fx, fy, cx, cy = np.abs(share).tolist()
     where = f'{path}: frame 0'
-    first = inside(folder, _png(str(field(top['frames'][0], 'file_path', where))), where)
+    first = inside(folder, _png(str(entry_of(top['frames'][0], 'file_path', where))), where)
     check_files([first])
     height, width = read_picture(first).shape[:2]
     K = pinhole(fx * width, fy * height, cx * width, cy * height, f'{path}: intrinsics')
@@ -276,7 +276,7 @@ def read_imavatar(
     head = check_head(head, top.get('head'), path)
     if not top['frames']:
         raise InputError(f'{path}: frames is empty; there is nothing to read')
-    shape = numbers(field(top, 'shape_params', path), 'shape_params', None, path)
+    shape = finite_numbers(entry_of(top, 'shape_params', path), 'shape_params', None, path)
     K, size = _imavatar_camera(folder, top, path)
     shots = [
         _imavatar_shot(folder, entry, i, K, size, head, shape)
@@ -285,7 +285,7 @@ def read_imavatar(
     check_once([(shot.time, '') for shot in shots], path)
     bare = next((shot.image for shot in shots if not shot.mask), None)
     check_files((shot.image for shot in shots), bare, 'add mask/N.png or an alpha channel')
-    return part(_clip(shots, cache), split, 350, path)
+    return split_last(_clip(shots, cache), split, 350, path)
 
 
 # %% ../../nbs/pictures/33_formats.ipynb #edc11f4f
@@ -322,16 +322,16 @@ def metrical_codes(
     where,
 ) -> dict:  # keyword arguments of the head
     "shape, exp, jaw and eyes of metrical-tracker."
-    jaw = numbers(flame('jaw'), 'jaw', 6, where)
-    eyes = numbers(flame('eyes'), 'eyes', 12, where)
+    jaw = finite_numbers(flame('jaw'), 'jaw', 6, where)
+    eyes = finite_numbers(flame('eyes'), 'eyes', 12, where)
     lids = flame('eyelids')
-    if lids is not None and np.abs(numbers(lids, 'eyelids', 2, where)).max() > 1e-3:
+    if lids is not None and np.abs(finite_numbers(lids, 'eyelids', 2, where)).max() > 1e-3:
         warnings.warn(f'{where}: {_LIDS}', stacklevel=2)
-    return codes(
+    return fit_codes(
         head,
         where,
-        shape=numbers(flame('shape'), 'shape', None, where),
-        expr=numbers(flame('exp'), 'exp', None, where),
+        shape=finite_numbers(flame('shape'), 'shape', None, where),
+        expr=finite_numbers(flame('exp'), 'exp', None, where),
         jaw=turn_6d(jaw, 'jaw', where),
         eyes=turn_6d(eyes, 'eyes', where),
     )
@@ -421,7 +421,7 @@ def _flame_field(flame, name, where):
     "A code of a checkpoint; eyelids may be absent."
     if name == 'eyelids' and isinstance(flame, dict):
         return flame.get(name)
-    return field(flame, name, where)
+    return entry_of(flame, name, where)
 
 
 # %% ../../nbs/pictures/33_formats.ipynb #c374c032
@@ -438,7 +438,7 @@ def _text_codes(folder, stem, exp, where):
             return None if name == 'eyelids' else _no_codes(path, last)
         if not kept:
             kept.update(read_checkpoint(inside(folder, f'checkpoint/{stem}.frame', where)))
-        return _flame_field(field(kept, 'flame', last), name, last)
+        return _flame_field(entry_of(kept, 'flame', last), name, last)
 
     return get
 
@@ -464,8 +464,8 @@ def _insta_view(m, opengl, middle, where):
 
 def _insta_matrix(entry, where):
     "(4,4) camera to world, as the file has it."
-    matrix = field(entry, 'transform_matrix', where)
-    return numbers(matrix, 'transform_matrix', 16, where).reshape(4, 4)
+    matrix = entry_of(entry, 'transform_matrix', where)
+    return finite_numbers(matrix, 'transform_matrix', 16, where).reshape(4, 4)
 
 
 # %% ../../nbs/pictures/33_formats.ipynb #8556451e
@@ -478,7 +478,7 @@ def _insta_lens(entry, where):
     "Intrinsics and size; what the entry does not say is the field's default."
 
     def one(name):
-        return float(numbers(field(entry, name, where), name, 1, where)[0])
+        return float(finite_numbers(entry_of(entry, name, where), name, 1, where)[0])
 
     width, height = one('w'), one('h')
     fx = one('fl_x') if 'fl_x' in entry else width / 2 / math.tan(one('camera_angle_x') / 2)
@@ -524,14 +524,14 @@ class _Rig(NamedTuple):
 def _insta_shot(folder, top, entry, i, rig):
     "Entry i of a transforms file."
     where = f'{folder}: frame {i}'
-    field(entry, 'file_path', where)
+    entry_of(entry, 'file_path', where)
     entry = {name: top[name] for name in _SHARED if name in top} | entry
     matrix = _insta_matrix(entry, where)
     lens = _insta_lens(entry, where)
     view = _insta_view(matrix, rig.opengl, rig.middle, where)
     view = torch.from_numpy(view.astype(np.float32))
     image = inside(folder, entry['file_path'], where)
-    exp = inside(folder, field(entry, 'exp_path', where), where)
+    exp = inside(folder, entry_of(entry, 'exp_path', where), where)
     image = image if image.suffix else image.with_suffix('.png')
     mask = _matted(folder, image, where)
     time = _time(image, i)
@@ -594,21 +594,21 @@ def _numbered(folder, name, suffixes, where):
 # %% ../../nbs/pictures/33_formats.ipynb #ce9d28c7
 def _opencv_camera(found, path):
     "viewmat and K of a tracker's frame."
-    cv = field(found, 'opencv', path)
+    cv = entry_of(found, 'opencv', path)
     where = f'{path}: opencv'
     counts = dict(R=9, t=3, K=9)
-    R, t, K = (numbers(field(cv, k, where), k, n, path) for k, n in counts.items())
+    R, t, K = (finite_numbers(entry_of(cv, k, where), k, n, path) for k, n in counts.items())
     K = K.reshape(3, 3)
-    view = camera(R.reshape(3, 3), t, (1, 1, 1), 1, 'R', path)
+    view = viewmat_of(R.reshape(3, 3), t, (1, 1, 1), 1, 'R', path)
     return view, pinhole(K[0, 0], K[1, 1], K[0, 2], K[1, 2], f'{path}: K')
 
 
 def _flash_frame(path, image, mask, time, head):
     "One frame; its camera is in the file, too."
     found = read_checkpoint(path)
-    flame = field(found, 'flame', path)
-    field(found, 'opencv', path)
-    height, width = numbers(field(found, 'img_size', path), 'img_size', 2, path).tolist()
+    flame = entry_of(found, 'flame', path)
+    entry_of(found, 'opencv', path)
+    height, width = finite_numbers(entry_of(found, 'img_size', path), 'img_size', 2, path).tolist()
     head = check_head(head, found.get('head'), path)
     view, K = _opencv_camera(found, path)
     pair = read_pair(image, mask, (int(width), int(height)), path.name)
@@ -660,7 +660,7 @@ def read_flashavatar(
         n = order[i]
         return _flash_frame(frames[n], images[n + 1], masks.get(n + 1), n, head)
 
-    return part(Clip(load, len(order), cache), split, 500, folder)
+    return split_last(Clip(load, len(order), cache), split, 500, folder)
 
 
 # %% ../../nbs/pictures/33_formats.ipynb #d92bbc70
@@ -728,7 +728,7 @@ def _gaga_frame(key, time, entry, where, get, head):
     "One frame of the tracker."
 
     def code(name, count):
-        return numbers(field(entry, name, where), name, count, where)
+        return finite_numbers(entry_of(entry, name, where), name, count, where)
 
     m = code('transform_matrix', 12).reshape(3, 4)
     pose = code('posecode', 6)
@@ -737,9 +737,9 @@ def _gaga_frame(key, time, entry, where, get, head):
         raise InputError(f'{where}: it has no picture')
     image, mask = read_pair(source, None, None, '')
     height, width = image.shape[:2]
-    view = camera(m[:, :3].T, m[:, 3], (-1, -1, 1), 5, 'transform_matrix', where)
+    view = viewmat_of(m[:, :3].T, m[:, 3], (-1, -1, 1), 5, 'transform_matrix', where)
     K = pinhole(6.0 * width, 6.0 * height, width / 2, height / 2, where)
-    params = codes(
+    params = fit_codes(
         head,
         where,
         shape=code('shapecode', None),

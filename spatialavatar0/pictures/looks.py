@@ -8,14 +8,14 @@ __all__ = [
     'face_coords',
     'Canvas',
     'canvas',
-    'lay',
+    'lay_paint',
     'noise',
     'Palette',
     'uniform',
     'normal',
     'chance',
     'random_palette',
-    'spot',
+    'soft_spot',
     'paint_skin',
     'paint_lips',
     'paint_brows',
@@ -41,7 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # %% ../../nbs/pictures/34_looks.ipynb #8408563c
-from ..ground.core import smooth
+from ..ground.core import smoothstep
 from ..head.head import Head
 from ..splats.binding import Binding, bind_points, bind_uv
 from ..splats.mesh import vertex_normals
@@ -158,7 +158,7 @@ def canvas(
 
 
 # %% ../../nbs/pictures/34_looks.ipynb #fa2dcd9d
-def lay(
+def lay_paint(
     paint: Tensor,  # (N,3) what is there
     colour: Tensor,  # (3,) or (N,3)
     alpha: Tensor,  # (N,) how much of the new paint covers
@@ -302,7 +302,7 @@ def random_palette(
 
 
 # %% ../../nbs/pictures/34_looks.ipynb #4f840c9e
-def spot(
+def soft_spot(
     where: Tensor,  # (N,3) places, eye distances
     at: tuple,  # (3,) middle of the blob
     size: tuple,  # (3,) its reach along each axis
@@ -325,7 +325,9 @@ def _mottled(where, rng):
 def _forehead_lines(where, age, rng):
     "(N,) wavy rows on the forehead of the old, 0..1."
     rows = (where[:, 1] * 37 + 2 * noise(where, 1.2, rng)).sin()
-    return age * 0.14 * smooth(rows, 0.5, 1) * spot(where, (0.0, 0.75, 0.4), (0.8, 0.25, 0.9))
+    return (
+        age * 0.14 * smoothstep(rows, 0.5, 1) * soft_spot(where, (0.0, 0.75, 0.4), (0.8, 0.25, 0.9))
+    )
 
 
 # %% ../../nbs/pictures/34_looks.ipynb #78f28c6d
@@ -338,16 +340,16 @@ def paint_skin(
     where = canvas.where
     paint = look.skin.expand(len(where), 3) * _mottled(where, generator)[:, None]
 
-    cheeks = spot(where, (0.73, -0.62, 0.1), (0.33, 0.33, 0.6))
-    nose = spot(where, (0.0, -0.52, 0.7), (0.25, 0.25, 0.5))
+    cheeks = soft_spot(where, (0.73, -0.62, 0.1), (0.33, 0.33, 0.6))
+    nose = soft_spot(where, (0.0, -0.52, 0.7), (0.25, 0.25, 0.5))
     red = cheeks + 0.7 * nose
     paint = paint * (1 - look.blush * red[:, None] * paint.new_tensor([0.1, 0.6, 0.6]))
 
-    grains = smooth(noise(where, 40.0, generator), 0.8, 1.6)
-    freckles = look.freckles * grains * spot(where, (0.0, -0.45, 0.5), (1.1, 0.5, 1.0))
+    grains = smoothstep(noise(where, 40.0, generator), 0.8, 1.6)
+    freckles = look.freckles * grains * soft_spot(where, (0.0, -0.45, 0.5), (1.1, 0.5, 1.0))
     paint = paint * (1 - freckles[:, None] * paint.new_tensor([0.4, 0.55, 0.6]))
 
-    tired = (0.06 + 0.16 * look.age) * spot(where, (0.5, -0.27, 0.2), (0.26, 0.09, 0.6))
+    tired = (0.06 + 0.16 * look.age) * soft_spot(where, (0.5, -0.27, 0.2), (0.26, 0.09, 0.6))
     lines = _forehead_lines(where, look.age, generator)
     paint = paint * (1 - tired[:, None] * paint.new_tensor([0.6, 0.8, 0.6]))
     return paint * (1 - lines[:, None])
@@ -356,8 +358,8 @@ def paint_skin(
 # %% ../../nbs/pictures/34_looks.ipynb #c9d8d708
 def paint_lips(paint, canvas, look):
     "Lips over skin: (N,3) -> (N,3)."
-    mask = 0.7 * smooth(canvas.masks['lips'], 0.35, 0.65) * canvas.on('skin')
-    return lay(paint, look.lips, mask)
+    mask = 0.7 * smoothstep(canvas.masks['lips'], 0.35, 0.65) * canvas.on('skin')
+    return lay_paint(paint, look.lips, mask)
 
 
 # %% ../../nbs/pictures/34_looks.ipynb #e73a5998
@@ -370,15 +372,15 @@ def paint_brows(paint, canvas, look, strands):
     arc = 0.30 + 0.08 * look.arch * (along * math.pi).sin()
     half = look.brow * (1.15 - 0.6 * along.clamp(0, 1))
     near_arc = (-(((y - arc) / half) ** 2)).exp()
-    mask = near_arc * smooth(x, 0.13, 0.24) * smooth(-x, -0.92, -0.72) * (z > -0.8)
-    return lay(paint, look.hair * 0.8, (mask * (0.85 + 0.15 * strands)).clamp(0, 1))
+    mask = near_arc * smoothstep(x, 0.13, 0.24) * smoothstep(-x, -0.92, -0.72) * (z > -0.8)
+    return lay_paint(paint, look.hair * 0.8, (mask * (0.85 + 0.15 * strands)).clamp(0, 1))
 
 
 # %% ../../nbs/pictures/34_looks.ipynb #ddb6f3f9
 def paint_lashes(paint, canvas, look):
     "A dark line on the lid margin."
-    mask = look.lashes * smooth(canvas.masks['lid_edge'], 0.72, 0.95) * canvas.on('skin')
-    return lay(paint, look.hair * 0.25, mask)
+    mask = look.lashes * smoothstep(canvas.masks['lid_edge'], 0.72, 0.95) * canvas.on('skin')
+    return lay_paint(paint, look.hair * 0.25, mask)
 
 
 # %% ../../nbs/pictures/34_looks.ipynb #1410d81c
@@ -386,11 +388,11 @@ def paint_beard(paint, canvas, look, strands):
     "Stubble to full beard, on jaw, chin and upper lip."
     y = canvas.where[:, 1]
     z = canvas.where[:, 2]
-    lips = smooth(canvas.masks['lips'], 0.2, 0.5)
-    jaw = smooth(-y, 0.75, 1.15) * smooth(z, -1.2, -0.6) * smooth(y, -2.2, -1.7)
+    lips = smoothstep(canvas.masks['lips'], 0.2, 0.5)
+    jaw = smoothstep(-y, 0.75, 1.15) * smoothstep(z, -1.2, -0.6) * smoothstep(y, -2.2, -1.7)
     mask = jaw * (1 - lips) * canvas.on('skin')
     alpha = look.beard * mask * (0.8 + 0.2 * strands)
-    return lay(paint, look.hair * 0.9, alpha.clamp(0, 1))
+    return lay_paint(paint, look.hair * 0.9, alpha.clamp(0, 1))
 
 
 # %% ../../nbs/pictures/34_looks.ipynb #a8c7256d
@@ -428,14 +430,14 @@ def above_hairline(
     "Height above the hairline, which falls from the forehead past the ear to the nape."
     y = where[:, 1]
     z = where[:, 2]
-    raised = look.hairline * smooth(z, -1.2, -0.3)
+    raised = look.hairline * smoothstep(z, -1.2, -0.3)
     return y - raised - _interp(z, _hairline(look.sideburn).to(where))
 
 
 # %% ../../nbs/pictures/34_looks.ipynb #38204959
 def hair_mask(where, look, wobble=0.0):
     "(N,) 1 where there is hair; `wobble` (N,) moves the line, eye distances."
-    return smooth(above_hairline(where, look) + wobble, -look.hair_edge, look.hair_edge)
+    return smoothstep(above_hairline(where, look) + wobble, -look.hair_edge, look.hair_edge)
 
 
 # %% ../../nbs/pictures/34_looks.ipynb #3b36e16b
@@ -445,9 +447,9 @@ def paint_hair(paint, canvas, look, strands, generator):
     cap = hair_mask(where, look, 0.05 * noise(where, 5.0, generator))
     mask = cap * (1 - canvas.masks['ears']) * canvas.on('skin')
     clouds = 0.1 * noise(where, 1.2, generator)
-    gloss = 0.25 * spot(where, (0.0, 1.7, -0.6), (2.0, 0.3, 0.5))
+    gloss = 0.25 * soft_spot(where, (0.0, 1.7, -0.6), (2.0, 0.3, 0.5))
     shine = 1 + 0.2 * strands + clouds + gloss
-    return lay(paint, look.hair * shine[:, None], look.cover * mask)
+    return lay_paint(paint, look.hair * shine[:, None], look.cover * mask)
 
 
 # %% ../../nbs/pictures/34_looks.ipynb #82353c77
@@ -459,24 +461,26 @@ def paint_eyes(paint, canvas, look):
     eye = canvas.on('eye_l', 'eye_r')
 
     def within(angle, inner, outer):
-        return eye * smooth(-canvas.gaze, -angle + inner, -angle + outer)
+        return eye * smoothstep(-canvas.gaze, -angle + inner, -angle + outer)
 
-    paint = lay(paint, paint.new_tensor([0.86, 0.84, 0.82]), eye)
-    paint = lay(paint, look.iris * 0.35, within(_IRIS_ANGLE, -0.05, 0.02))
-    paint = lay(paint, look.iris, within(_IRIS_ANGLE, 0.02, 0.12))
-    return lay(paint, paint.new_full((3,), 0.03), within(_PUPIL_ANGLE, -0.03, 0.03))
+    paint = lay_paint(paint, paint.new_tensor([0.86, 0.84, 0.82]), eye)
+    paint = lay_paint(paint, look.iris * 0.35, within(_IRIS_ANGLE, -0.05, 0.02))
+    paint = lay_paint(paint, look.iris, within(_IRIS_ANGLE, 0.02, 0.12))
+    return lay_paint(paint, paint.new_full((3,), 0.03), within(_PUPIL_ANGLE, -0.03, 0.03))
 
 
 # %% ../../nbs/pictures/34_looks.ipynb #8cbb9543
 def paint_mouth(paint, canvas):
     "Teeth, tongue and the dark behind them."
-    paint = lay(paint, paint.new_tensor([0.88, 0.85, 0.78]), canvas.on('teeth_up', 'teeth_low'))
-    paint = lay(paint, paint.new_tensor([0.55, 0.25, 0.25]), canvas.on('tongue'))
-    paint = lay(paint, paint.new_tensor([0.45, 0.16, 0.15]), canvas.on('mouth'))
+    paint = lay_paint(
+        paint, paint.new_tensor([0.88, 0.85, 0.78]), canvas.on('teeth_up', 'teeth_low')
+    )
+    paint = lay_paint(paint, paint.new_tensor([0.55, 0.25, 0.25]), canvas.on('tongue'))
+    paint = lay_paint(paint, paint.new_tensor([0.45, 0.16, 0.15]), canvas.on('mouth'))
     cavity = canvas.on('mouth', 'teeth_up', 'teeth_low', 'tongue')
-    deep = cavity * (1 - smooth(canvas.where[:, 2], -0.45, 0.25))
-    paint = lay(paint, paint * 0.12, deep)
-    return lay(paint, paint * 0.6, canvas.on('socket_l', 'socket_r'))
+    deep = cavity * (1 - smoothstep(canvas.where[:, 2], -0.45, 0.25))
+    paint = lay_paint(paint, paint * 0.12, deep)
+    return lay_paint(paint, paint * 0.6, canvas.on('socket_l', 'socket_r'))
 
 
 # %% ../../nbs/pictures/34_looks.ipynb #3fd2fa37
@@ -516,7 +520,7 @@ def hair_volume(
 ) -> Tensor:  # (V,3) metres
     "Displacement of the scalp along its normals."
     where = face_coords(head)
-    grown = smooth(above_hairline(where, look), -0.1, 0.6) * (1 - head.masks['ears'])
+    grown = smoothstep(above_hairline(where, look), -0.1, 0.6) * (1 - head.masks['ears'])
     grown[part_verts(head, *[name for name in head.part_names if name != 'skin'])] = 0
     waves = 1 + 0.2 * noise(where, 1.8, generator) + 0.1 * noise(where, 5.0, generator)
     height = look.volume * grown * waves.clamp_min(0.2)

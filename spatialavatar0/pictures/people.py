@@ -46,7 +46,7 @@ from spatialavatar0.pictures.looks import (
 )
 
 # %% ../../nbs/pictures/35_people.ipynb #6d30473f
-from ..ground.core import InputError, smooth
+from ..ground.core import InputError, smoothstep
 from ..ground.geometry import intrinsics, orbit
 from ..head.head import Head, open_head
 from ..splats.mesh import rasterize_mesh, sample_texture, vertex_normals
@@ -286,7 +286,7 @@ def glide(
     "Soft motion from mark to mark."
     t = torch.linspace(0, len(marks) - 1, frames)
     k = t.long().clamp_max(len(marks) - 2)
-    return torch.lerp(marks[k], marks[k + 1], smooth(t - k, 0, 1))
+    return torch.lerp(marks[k], marks[k + 1], smoothstep(t - k, 0, 1))
 
 
 # %% ../../nbs/pictures/35_people.ipynb #14894444
@@ -403,7 +403,7 @@ def motion_scores(
         raise InputError(f'a take needs at least 8 frames, a blink alone has 6; got {frames}')
     rng = torch.Generator().manual_seed(seed)
     turn = _turns(frames, rng, yaw)
-    rise = smooth(torch.arange(frames), 0, min(12, frames // 2))
+    rise = smoothstep(torch.arange(frames), 0, min(12, frames // 2))
     scores = {name: score * rise for name, score in _talk(frames, rng).items()}
     scores.update(_stare(frames, rng, turn))
     blink = _blinks(frames, rng)

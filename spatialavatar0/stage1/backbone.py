@@ -33,7 +33,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..avatar.avatar import part_is, texel_mask
-from ..ground.core import InputError, smooth
+from ..ground.core import InputError, smoothstep
 from ..ground.geometry import axis_angle_to_mat, crop_intrinsics, project
 from ..head.head import Head
 from ..pictures.clips import Frame, resize
@@ -112,7 +112,7 @@ def soft_visibility(
     seen = uncovered.view(points.shape[:2]).float()
     eye = -frame.viewmat[:3, :3].T @ frame.viewmat[:3, 3]
     cosine = (normals * F.normalize(eye - points[0], dim=-1)).sum(-1)
-    seen[0] *= smooth(cosine, 0.05, 0.5)
+    seen[0] *= smoothstep(cosine, 0.05, 0.5)
     return seen
 
 
@@ -208,7 +208,7 @@ def aim(
     pixels = project(points.flatten(0, 1), frame.viewmat, frame.K)[0].view(*weight.shape, 2)
     uv = (pixels / frame.width * 2 - 1).nan_to_num(9.0).clamp(-9, 9)
     on_matte = sample(frame.mask[None, None], uv[:1])[0, :, 0]
-    weight[0] *= smooth(on_matte, 0.5, 0.95)
+    weight[0] *= smoothstep(on_matte, 0.5, 0.95)
     return uv, weight
 
 

@@ -11,7 +11,7 @@ __all__ = [
     'retarget',
     'performance',
     'face_points',
-    'across',
+    'retarget_across',
     'read_arkit',
 ]
 
@@ -276,7 +276,7 @@ def _size(points):
 
 # %% ../../nbs/use/81_retarget.ipynb #15b00027
 @torch.no_grad()
-def across(
+def retarget_across(
     poses: list,  # the driver's motion
     driver: Head,
     driven: Head,

@@ -64,7 +64,7 @@ from spatialavatar0.use.animate import (
 
 # %% ../../nbs/use/82_viewer.ipynb #edc778cf
 from ..avatar.avatar import Avatar
-from ..ground.core import InputError, atomic_path, smooth, to_uint8
+from ..ground.core import InputError, atomic_path, smoothstep, to_uint8
 from ..ground.geometry import intrinsics, orbit, quat_to_mat, sh0_to_rgb
 from ..splats.kernels import fast_log_aspects
 from ..splats.mesh import shade_mesh
@@ -465,7 +465,7 @@ def needle_colors(
 ) -> Tensor:  # (N,3)
     "Grey, and magenta where a splat is long and thin."
     grey = 0.6 * colors.mean(-1, keepdim=True).expand(-1, 3) + 0.2
-    thinness = smooth(aspects, math.log(3), math.log(6))
+    thinness = smoothstep(aspects, math.log(3), math.log(6))
     return torch.lerp(grey, grey.new_tensor([1, 0, 0.8]), thinness[:, None])
 
 
