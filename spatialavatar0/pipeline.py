@@ -684,7 +684,7 @@ def _squared(frame, size):
 # %% ../nbs/pipeline.ipynb #772d1885
 def _held_out_numbers(likeness, train, test, say):
     "Scores on frames the likeness never saw, before and after refinement."
-    held = Clip(lambda i: likeness.agreed(test[i]), len(test))
+    held = Clip(lambda i: likeness.with_agreed_matte(test[i]), len(test))
     before = measure(likeness.start, held)
     after = measure(likeness.avatar, held)
     say(f'held out: {before["head_psnr"]:.1f} -> {after["head_psnr"]:.1f} dB inside the matte')
@@ -740,7 +740,7 @@ def build_from_film(
     likeness = _likeness_of(train, head, cfg, out, say)
     clock.lap('build')
     numbers = _held_out_numbers(likeness, train, test, say)
-    frame = likeness.agreed(train[start_frame(train)])
+    frame = likeness.with_agreed_matte(train[start_frame(train)])
     cut = _squared(frame, cfg.size)
     likeness.avatar.info.update(film=Path(film).name, config=asdict(cfg))
     _save_overlay(frame, head, out / FILES['tracking'])
