@@ -432,7 +432,9 @@ def test_nothing_is_seen_through_a_wall(backend, s, behind, size, seed):
     through: whatever is in front, one of them would leave at most 1e-4, and every pixel stops
     before it. What stands behind changes no number and gets no gradient."""
     forward = s.viewmats[:, 2, :3]
-    far = float((s.means @ forward.T).max()) if len(s.means) else 0.0
+    # behind all Gaussians, and before every camera: all Gaussians may lie behind it
+    depths = [*(s.means @ forward.T).flatten().tolist(), *(-s.viewmats[:, 2, 3]).tolist()]
+    far = max(depths)
     axis = forward[0]
     places = [(far + distance) * axis for distance in (0.1, 0.2)]
     wall = with_round(one_camera(s, 0), places, 1e4, 1.0, seed)
