@@ -270,9 +270,12 @@ def visit(built):
 
         go('index.html', 'article img')
         assert page.evaluate('document.querySelector("article img").naturalWidth') > 200
+        found = page.locator('.md-search-result__item')
         page.locator('.md-search__input').click()
         page.locator('.md-search__input').press_sequentially('barycentric')
-        page.locator('.md-search-result__item').first.wait_for(timeout=30_000)
+        found.first.wait_for(timeout=30_000)
+        page.locator('.md-search__input').fill('Eq. 4')
+        found.filter(has_text="The paper's index").first.wait_for(timeout=30_000)
         go('splats/20_binding.html', 'math')
         assert page.evaluate('document.fonts.load("16px Formulas").then(f => f.length)') == 1
         go('splats/26_figures.html', '.js-plotly-plot canvas')

@@ -79,6 +79,8 @@ FINER = [
         r'\1<mo form="prefix">&#x02212;',
     ),
 ]
+# who searches for "Eq. 4" wants the paper's index, not the pages whose number begins with 4
+BOOST = '---\nsearch:\n  boost: 50\n---\n\n'
 # (HTML, words for the search) that Markdown must not touch: a token stands for each until the pages
 # are built
 RAW = []
@@ -312,7 +314,8 @@ class Site:
                 parts.append(self.prose(house.text(cell), path))
             elif cell['cell_type'] == 'code':
                 parts += self.code_cell(cell, path, number)
-        write(self.place(path).with_suffix('.md'), '\n\n'.join(filter(None, parts)))
+        boost = BOOST if path.stem == 'paper_index' else ''
+        write(self.place(path).with_suffix('.md'), boost + '\n\n'.join(filter(None, parts)))
 
     def assets(self):
         write(self.docs / 'assets' / 'extra.css', CSS)
