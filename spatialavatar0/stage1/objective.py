@@ -92,7 +92,7 @@ def box_l1(
     target: Tensor,  # (H,W,3)
     box: tuple,  # x0, y0, x1, y1
 ) -> Tensor:
-    "L1 inside a box."
+    "L1 inside a box (a term of Eq. 2, A.2)."
     x0, y0, x1, y1 = box
     return (rgb[y0:y1, x0:x1] - target[y0:y1, x0:x1]).abs().mean()
 
@@ -158,7 +158,7 @@ def pull_home(
     home: list,
     weight: float,  # lambda
 ):
-    "Add the gradient of weight * l2_sp to each parameter's own."
+    "Add the gradient of weight * l2_sp to each parameter's own (L2-SP, A.2)."
     for param, start in zip(params, home):
         if param.grad is not None:
             param.grad.add_(param - start, alpha=2 * weight)

@@ -278,7 +278,7 @@ def refine_readable(
     cfg: RefineConfig,
     seed: int = 0,
 ) -> Avatar:
-    "Stage 2 (Sec. 3.3) as one reads it; `refine` in [61](61_loop.ipynb) does the same, faster."
+    "Stage 2 (Sec. 3.3) as one reads it; `refine` on page 61 does the same, faster."
     start = {k: avatar.splats[k].detach() for k in RAW}
     splats = {k: v.clone().requires_grad_() for k, v in start.items()}
     groups = [dict(params=[splats[k]], name=k) for k in RAW]
