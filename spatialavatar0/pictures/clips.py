@@ -9,6 +9,7 @@ __all__ = [
     'crop',
     'on_background',
     'Clip',
+    'leaf_of',
     'split',
     'to_flame_param',
     'fit_code',
@@ -40,8 +41,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor
 
+from ..ground.content import branches, hash_of
 from ..ground.core import InputError, atomic_path, expect_tensor, progress, to_uint8
 from ..ground.geometry import crop_intrinsics, opengl_to_viewmat, viewmat_to_opengl
 from ..ground.pickles import printable
@@ -150,6 +153,7 @@ class Clip:
         source,  # frames (any iterable); a sequence of its own kind; or a function i -> Frame, with
         length: int = None,  # how many it makes
         cache: int = 0,  # how many made frames to keep
+        leaf=None,  # function i -> dict: what frame i is made of, for `fingerprint`
     ):
         if callable(source):
             if length is None:
@@ -158,6 +162,7 @@ class Clip:
         else:
             source = _sequence(source)
             self._make, length = source.__getitem__, len(source)
+        self._leaf = leaf or getattr(source, 'leaf', None) or (lambda i: leaf_of(self._make(i)))
         self.places = range(length)
 
     def __len__(self):
@@ -170,11 +175,39 @@ class Clip:
         if not isinstance(i, (slice, list)):
             return self._make(self.places[index(i)])
         part = object.__new__(Clip)
-        part._make = self._make
+        part._make, part._leaf = self._make, self._leaf
         part.places = self.places[i] if isinstance(i, slice) else [self.places[j] for j in i]
         return part
 
     frames = property(list)  # all of them, in memory
+
+
+# %% ../../nbs/pictures/32_clips.ipynb #457cb66a
+def leaf_of(
+    frame,  # a Frame, or whatever a clip is made of
+) -> dict:  # part -> hash
+    "What a frame in memory is made of, see `content.branches`."
+    if not isinstance(frame, Frame):
+        return dict(pictures=hash_of(frame))
+    camera = frame.viewmat, frame.K, frame.time, frame.camera, frame.camera_index
+    return dict(
+        pictures=hash_of(frame.image),
+        mattes=hash_of(frame.mask),
+        cameras=hash_of(*camera),
+        codes=hash_of(frame.params),
+    )
+
+
+@patch
+def leaf(self: Clip, i: int) -> dict:
+    "What frame i is made of, see `content.branches`."
+    return self._leaf(self.places[index(i)])
+
+
+@patch
+def fingerprint(self: Clip) -> dict:  # frames: how many; part -> 16 hex digits
+    "A name for all that is in a clip: pictures, mattes, cameras, codes."
+    return dict(frames=len(self), **branches([self._leaf(i) for i in self.places]))
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #d38584b5
@@ -719,6 +752,12 @@ def read_pair(
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #d71d814a
+def _leaf_of_shot(shot):
+    "What a shot is made of; paths stand for the bytes of their files."
+    camera = shot.viewmat, shot.K, shot.size, shot.time, shot.camera, shot.camera_index
+    return dict(pictures=shot.image, mattes=shot.mask, cameras=list(camera), codes=shot.params)
+
+
 def _load_shot(shot, head):
     "The frame of a shot."
     image, mask = read_pair(shot.image, shot.mask, shot.size, 'transforms.json')
@@ -832,7 +871,8 @@ def read_vhap(
     check_once([(shot.time, shot.camera) for shot in shots], folder)
     files = [path for shot in shots for path in (shot.image, shot.mask, shot.params) if path]
     check_files(files, next((shot.image for shot in shots if not shot.mask), None))
-    return Clip(lambda i: _load_shot(shots[i], head), len(shots), cache)
+    how = dict(cache=cache, leaf=lambda i: _leaf_of_shot(shots[i]))
+    return Clip(lambda i: _load_shot(shots[i], head), len(shots), **how)
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #ca25568a

@@ -57,6 +57,7 @@ from spatialavatar0.pictures.clips import (
     split,
 )
 
+from ..ground.content import hash_of
 from ..ground.core import InputError
 from ..ground.pickles import printable, read_arrays
 from ..head.head import Head, open_head
@@ -194,6 +195,12 @@ class _Shot(NamedTuple):
     mask: Path  # None: the picture's alpha channel
     time: int
     read: callable  # () -> Frame
+    camera: list  # of its numbers
+    codes: list  # numbers, or files
+
+    def leaf(self):  # see content.branches
+        camera = [self.time, *self.camera]
+        return dict(pictures=self.image, mattes=self.mask, cameras=camera, codes=self.codes)
 
 
 def _time(image, i):
@@ -203,7 +210,7 @@ def _time(image, i):
 
 def _clip(shots, cache):
     "Shots as a clip that is read frame by frame."
-    return Clip(lambda i: shots[i].read(), len(shots), cache)
+    return Clip(lambda i: shots[i].read(), len(shots), cache, lambda i: shots[i].leaf())
 
 
 # %% ../../nbs/pictures/33_formats.ipynb #269d68eb
@@ -246,7 +253,7 @@ def _imavatar_shot(folder, entry, i, K, size, head, shape):
         params = fit_codes(head, where, shape=shape, expr=expr, **joints)
         return Frame(*pair, view, K, params, time, '0')
 
-    return _Shot(image, mask, time, read)
+    return _Shot(image, mask, time, read, [view, K], [shape, expr, *joints.values()])
 
 
 # %% ../../nbs/pictures/33_formats.ipynb #ef0f1301
@@ -425,6 +432,15 @@ def _flame_field(flame, name, where):
 
 
 # %% ../../nbs/pictures/33_formats.ipynb #c374c032
+def _code_files(folder, stem, exp):
+    "The files that `_text_codes` may read, those that are there."
+    texts = [
+        folder / 'flame' / name / f'{stem}.txt' for name in ('shape', 'jaw', 'eyes', 'eyelids')
+    ]
+    files = [exp, *texts, folder / 'checkpoint' / f'{stem}.frame']
+    return [path for path in files if path.is_file()]
+
+
 def _text_codes(folder, stem, exp, where):
     "Function name -> numbers, out of text files or else the tracker's checkpoint."
     last = folder / 'checkpoint' / f'{stem}.frame'
@@ -541,7 +557,7 @@ def _insta_shot(folder, top, entry, i, rig):
         params = metrical_codes(_text_codes(folder, image.stem, exp, where), rig.head, where)
         return Frame(*pair, view, lens.K, params, time, '0')
 
-    return _Shot(image, mask, time, read)
+    return _Shot(image, mask, time, read, [view, *lens], _code_files(folder, image.stem, exp))
 
 
 # %% ../../nbs/pictures/33_formats.ipynb #a7d26ccc
@@ -660,7 +676,12 @@ def read_flashavatar(
         n = order[i]
         return _flash_frame(frames[n], images[n + 1], masks.get(n + 1), n, head)
 
-    return split_last(Clip(load, len(order), cache), split, 500, folder)
+    def leaf(i):
+        n = order[i]
+        both = dict(cameras=frames[n], codes=frames[n])
+        return dict(pictures=images[n + 1], mattes=masks.get(n + 1), **both)
+
+    return split_last(Clip(load, len(order), cache, leaf), split, 500, folder)
 
 
 # %% ../../nbs/pictures/33_formats.ipynb #d92bbc70
@@ -820,7 +841,13 @@ def read_gagavatar(
         time, key = order[i]
         return _gaga_frame(key, time, top[key], f'{path}: {printable(key)}', get, head)
 
-    return Clip(load, len(order), cache)
+    def leaf(i):
+        time, key = order[i]
+        picture = get(key)
+        picture = picture if isinstance(picture, Path) else hash_of(picture.getvalue())
+        return dict(pictures=picture, cameras=[path, key], codes=[path, key])
+
+    return Clip(load, len(order), cache, leaf)
 
 
 # %% ../../nbs/pictures/33_formats.ipynb #d5b8f304
