@@ -18,23 +18,28 @@ __all__ = [
     'read_flame',
     'load_flame',
     'write_flame_folder',
+    'HeadFile',
+    'head_file',
+    'fitting_head',
 ]
 
 # %% ../../nbs/head/12_flame_files.ipynb #0d74d506
 import hashlib
+import importlib.resources
 import pickle
 import re
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..ground.assets import asset, data_dir
 from ..ground.core import InputError, to_numpy
 from ..ground.pickles import printable, read_arrays
-from .head import Head
-from .teeth import add_teeth
+from .head import Head, open_head
+from .teeth import LANDMARKS_51, add_teeth
 
 # %% ../../nbs/head/12_flame_files.ipynb #5532c261
 WHERE = (
@@ -146,19 +151,32 @@ def _checked(d, where):
     return m
 
 
+# %% ../../nbs/head/12_flame_files.ipynb #80a2787b
+def _first_expr(columns, asked, told, where):
+    "The column of the first expression: as the file tells, as the caller says, or FLAME's."
+    if told:
+        if sum(told) != columns:
+            raise InputError(
+                f'{where} says that it has {told[0]} + {told[1]} directions; its shapedirs has '
+                f'{columns} columns'
+            )
+        return told[0]
+    if None not in asked and sum(asked) == columns:
+        return asked[0]
+    if columns == 400:
+        return 300
+    raise InputError(
+        f'{where}: shapedirs has {columns} columns; FLAME has 300 of shape, then 100 of '
+        'expression. Say how these are split: --num-shape N --num-expr M (num_shape= and '
+        f'num_expr= in Python) that add up to {columns}'
+    )
+
+
 # %% ../../nbs/head/12_flame_files.ipynb #c357833c
-def _split(m, num_shape, num_expr, where):
+def _split(m, num_shape, num_expr, where, told=None):
     "Shape and expression bases, (K,V,3) each."
     columns = m['shapedirs'].shape[2]
-    first = 300  # column of the first expression
-    if columns != 400:
-        if num_shape is None or num_expr is None or num_shape + num_expr != columns:
-            raise InputError(
-                f'{where}: shapedirs has {columns} columns; FLAME has 300 of shape, then 100 of '
-                'expression. Say how these are split: num_shape= and num_expr= that add up to '
-                f'{columns}'
-            )
-        first = num_shape
+    first = _first_expr(columns, (num_shape, num_expr), told, where)
     S = first if num_shape is None else num_shape
     E = columns - first if num_expr is None else num_expr
     if not (0 <= S <= first and 0 <= E <= columns - first):
@@ -168,6 +186,45 @@ def _split(m, num_shape, num_expr, where):
         )
     dirs = np.ascontiguousarray(m['shapedirs'].transpose(2, 0, 1), np.float32)
     return dirs[:S], dirs[first : first + E]
+
+
+# %% ../../nbs/head/12_flame_files.ipynb #87123173
+_EXPR_KEYS = 'exprdirs', 'expressiondirs', 'expdirs'  # a basis of expressions of its own
+_COUNT_KEYS = (
+    ('num_shape', 'num_expr'),
+    ('n_shape', 'n_expr'),
+    ('num_betas', 'num_expression_coeffs'),
+)
+
+
+def _own_basis(d, key, where):
+    "The file with its basis of expressions behind that of shape, and how many each has."
+    shape, expr = (_plain(d, name, where) for name in ('shapedirs', key))
+    if shape.ndim != 3 or expr.ndim != 3 or shape.shape[:2] != expr.shape[:2]:
+        raise InputError(
+            f'{where}: {key} should be (V,3,n), as many vertices as shapedirs; got {expr.shape} '
+            f'beside {shape.shape}'
+        )
+    E = expr.shape[2]
+    if E and np.array_equal(shape[..., -E:], expr):  # it stands there twice
+        return d, (shape.shape[2] - E, E)
+    return dict(d, shapedirs=np.concatenate([shape, expr], 2)), (shape.shape[2], E)
+
+
+# %% ../../nbs/head/12_flame_files.ipynb #f7f7b767
+def _one_basis(d, where):
+    "The file with both bases in shapedirs, and the split it tells: (shape, expression) or None."
+    if not isinstance(d, dict) or 'shapedirs' not in d:
+        return d, None
+    if key := next((key for key in _EXPR_KEYS if key in d), None):
+        return _own_basis(d, key, where)
+    names = next((names for names in _COUNT_KEYS if set(names) <= set(d)), None)
+    if names is None:
+        return d, None
+    told = [_plain(d, name, where) for name in names]
+    if any(x.size != 1 or x.dtype.kind not in 'iu' or x.min() < 0 for x in told):
+        raise InputError(f'{where}: {" and ".join(names)} should be whole numbers, 0 or more')
+    return d, tuple(int(x.reshape(-1)[0]) for x in told)
 
 
 # %% ../../nbs/head/12_flame_files.ipynb #d787b513
@@ -467,9 +524,9 @@ def find_parts(
 
 
 # %% ../../nbs/head/12_flame_files.ipynb #74df0099
-def _model_arrays(m, num_shape, num_expr, where):
+def _model_arrays(m, num_shape, num_expr, where, told=None):
     "A checked model's arrays under our names."
-    shape_basis, expr_basis = _split(m, num_shape, num_expr, where)
+    shape_basis, expr_basis = _split(m, num_shape, num_expr, where, told)
     faces = m['f'].astype(np.int64)
     parts, part_names = find_parts(faces, m['weights'])
     return dict(
@@ -514,8 +571,8 @@ def read_flame(
 ) -> dict:  # template, faces, shape_basis, ...
     "Arrays of a head model in FLAME's format, checked."
     path = find_model(path)
-    m = _checked(read_arrays(path), str(path))
-    arrays = _model_arrays(m, num_shape, num_expr, str(path))
+    d, told = _one_basis(read_arrays(path), str(path))
+    arrays = _model_arrays(_checked(d, str(path)), num_shape, num_expr, str(path), told)
     arrays = dict(name=release or release_of(path), **arrays)
     if uv := uv or find_beside(path, 'uv'):
         arrays['uv'], arrays['uv_faces'] = read_uv(uv, arrays['faces'])
@@ -531,7 +588,7 @@ def load_flame(
     path,  # .pkl or .npz, a folder with one, or flame2020, flame2023, flame2023_open
     *,
     num_shape: int = None,  # shape directions to keep; default: all. A file without FLAME's 300 +
-    num_expr: int = None,  # 100 needs both numbers, and they add up to what it has
+    num_expr: int = None,  # 100 that does not tell its split needs both, and they add up to all
     uv=None,  # .obj or .npz with an atlas; default: the one next to the model
     masks=None,  # FLAME_masks.pkl; default: the one next to the model
     embedding=None,  # flame_static_embedding.pkl; default: the one next to the model
@@ -571,6 +628,19 @@ def _model_file(head):
     )
 
 
+# %% ../../nbs/head/12_flame_files.ipynb #6eb8c968
+def _marks_for(head):
+    "Triangles and weights of 51 landmarks: the head's own, the open head's, or placeholders."
+    if hasattr(head, 'lmk_faces'):
+        return to_numpy(head.lmk_faces), to_numpy(head.lmk_bary)
+    if torch.equal(head.faces.cpu(), open_head().faces):
+        file = importlib.resources.files('spatialavatar0').joinpath('assets/open_landmarks.npz')
+        with np.load(file) as found:  # 478 of MediaPipe's
+            some = list(LANDMARKS_51)
+            return found['face_ids'][some], found['bary'][some]
+    return np.zeros(51, np.int64), np.full((51, 3), 1 / 3)
+
+
 # %% ../../nbs/head/12_flame_files.ipynb #e825cd4f
 def write_flame_folder(
     head: Head,  # any head with five joints
@@ -586,13 +656,9 @@ def write_flame_folder(
             f'FLAME has room for 300 + 100 directions; this head has {head.num_shape} + '
             f'{head.num_expr}'
         )
-    if lmk_faces is None and hasattr(head, 'lmk_faces'):
-        lmk_faces = to_numpy(head.lmk_faces)
-        lmk_bary = to_numpy(head.lmk_bary)
-    marks = dict(
-        lmk_face_idx=np.zeros(51, np.int64) if lmk_faces is None else np.asarray(lmk_faces),
-        lmk_b_coords=np.full((51, 3), 1 / 3) if lmk_bary is None else np.asarray(lmk_bary),
-    )
+    if lmk_faces is None:
+        lmk_faces, lmk_bary = _marks_for(head)
+    marks = dict(lmk_face_idx=np.asarray(lmk_faces), lmk_b_coords=np.asarray(lmk_bary))
     masks = {name: to_numpy(mask > 0.5).nonzero()[0] for name, mask in head.masks.items()}
     files = dict(FLAME_NEUTRAL=_model_file(head), flame_static_embedding=marks, FLAME_masks=masks)
     for name, content in files.items():
@@ -600,3 +666,68 @@ def write_flame_folder(
     if hasattr(head, 'uv'):
         write_obj(folder / 'head_template_mesh.obj', head, head.template)
     return folder
+
+
+# %% ../../nbs/head/12_flame_files.ipynb #2bb6153d
+class HeadFile(NamedTuple):
+    "A head model as a command is told it: where, and how its directions are split."
+
+    path: str
+    num_shape: int = None  # as for load_flame
+    num_expr: int = None
+
+
+def head_file(
+    given,  # a path, a HeadFile, or nothing
+    num_shape: int = None,
+    num_expr: int = None,
+):  # -> HeadFile, or None
+    "What a command line says about a head model."
+    if given is None and (num_shape or num_expr):
+        raise InputError('--num-shape and --num-expr are about the FLAME model of --head; give one')
+    if given is None or isinstance(given, HeadFile):
+        return given
+    return HeadFile(str(given), num_shape, num_expr)
+
+
+# %% ../../nbs/head/12_flame_files.ipynb #1d009a73
+def _with_teeth(arrays, where):
+    "The arrays of a head, with the teeth that a data set needs."
+    try:
+        return add_teeth(arrays)
+    except InputError as e:
+        raise InputError(
+            f'{where} was tracked with teeth, and they cannot be added: {e}. Put '
+            'flame_static_embedding.pkl or landmark_embedding.npy beside the model'
+        ) from e
+
+
+def _refuse_counts(where, counts, head, more=''):
+    "An error about static offsets of another mesh."
+    raise InputError(
+        f'{where}: static_offset is for {" and ".join(f"{n:,}" for n in sorted(counts))} vertices, '
+        f'{head.name} has {head.num_verts:,}{more}; pass the FLAME model it was tracked with as '
+        'head= (--head on the command line)'
+    )
+
+
+# %% ../../nbs/head/12_flame_files.ipynb #2f5c37cd
+def fitting_head(
+    given=None,  # a path, a HeadFile or a Head; default: the open head
+    counts=(),  # of vertices that static offsets of the data are for
+    where='the data',  # what to call them in an error
+) -> Head:
+    "The head model a command was told, with teeth if the data were tracked with teeth."
+    if given is None or isinstance(given, Head):
+        head, least = given or open_head(), None
+    else:
+        file = head_file(given)
+        arrays = read_flame(file.path, file.num_shape, file.num_expr)
+        least = len(arrays['template'])
+        if least + 120 in counts:
+            arrays = _with_teeth(arrays, where)
+        head = Head(arrays).requires_grad_(False)
+    if other := set(counts) - {head.num_verts, least}:
+        more = '' if least is None else f', {least + 120:,} with teeth'
+        _refuse_counts(where, other, head, more)
+    return head
