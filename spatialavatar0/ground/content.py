@@ -13,7 +13,7 @@ __all__ = [
     'refuse_other',
 ]
 
-# %% ../../nbs/ground/05_content.ipynb #57279aa4
+# %% ../../nbs/ground/05_content.ipynb #5dce82dc
 import hashlib
 import json
 import os
@@ -31,9 +31,10 @@ from torch import Tensor
 
 from .assets import data_dir
 from .core import InputError
+from .pickles import printable
 
 
-# %% ../../nbs/ground/05_content.ipynb #60c00f42
+# %% ../../nbs/ground/05_content.ipynb #f4bc93ca
 def file_hash(
     path,  # a file
 ) -> str:  # 16 hex digits
@@ -47,7 +48,7 @@ def _read_hash(path):
         return hashlib.file_digest(file, 'sha256').hexdigest()[:16]
 
 
-# %% ../../nbs/ground/05_content.ipynb #b65efb57
+# %% ../../nbs/ground/05_content.ipynb #d31dc71e
 _FRESH = 2.0  # seconds; a younger file may still change within one tick of the clock
 _KEPT = 400_000  # files at most
 
@@ -63,7 +64,7 @@ def _is_settled(stamp):
     return time.time() - max(stamp[1], stamp[2]) / 1e9 > _FRESH
 
 
-# %% ../../nbs/ground/05_content.ipynb #54db879e
+# %% ../../nbs/ground/05_content.ipynb #fc46e3d9
 def _database():
     "The database of hashes, made if missing."
     folder = data_dir()
@@ -95,7 +96,7 @@ def _keep(rows):
         base.executemany('INSERT OR REPLACE INTO hashes VALUES (?, ?, ?, ?, ?, ?)', rows)
 
 
-# %% ../../nbs/ground/05_content.ipynb #28d60613
+# %% ../../nbs/ground/05_content.ipynb #c6a1205b
 def _or_nothing(function, argument):
     "What the database says; an empty answer where it cannot be used."
     try:
@@ -129,7 +130,7 @@ def file_hashes(
     return [known[path] for path in paths]
 
 
-# %% ../../nbs/ground/05_content.ipynb #65e642a3
+# %% ../../nbs/ground/05_content.ipynb #4ec4cdb1
 def _bytes_of(x):
     "Kind and bytes of a value that has no parts."
     if isinstance(x, Tensor):
@@ -137,7 +138,8 @@ def _bytes_of(x):
         return f'tensor {x.dtype} {tuple(x.shape)}', flat.numpy().data
     if isinstance(x, (np.ndarray, np.generic)):
         array = np.ascontiguousarray(x)
-        return f'array {array.dtype.str} {array.shape}', array.tobytes()
+        flat = array.reshape(-1).view(np.uint8)
+        return f'array {array.dtype.str} {array.shape}', flat.data
     if isinstance(x, (str, os.PathLike)):
         return 'text', os.fsencode(os.fspath(x))
     if x is None or isinstance(x, (bool, int, float, bytes)):
@@ -157,7 +159,7 @@ def _parts_of(x):
     return None
 
 
-# %% ../../nbs/ground/05_content.ipynb #253d6fca
+# %% ../../nbs/ground/05_content.ipynb #bffc04a1
 def _feed(digest, x):
     "A value into a running hash: its kind, its length, then what it holds."
     if parts := _parts_of(x):
@@ -180,7 +182,7 @@ def hash_of(
     return digest.hexdigest()[:16]
 
 
-# %% ../../nbs/ground/05_content.ipynb #4aa836c1
+# %% ../../nbs/ground/05_content.ipynb #b6986372
 def _paths_in(x):
     "All paths in a value."
     if isinstance(x, Path):
@@ -213,7 +215,7 @@ def branches(
     return {part: hash_of(named) for part, named in parts.items()}
 
 
-# %% ../../nbs/ground/05_content.ipynb #546e7c2d
+# %% ../../nbs/ground/05_content.ipynb #f0c1bfd0
 _WORDS = dict(
     pictures='the pictures',
     mattes='the mattes',
@@ -231,24 +233,25 @@ def _is_hash(value):
     return isinstance(value, str) and len(value) == 16 and not set(value) - set('0123456789abcdef')
 
 
-def _flat(tree, above=''):
-    "Branches of nested fingerprints: 'mono pictures' -> hash."
+def _flat(tree, *above):
+    "Branches of nested fingerprints: ('mono', 'pictures') -> hash."
     found = {}
     for name, value in tree.items():
+        path = above if name in ('clip', 'options') else (*above, name)
         if isinstance(value, Mapping):
-            found |= _flat(value, f'{above}{name} ' if name not in ('clip', 'options') else above)
+            found |= _flat(value, *path)
         else:
-            found[f'{above}{name}'] = value
+            found[*above, name] = value
     return found
 
 
-def _change(name, before, now):
+def _change(path, before, now):
     "One change, in words."
-    *of, part = name.split(' ')
-    words = ' of '.join([_WORDS.get(part, part), *of[::-1]])
+    part, *of = path[::-1]
+    words = ' of '.join([_WORDS.get(part, part), *of])
     if any(_is_hash(value) for value in (before, now)):
         return words
-    return f'{words} (was {before}, now {now})'
+    return f'{words} (was {printable(before, 40)}, now {printable(now, 40)})'
 
 
 def what_changed(
@@ -261,7 +264,7 @@ def what_changed(
     return [_change(n, old.get(n), new.get(n)) for n in names if old.get(n) != new.get(n)]
 
 
-# %% ../../nbs/ground/05_content.ipynb #8edc021b
+# %% ../../nbs/ground/05_content.ipynb #18cd61a7
 WAYS = 'give another --out, or --restart to begin anew'
 
 

@@ -15,10 +15,12 @@ __all__ = [
     'fit_code',
     'from_flame_param',
     'head_fingerprint',
+    'head_content',
     'write_vhap',
     'inside',
     'is_rigid',
     'read_picture',
+    'blank_pictures',
     'read_pair',
     'read_frames',
     'check_files',
@@ -33,6 +35,8 @@ import json
 import math
 import os
 import warnings
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from operator import index
@@ -360,6 +364,13 @@ def head_fingerprint(
         digest.update(numbers.detach().cpu().float().numpy().astype('<f4').tobytes())
     digest.update(head.faces.cpu().numpy().astype('<i4').tobytes())
     return digest.hexdigest()[:16]
+
+
+def head_content(
+    head: Head,
+) -> str:  # 16 hex digits
+    "A name for all numbers of a head, see `content.hash_of`."
+    return hash_of(head.code, dict(head.named_buffers()))
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #689fffc2
@@ -709,6 +720,25 @@ def _check_picture(picture, path, size, says, grey):
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #bd6ea22f
+def _opened(path, size, says, grey, take):
+    "What `take` makes of a picture that is open; one clear error for all that can go wrong."
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            _check_picture(picture, path, size, says, grey)
+            return take(picture)
+    except InputError:
+        raise
+    except Exception as e:
+        raise InputError(f'{path} is not a readable picture ({printable(e)})') from e
+
+
+def _bytes_of(picture):
+    alpha = 'A' in picture.mode or 'transparency' in picture.info
+    return np.array(picture.convert('RGBA' if alpha else 'RGB'))
+
+
 def read_picture(
     path,  # or an open file
     size=None,  # (width, height) it should have
@@ -716,17 +746,30 @@ def read_picture(
     grey=False,  # one channel is enough (a matte)
 ) -> np.ndarray:  # (H,W,3|4) bytes
     "A picture with 8 bits per channel; anything else is an error, never a guess."
-    from PIL import Image
+    return _opened(path, size, says, grey, _bytes_of)
 
+
+# %% ../../nbs/pictures/32_clips.ipynb #eda2a558
+_BLANK = ContextVar('blank', default=False)
+
+
+@contextmanager
+def blank_pictures():
+    "Inside, readers open pictures and do not decode them: frames are black, without a matte."
+    before = _BLANK.set(True)
     try:
-        with Image.open(path) as picture:
-            _check_picture(picture, path, size, says, grey)
-            alpha = 'A' in picture.mode or 'transparency' in picture.info
-            return np.array(picture.convert('RGBA' if alpha else 'RGB'))
-    except InputError:
-        raise
-    except Exception as e:
-        raise InputError(f'{path} is not a readable picture ({printable(e)})') from e
+        yield
+    finally:
+        _BLANK.reset(before)
+
+
+def _blank_pair(image, mask, size, says):
+    "Zeros that take no memory, of the size that the files say."
+    width, height = _opened(image, size, says, False, lambda picture: picture.size)
+    if mask:
+        _opened(mask, (width, height), says, True, lambda picture: picture.size)
+    black = torch.zeros(1, 1, 1)
+    return black.expand(height, width, 3), black[0].expand(height, width)
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #ec45b741
@@ -738,6 +781,8 @@ def read_pair(
     alpha=False,  # the matte is the alpha channel of its file
 ) -> tuple:  # (H,W,3), (H,W)
     "Picture and matte of a frame."
+    if _BLANK.get():
+        return _blank_pair(image, mask, size, says)
     colours = read_picture(image, size, says)
     source = read_picture(mask, colours.shape[1::-1], says, grey=True) if mask else colours
     has_alpha = source.shape[-1] == 4

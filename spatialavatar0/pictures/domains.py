@@ -32,7 +32,8 @@ __all__ = [
 import hashlib
 import math
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from importlib.util import find_spec
 from operator import index
 
 import torch
@@ -73,11 +74,12 @@ from spatialavatar0.pictures.people import (
 )
 
 # %% ../../nbs/pictures/36_domains.ipynb #b2923207
+from ..ground.content import file_hashes, hash_of
 from ..ground.core import InputError, smoothstep
 from ..ground.geometry import intrinsics, orbit
 from ..head.head import Head, open_head
 from ..splats.mesh import vertex_normals
-from .clips import Clip, Frame
+from .clips import Clip, Frame, head_content
 
 
 # %% ../../nbs/pictures/36_domains.ipynb #a4df1646
@@ -956,6 +958,15 @@ def _painted(domain, who, t, c, head, light, background):
 
 
 # %% ../../nbs/pictures/36_domains.ipynb #2ba88758
+_PAINTERS = 'head.head', 'splats.mesh', 'pictures.looks', 'pictures.people', 'pictures.domains'
+
+
+@lru_cache
+def _recipe_book():
+    "Hashes of the code that paints: other code paints other people."
+    return file_hashes([find_spec(f'spatialavatar0.{name}').origin for name in _PAINTERS])
+
+
 class People:
     "Clips, one per person; nobody is painted before somebody looks."
 
@@ -983,7 +994,11 @@ class People:
         def frame(k):
             return self._frame(who, *divmod(k, len(self.domain.cameras)))
 
-        return Clip(frame, len(self.domain))
+        return Clip(frame, len(self.domain), leaf=lambda k: dict(recipe=[self._recipe, who, k]))
+
+    @cached_property
+    def _recipe(self):
+        return hash_of(self.domain, head_content(self.head), _recipe_book())
 
     def _frame(self, who, t, c):
         light = _light(self.domain, who)

@@ -51,9 +51,10 @@ from spatialavatar0.stage1.schedule import (
     view_input,
 )
 
-from ..avatar.avatar import head_id
+from ..ground.content import branches, hash_of, refuse_other
 from ..ground.core import InputError, atomic_path, progress
 from ..ground.files import FileKind, read_tensors, write_tensors
+from ..pictures.clips import Clip, head_content
 from ..pictures.fast_metrics import open_lpips, ssim
 from .backbone import Look, layer_scales
 from .generator import Generator
@@ -78,6 +79,11 @@ def _tensors(look):
 
 
 # %% ../../nbs/stage1/55_trainer.ipynb #afb1c3fa
+def _made_of(clips):
+    "The fingerprint of a data set: one hash per kind of content, of all its people."
+    return branches([Clip(clip).fingerprint() for clip in clips])
+
+
 class Shelf:
     "Looks of every frame of a data set, made once; and a `Roll` per person."
 
@@ -93,6 +99,7 @@ class Shelf:
             raise InputError('a data set needs at least one person; it is empty')
         self.counts = [len(clip) for clip in clips]
         self.first = np.cumsum([0, *self.counts])
+        self.made_of = _made_of(clips) if folder is not None else None
         example = generator.look(clips[0][0])
         self.names = tuple(example.params)
         self.records = self._open(look_type(example), generator, folder, limit)
@@ -126,13 +133,20 @@ def _open(self: Shelf, record, generator, folder, limit):
 def _about(self: Shelf, record, generator):
     "What must be the same for looks to be of use again."
     sizes = generator.config
+    look = dict(size=sizes.image_size, resolution=sizes.resolution, shells=list(sizes.shells))
     return dict(
-        schema=1,
         counts=self.counts,
         record=str(record),
-        head=head_id(generator.head),
-        look=[sizes.image_size, sizes.resolution, list(sizes.shells)],
+        head=head_content(generator.head),
+        clip=self.made_of,
+        options=look,
     )
+
+
+@patch
+def fingerprint(self: Shelf) -> dict:
+    "A name for all that is in it; of looks in memory, for the looks themselves."
+    return self.made_of or dict(pictures=hash_of(self.records))
 
 
 # %% ../../nbs/stage1/55_trainer.ipynb #a71de3a5
@@ -140,17 +154,16 @@ def _about(self: Shelf, record, generator):
 def _room(self: Shelf, folder, record, size, generator):
     "The file of the records in a folder of our own."
     title, path = folder / 'looks.json', folder / 'looks.bin'
-    about = json.dumps(self._about(record, generator))
-    if title.exists() and json.loads(title.read_text()) != json.loads(about):
-        raise InputError(
-            f'{folder} holds the looks of another data set; choose another folder, or delete it'
-        )
+    about = self._about(record, generator)
+    if title.exists():
+        ways = f'give another --out, or delete {folder}, or --restart to begin anew'
+        refuse_other(title, json.loads(title.read_text()), about, ways)
     folder.mkdir(parents=True, exist_ok=True)
     if not title.exists() or not path.exists() or path.stat().st_size != size:
         with open(path, 'wb') as file:
             file.truncate(size)
         with atomic_path(title) as unfinished:
-            unfinished.write_text(about)
+            unfinished.write_text(json.dumps(about))
     return path
 
 
@@ -258,6 +271,7 @@ class Trainer:
         self.lpips = _lpips_for(schedule)
         trained = [(n, p) for n, p in generator.named_parameters() if p.requires_grad]
         self.names, self.params = zip(*trained)
+        self._identity = None
         self.begin(0)
 
     total = property(lambda self: sum(p.steps for p in self.schedule), doc='steps of all phases')
@@ -462,15 +476,18 @@ def check(self: Trainer, batch, weights, terms, each, norm) -> float:
 # %% ../../nbs/stage1/55_trainer.ipynb #a6e5bb1a
 @patch
 def identity(self: Trainer) -> dict:
-    "What must be the same for a run to go on."
-    run = dict(
-        schedule=[dict(asdict(phase), name=phase.name) for phase in self.schedule],
-        seed=self.seed,
-        frames=[shelf.counts for shelf in self.shelves],
-        config=asdict(self.generator.config),
-        head=head_id(self.generator.head),
-    )
-    return json.loads(json.dumps(run))
+    "What must be the same for a run to go on: data, head, weights that do not learn, options."
+    if self._identity is None:
+        phases = {phase.name: asdict(phase) for phase in self.schedule}
+        learned = set(self.names)
+        weights = self.generator.state_dict()
+        self._identity = dict(
+            {p.name: shelf.fingerprint() for p, shelf in zip(self.schedule, self.shelves)},
+            head=head_content(self.generator.head),
+            fixed=hash_of({n: x for n, x in weights.items() if n not in learned}),
+            options=dict(seed=self.seed, **asdict(self.generator.config), **phases),
+        )
+    return self._identity
 
 
 # %% ../../nbs/stage1/55_trainer.ipynb #345253a7
@@ -492,7 +509,7 @@ def save(self: Trainer, path):
         phase=self.phase_number,
         seconds=self.seconds,
         log=self.log,
-        **self.identity(),
+        made_of=self.identity(),
     )
     write_tensors(path, dict(tensors, rng=self.rng.get_state()), _STATE, meta)
 
@@ -502,13 +519,7 @@ def save(self: Trainer, path):
 def load(self: Trainer, path):
     "Go on from a file written by `save`."
     tensors, meta = read_tensors(path, _STATE)
-    mine = self.identity()
-    differ = [name for name in mine if meta.get(name) != mine[name]]
-    if differ:
-        raise InputError(
-            f'{path} belongs to another run: its {" and ".join(differ)} differ; give the same '
-            'arguments, or remove it to begin anew'
-        )
+    refuse_other(path, meta.get('made_of'), self.identity())
     self.begin(meta['phase'])
     self._restore(tensors)
     self.rng.set_state(tensors['rng'])

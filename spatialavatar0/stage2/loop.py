@@ -46,11 +46,12 @@ from spatialavatar0.stage2.refine import (
     tie_strength,
 )
 
-from ..avatar.avatar import Avatar
+from ..avatar.avatar import Avatar, avatar_tensors
+from ..ground.content import hash_of, refuse_other
 from ..ground.core import InputError, progress
 from ..ground.files import FileKind, read_tensors, write_tensors
 from ..ground.geometry import SH_C0
-from ..pictures.clips import Clip, Frame, on_background
+from ..pictures.clips import Clip, Frame, head_content, on_background
 from ..pictures.fast_metrics import ssim
 from ..pictures.metrics import psnr
 from ..splats.kernels import fast_frames, fast_log_aspects
@@ -261,6 +262,7 @@ class Refinement:
         self.device = torch.device(self.device)
         self.step_number = 0
         self.log = []
+        self._identity = None
         self.rng = torch.Generator().manual_seed(self.seed)
         self._set_up_views()
         self._set_up_splats()
@@ -536,22 +538,23 @@ def save(self: Refinement, path):
     for name, way in self.delta.items():
         tensors[f'delta.{name}'] = way
         tensors |= {f'{moment}.{name}': value for moment, value in self.opt.state[way].items()}
-    meta = dict(step=self.step_number, log=self.log, **self.identity())
+    meta = dict(step=self.step_number, log=self.log, made_of=self.identity())
     write_tensors(path, tensors, STATE, meta)
 
 
 @patch
 def identity(self: Refinement):
-    "What must be the same for a run to go on."
-    sums = [value.double().abs().sum() for value in self.start.values()]
-    return dict(
-        iters=self.iters,
-        seed=self.seed,
-        gaussians=len(self.avatar),
-        frames=len(self.clip),
-        config=asdict(self.cfg),
-        start=round(float(sum(sums)), 6),
-    )
+    "What must be the same for a run to go on: clip, avatar, head, options."
+    if self._identity is None:
+        self._identity = dict(
+            clip=self.clip.fingerprint(),
+            start=hash_of(avatar_tensors(self.avatar)),
+            head=head_content(self.avatar.head),
+            gates=hash_of(self.gate),
+            extra=hash_of([view.image for view in self.extra]),
+            options=dict(asdict(self.cfg), iters=self.iters, seed=self.seed),
+        )
+    return self._identity
 
 
 # %% ../../nbs/stage2/61_loop.ipynb #c7c18e04
@@ -559,7 +562,7 @@ def identity(self: Refinement):
 def load(self: Refinement, path):
     "Go on from a file written by `save`."
     tensors, meta = read_tensors(path, STATE)
-    self._check_identity(path, meta)
+    refuse_other(path, meta.get('made_of'), self.identity())
     for name, way in self.delta.items():
         way.data.copy_(tensors[f'delta.{name}'])
         moments = [m for m in ('step', 'exp_avg', 'exp_avg_sq') if f'{m}.{name}' in tensors]
@@ -567,23 +570,6 @@ def load(self: Refinement, path):
     self.rng.set_state(tensors['rng'])
     self.step_number = meta['step']
     self.log = meta['log']
-
-
-# %% ../../nbs/stage2/61_loop.ipynb #6b709391
-@patch
-def _check_identity(self: Refinement, path, meta):
-    "Refuse the file of another run."
-    mine = self.identity()
-    differ = [
-        f'{name} was {meta.get(name)}, now {value}'
-        for name, value in mine.items()
-        if meta.get(name) != value
-    ]
-    if differ:
-        raise InputError(
-            f'{path} belongs to another run: {", ".join(differ)}; give the same arguments, or '
-            'remove it to begin anew'
-        )
 
 
 # %% ../../nbs/stage2/61_loop.ipynb #21c4e3b1
@@ -668,6 +654,8 @@ def refine(
     if not len(clip):
         raise InputError('refine needs at least one frame; the clip is empty')
     run = Refinement(avatar, clip, cfg, iters, seed, gate, extra, device)
+    if state:
+        run.identity()  # of what it begins with, not of what lies there hours later
     if state and Path(state).exists():
         run.load(state)
     return run.go(callback, state)
