@@ -25,9 +25,11 @@ import io
 import itertools
 import math
 import os
+import platform
 import random
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -72,13 +74,19 @@ def expect_tensor(
 
 
 # %% ../../nbs/ground/00_core.ipynb #222d110c
+def _unfinished(path):
+    "The hidden name of a file that is being written: it tells machine and process."
+    machine = zlib.crc32(platform.node().encode())
+    return path.with_name(f'.{path.stem}.{machine:08x}-{os.getpid()}.part{path.suffix}')
+
+
 @contextlib.contextmanager
 def atomic_path(
     path,  # where the finished file should be
 ):  # yields a temporary path in the same folder, with the same suffix
     "Write to a temporary file which replaces `path` only if the block succeeds."
     path = Path(path)
-    unfinished = path.with_name(f'.{path.stem}.{os.getpid()}.part{path.suffix}')
+    unfinished = _unfinished(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield unfinished
