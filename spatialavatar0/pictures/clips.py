@@ -166,7 +166,8 @@ class Clip:
         else:
             source = _sequence(source)
             self._make, length = source.__getitem__, len(source)
-        self._leaf = leaf or getattr(source, 'leaf', None) or (lambda i: leaf_of(self._make(i)))
+        source_leaf = source.leaf if getattr(source, 'knows_leaves', False) else None
+        self._leaf = leaf or source_leaf
         self.places = range(length)
 
     def __len__(self):
@@ -184,6 +185,7 @@ class Clip:
         return part
 
     frames = property(list)  # all of them, in memory
+    knows_leaves = property(lambda self: self._leaf is not None)  # without making frames
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #457cb66a
@@ -205,13 +207,13 @@ def leaf_of(
 @patch
 def leaf(self: Clip, i: int) -> dict:
     "What frame i is made of, see `content.branches`."
-    return self._leaf(self.places[index(i)])
+    return self._leaf(self.places[index(i)]) if self.knows_leaves else leaf_of(self[i])
 
 
 @patch
 def fingerprint(self: Clip) -> dict:  # frames: how many; part -> 16 hex digits
     "A name for all that is in a clip: pictures, mattes, cameras, codes."
-    return dict(frames=len(self), **branches([self._leaf(i) for i in self.places]))
+    return dict(frames=len(self), **branches([self.leaf(i) for i in range(len(self))]))
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #d38584b5
@@ -487,31 +489,37 @@ def _journal(path):
         return []
 
 
-def _begins_with(frame, folder, entry):
-    "Whether this is the frame of an entry, picture included."
-    return _entry(frame, 0, 0) == entry and np.array_equal(
-        read_picture(folder / entry['file_path'])[..., :3], to_uint8(frame.image)
-    )
+def _leaf_name(clip, i, frame=None):
+    "A name for what frame i is made of; a clip that cannot tell makes the frame."
+    if clip.knows_leaves:
+        return hash_of(branches([clip.leaf(i)]))
+    return hash_of(leaf_of(clip[i] if frame is None else frame))
+
+
+def _is_beginning(lines, title, clip):
+    "Whether lines of a journal are about this clip."
+    names = (_leaf_name(clip, i) == line.get('leaf') for i, line in enumerate(lines[1:]))
+    return lines[:1] == [title] and len(lines) <= 1 + len(clip) and all(names)
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #cd1780a8
 def _resume(clip, folder, head):
-    "Entries of the frames that are already there; refuses a folder that is not ours to fill."
+    "Lines about the frames that are already there; refuses a folder that is not ours to fill."
     log = folder / _JOURNAL
-    title = dict(frames=len(clip), head=head_fingerprint(head))
-    done = []
+    title = dict(frames=len(clip), head=head_content(head))
+    lines = []
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         if not log.is_file():
             raise InputError(f'{folder} is not empty; choose another folder, or delete it first')
-        done = _journal(log)
-        if done[:1] != [title] or (done[1:] and not _begins_with(clip[0], folder, done[1])):
+        lines = _journal(log)
+        if not _is_beginning(lines, title, clip):
             raise InputError(
                 f'{folder} holds the beginning of another clip; choose another folder, or delete '
                 'it first'
             )
     with atomic_path(log) as tmp:
-        tmp.write_text(''.join(json.dumps(line) + '\n' for line in [title, *done[1:]]))
-    return done[1:]
+        tmp.write_text(''.join(json.dumps(line) + '\n' for line in [title, *lines[1:]]))
+    return lines[1:]
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #80b7a482
@@ -530,13 +538,16 @@ def write_vhap(
         raise InputError('the clip is empty; there is nothing to write')
     if not 0 < train <= 1:
         raise InputError(f'train should be a fraction, above 0 and at most 1; got {train}')
+    clip = clip if isinstance(clip, Clip) else Clip(clip)
     done = _resume(clip, folder, head)
-    numbers = _Numbers(done)
+    numbers = _Numbers(line['entry'] for line in done)
     with (folder / _JOURNAL).open('a') as log:
         for i in progress(range(len(done), len(clip)), f'writing {folder.name}', show=show):
-            done.append(_write_frame(clip[i], folder, head, numbers))
+            frame = clip[i]
+            entry = _write_frame(frame, folder, head, numbers)
+            done.append(dict(entry=entry, leaf=_leaf_name(clip, i, frame)))
             print(json.dumps(done[-1]), file=log, flush=True)
-    _finish(folder, done, head, train)
+    _finish(folder, [line['entry'] for line in done], head, train)
     return folder
 
 
