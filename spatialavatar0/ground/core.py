@@ -6,6 +6,8 @@
 __all__ = [
     'set_seed',
     'InputError',
+    'printable',
+    'without_codes',
     'expect_tensor',
     'atomic_path',
     'progress',
@@ -27,6 +29,7 @@ import math
 import os
 import platform
 import random
+import re
 import sys
 import time
 import zlib
@@ -50,6 +53,23 @@ def set_seed(
 # %% ../../nbs/ground/00_core.ipynb #adcc677c
 class InputError(ValueError):
     "Something the user gave cannot be used: says what was expected, what came, what to do."
+
+
+# %% ../../nbs/ground/00_core.ipynb #c3b51c5a
+def printable(
+    text,  # anything out of a file
+    n: int = 120,  # at most so many characters
+) -> str:  # ASCII, one line
+    "Text of a stranger without line breaks and terminal codes."
+    return re.sub(r'[^ -~]', '?', str(text)[:n])
+
+
+def without_codes(
+    text,  # a message that may quote a stranger
+) -> str:  # safe to print
+    "Text without terminal codes; letters of all languages and line breaks stay."
+    kept = (c if c.isprintable() or c in '\n\t' else '?' for c in str(text))
+    return ''.join(kept)
 
 
 # %% ../../nbs/ground/00_core.ipynb #a57d69c1

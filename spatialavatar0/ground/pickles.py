@@ -12,7 +12,6 @@ __all__ = [
     'Name',
     'Thing',
     'Refused',
-    'printable',
     'Reader',
     'unpickle',
     'read_arrays',
@@ -29,7 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .core import InputError
+from .core import InputError, printable
 
 # %% ../../nbs/ground/03_pickles.ipynb #b48446f8
 _MOVED = {
@@ -84,15 +83,6 @@ class Thing:
 # %% ../../nbs/ground/03_pickles.ipynb #d78b6fff
 class Refused(Exception):
     "The file asks for something that no array file needs."
-
-
-# %% ../../nbs/ground/03_pickles.ipynb #c14a0f11
-def printable(
-    text,  # anything out of a file
-    n=120,  # at most so many characters
-) -> str:  # safe to print in an error
-    "Text of a stranger without line breaks and terminal codes."
-    return re.sub(r'[^ -~]', '?', str(text))[:n]
 
 
 # %% ../../nbs/ground/03_pickles.ipynb #41da0584
