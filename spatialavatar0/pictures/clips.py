@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = [
+    'FOLLOW_LINKS',
     'Frame',
     'resize',
     'crop',
@@ -26,6 +27,7 @@ __all__ = [
     'check_files',
     'check_once',
     'read_vhap',
+    'offset_counts',
     'load_vhap',
 ]
 
@@ -285,8 +287,16 @@ def to_flame_param(
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #b0d3ed99
+def _for_teeth(numbers, head):
+    "Offsets of a head without teeth, for the same head with teeth: these stay where they are."
+    grown = list(getattr(head, 'part_names', ()))[-2:] == ['teeth_up', 'teeth_low']
+    missing = 3 * head.num_verts - len(numbers)
+    return np.pad(numbers, (0, missing)) if grown and missing == 3 * 120 else numbers
+
+
 def _offset(numbers, head, where):
     "static_offset as the head takes it; nothing if it is zero."
+    numbers = _for_teeth(numbers, head)
     if len(numbers) != 3 * head.num_verts:
         raise InputError(
             f'{where}: static_offset is for {len(numbers) // 3} vertices, {head.name} has '
@@ -598,29 +608,66 @@ def _finish(folder, entries, head, train):
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #bea57177
+FOLLOW_LINKS = 'SPATIALAVATAR0_FOLLOW_LINKS'  # environment: 1 follows links of single files, too
+_NEVER = '/', '/proc', '/sys'  # of programs, not of pictures
+
+
 def _lies_in(path, folder):
     "Whether a path stays in the parent of a folder."
     parent = os.path.dirname(folder)
     return os.path.commonpath([path, parent]) == parent
 
 
+def _way_out(full, base):
+    "The part of a path that is a link out of the data set."
+    parent = part = os.path.dirname(base)
+    true_base = os.path.realpath(base)
+    for name in os.path.relpath(full, parent).split(os.sep):
+        part = os.path.join(part, name)
+        if os.path.islink(part) and not _lies_in(os.path.realpath(part), true_base):
+            return part
+    return full
+
+
+def _is_below(path, folder):
+    return os.path.commonpath([path, folder]) == folder
+
+
+# %% ../../nbs/pictures/32_clips.ipynb #dd82a617
+def _check_link(full, base, where):
+    "A link that leads out: followed, with a note where it leads, or refused."
+    link = _way_out(full, base)
+    target, true = os.path.realpath(link), os.path.realpath(full)
+    name, leads = printable(os.path.relpath(link, base), 100), printable(target, 300)
+    if target in _NEVER or any(_is_below(true, system) for system in _NEVER[1:]):
+        raise InputError(f'{where}: {name} is a link that leads out of the data set, to {leads}')
+    is_folder = link != full and _is_below(true, target)
+    if not is_folder and os.environ.get(FOLLOW_LINKS) != '1':
+        raise InputError(
+            f'{where}: {name} is a link that leads out of the data set, to {leads}; '
+            f'--follow-links (or {FOLLOW_LINKS}=1) reads it, or put a copy in its place'
+        )
+    if not is_folder:
+        name, leads = f'files of {os.path.dirname(name) or "it"}', os.path.dirname(leads)
+    warnings.warn(f'{base}: {name} link{"s" * is_folder} to {leads}, read there', stacklevel=4)
+
+
+# %% ../../nbs/pictures/32_clips.ipynb #730f303d
 def inside(
     folder,  # of the data set
     path,  # as an entry of it has it
     where,  # the entry, for the error
 ) -> Path:  # absolute
-    "A path of an entry; neither it nor what it links to may leave the parent of the folder."
+    "A path of an entry; it may not leave the parent of the folder, but for links that are told."
     if not isinstance(path, str) or '\0' in path:
-        raise InputError(f'{where}: expected a path, got {path!r:.80}')
+        raise InputError(f'{where}: expected a path, got {printable(repr(path), 80)}')
     base = os.path.abspath(folder)
     full = os.path.normpath(os.path.join(base, path.replace('\\', '/')))
     if os.path.isabs(path) or not _lies_in(full, base):
-        raise InputError(f'{where}: the path {path!r:.200} leads out of the data set')
+        shown = printable(repr(path), 200)
+        raise InputError(f'{where}: the path {shown} leads out of the data set')
     if not _lies_in(os.path.realpath(full), os.path.realpath(base)):
-        raise InputError(
-            f'{where}: {path!r:.200} is a link that leads out of the data set; put a copy in its '
-            'place'
-        )
+        _check_link(full, base, where)
     return Path(full)
 
 
@@ -699,8 +746,8 @@ def _shot(folder, top, entry, i):
     time = entry.get('timestep_index', i)
     if not isinstance(time, int):
         raise InputError(f'{where}: timestep_index should be a whole number; got {time!r}')
-    if gone := {'file_path', 'flame_param_path'} - set(entry):
-        raise InputError(f'{where} has no {min(gone)}; that is not a VHAP data set')
+    if gone := [name for name in ('file_path', 'flame_param_path') if not entry.get(name)]:
+        raise InputError(f'{where} has no {gone[0]}; that is not a VHAP data set')
     names = ('file_path', 'fg_mask_path', 'flame_param_path')
     paths = [inside(folder, entry[n], where) if entry.get(n) else None for n in names]
     viewmat, K = _camera(entry, where)
@@ -898,37 +945,117 @@ def check_once(
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #73789446
-def _check_folder(folder, top, split, head):
-    "Made on this head, and with frames in it."
+def _check_head(folder, top, head):
+    "Made on this head, or it does not say."
     own = head_fingerprint(head)
     if top.get('head', own) != own:
+        name = printable(top.get('head_name', 'another head'))
         raise InputError(
-            f'{folder} was made on {top.get("head_name", "another head")} ({top["head"]}), not on '
-            f'{head.name} ({own}); pass that head as head='
+            f'{folder} was made on {name} ({printable(top["head"])}), not on {head.name} ({own}); '
+            'pass that head as head= (--head on the command line)'
         )
-    if not top['frames'] and split != 'val':
-        raise InputError(f'{folder} has no {split or ""} frames'.replace('  ', ' '))
+
+
+# %% ../../nbs/pictures/32_clips.ipynb #ae3dfb4a
+def _parts_of(folder, split):
+    "Part -> contents of its transforms file: of the one that is wanted; all, of a joined set."
+    if not any((folder / name).is_file() for name in ('transforms.json', _JOURNAL)):
+        parts = [n for n in ('train', 'val', 'test') if (folder / f'transforms_{n}.json').is_file()]
+        if {'train', 'test'} <= set(parts) and split in (None, *parts):
+            return {part: _open_transforms(folder, part) for part in parts}
+    return {split: _open_transforms(folder, split)}
+
+
+def _listed(folder, split, head):
+    "Shots of a data set and the part each stands in."
+    shots = []
+    for part, top in _parts_of(folder, split).items():
+        _check_head(folder, top, head)
+        shots += [(part, _shot(folder, top, entry, i)) for i, entry in enumerate(top['frames'])]
+    return shots
+
+
+# %% ../../nbs/pictures/32_clips.ipynb #ce4298d6
+def _sequence_of(shot):
+    "The folder of the sequence that a shot belongs to."
+    return shot.params.parent.parent
+
+
+def _first_steps(shots):
+    "Sequence -> what to add to its time steps, so that no two sequences share one."
+    steps = {}
+    for shot in shots:
+        steps.setdefault(_sequence_of(shot), set()).add(shot.time)
+    if sum(map(len, steps.values())) == len(set().union(*steps.values())):
+        return dict.fromkeys(steps, 0)
+    added, end = {}, None
+    for sequence, own in steps.items():
+        added[sequence] = 0 if end is None else end - min(own)
+        end = max(own) + added[sequence] + 1
+    return added
+
+
+def _in_order(shot):
+    "Time, then camera; cameras by number, where they have one."
+    number = shot.camera_index if shot.camera_index is not None else math.inf
+    serial = int(shot.camera) if shot.camera.isdecimal() and len(shot.camera) < 20 else 0
+    return shot.time, number, serial, shot.camera
+
+
+# %% ../../nbs/pictures/32_clips.ipynb #4a5a5f6d
+def _chosen(listed, split, where):
+    "The shots of a split, in order."
+    added = _first_steps([shot for _, shot in listed])
+    shots = [
+        replace(shot, time=shot.time + added[_sequence_of(shot)])
+        for part, shot in listed
+        if split in (None, part)
+    ]
+    if split is None and len({part for part, _ in listed}) > 1:  # a frame may stand in two parts
+        shots = list({(shot.image, shot.time, shot.camera): shot for shot in shots}.values())
+    if not shots and split != 'val':
+        raise InputError(f'{where} has no {split or ""} frames'.replace('  ', ' '))
+    check_once([(shot.time, shot.camera) for shot in shots], where)
+    return sorted(shots, key=_in_order)
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #492a0519
 def read_vhap(
-    folder,  # of transforms*.json
+    folder,  # of transforms*.json; or a list of such folders, sequences of one person
     split: str = None,  # 'train', 'val' or 'test'; default: all frames
     head: Head = None,  # it was tracked with; default: the open head
     cache: int = 0,  # how many read frames to keep
-) -> Clip:  # streamed: frame i is read when asked for
-    "Read a VHAP / GaussianAvatars folder."
-    folder, head = Path(folder), head or open_head()
+) -> Clip:  # streamed: frame i is read when asked for; in the order of time, then of cameras
+    "Read a VHAP / GaussianAvatars folder, or several sequences of a person as one clip."
+    folders = [Path(f) for f in (folder if isinstance(folder, (list, tuple)) else [folder])]
+    head = head or open_head()
     if split not in (None, 'train', 'val', 'test'):
         raise InputError(f"split should be 'train', 'val', 'test' or None; got {split!r}")
-    top = _open_transforms(folder, split)
-    _check_folder(folder, top, split, head)
-    shots = [_shot(folder, top, entry, i) for i, entry in enumerate(top['frames'])]
-    check_once([(shot.time, shot.camera) for shot in shots], folder)
+    listed = [pair for one in folders for pair in _listed(one, split, head)]
+    shots = _chosen(listed, split, ', '.join(map(str, folders)))
     files = [path for shot in shots for path in (shot.image, shot.mask, shot.params) if path]
     check_files(files, next((shot.image for shot in shots if not shot.mask), None))
     how = dict(cache=cache, leaf=lambda i: _leaf_of_shot(shots[i]))
     return Clip(lambda i: _load_shot(shots[i], head), len(shots), **how)
+
+
+# %% ../../nbs/pictures/32_clips.ipynb #fb18a1bc
+def offset_counts(
+    folder,  # of a VHAP data set
+) -> set:  # of numbers of vertices
+    "For how many vertices the static offsets are: asked of the first frame of each sequence."
+    folder, first = Path(folder), {}
+    for top in _parts_of(folder, None).values():
+        for i, entry in enumerate(top['frames']):
+            path = entry.get('flame_param_path') if isinstance(entry, dict) else None
+            if isinstance(path, str):
+                first.setdefault(os.path.dirname(path), (i, path))
+    counts = set()
+    for i, path in first.values():
+        arrays = _read_npz(inside(folder, path, f'{folder}: frame {i}'))
+        if 'static_offset' in arrays:
+            counts.add(arrays['static_offset'].size // 3)
+    return counts
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #ca25568a

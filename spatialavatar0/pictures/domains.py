@@ -33,7 +33,6 @@ import hashlib
 import math
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
-from importlib.util import find_spec
 from operator import index
 
 import torch
@@ -71,10 +70,11 @@ from spatialavatar0.pictures.people import (
     paint,
     random_light,
     random_scores,
+    recipe_book,
 )
 
 # %% ../../nbs/pictures/36_domains.ipynb #b2923207
-from ..ground.content import file_hashes, hash_of
+from ..ground.content import hash_of
 from ..ground.core import InputError, smoothstep
 from ..ground.geometry import intrinsics, orbit
 from ..head.head import Head, open_head
@@ -958,15 +958,6 @@ def _painted(domain, who, t, c, head, light, background):
 
 
 # %% ../../nbs/pictures/36_domains.ipynb #2ba88758
-_PAINTERS = 'head.head', 'splats.mesh', 'pictures.looks', 'pictures.people', 'pictures.domains'
-
-
-@lru_cache
-def _recipe_book():
-    "Hashes of the code that paints: other code paints other people."
-    return file_hashes([find_spec(f'spatialavatar0.{name}').origin for name in _PAINTERS])
-
-
 class People:
     "Clips, one per person; nobody is painted before somebody looks."
 
@@ -998,7 +989,7 @@ class People:
 
     @cached_property
     def _recipe(self):
-        return hash_of(self.domain, head_content(self.head), _recipe_book())
+        return hash_of(self.domain, head_content(self.head), recipe_book())
 
     def _frame(self, who, t, c):
         light = _light(self.domain, who)

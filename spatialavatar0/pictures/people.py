@@ -22,6 +22,7 @@ __all__ = [
     'motion',
     'portrait_camera',
     'backdrop',
+    'recipe_book',
     'mono_clip',
     'novel_views',
 ]
@@ -29,6 +30,8 @@ __all__ = [
 # %% ../../nbs/pictures/35_people.ipynb #fe28934d
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -46,11 +49,12 @@ from spatialavatar0.pictures.looks import (
 )
 
 # %% ../../nbs/pictures/35_people.ipynb #6d30473f
+from ..ground.content import file_hashes, hash_of
 from ..ground.core import InputError, smoothstep
 from ..ground.geometry import intrinsics, orbit
 from ..head.head import Head, open_head
 from ..splats.mesh import rasterize_mesh, sample_texture, vertex_normals
-from .clips import Clip, Frame
+from .clips import Clip, Frame, head_content
 
 
 # %% ../../nbs/pictures/35_people.ipynb #5d6dbb92
@@ -462,6 +466,25 @@ def backdrop(
 
 
 # %% ../../nbs/pictures/35_people.ipynb #3f021134
+_PAINTERS = 'head.head', 'splats.mesh', 'pictures.looks', 'pictures.people', 'pictures.domains'
+
+
+@lru_cache
+def recipe_book() -> list:  # hashes
+    "Names for the code that paints: other code paints other people."
+    return file_hashes([find_spec(f'spatialavatar0.{name}').origin for name in _PAINTERS])
+
+
+def _painted_by(head, *recipe):
+    "What a painted frame is made of: function i -> leaf."
+
+    @lru_cache
+    def named():
+        return hash_of(recipe_book(), head_content(head), recipe)
+
+    return lambda i: dict(recipe=[named(), i])
+
+
 def mono_clip(
     person: Person,
     frames: int,  # at 25 a second
@@ -485,7 +508,8 @@ def mono_clip(
         painted = paint(person, viewmat, K, size, take[t], light, background=behind, head=head)
         return replace(painted, time=t, camera='0')
 
-    return Clip(frame, frames, cache)
+    leaf = _painted_by(head, person, frames, size, seed, yaw, light, background, drift)
+    return Clip(frame, frames, cache, leaf)
 
 
 # %% ../../nbs/pictures/35_people.ipynb #4c1328f0
@@ -519,4 +543,5 @@ def novel_views(
         )
         return replace(painted, time=time, camera=f'{yaws[side]:+g}')
 
-    return Clip(frame, len(poses) * len(yaws))
+    leaf = _painted_by(head, person, size, yaws, scores, light, background)
+    return Clip(frame, len(poses) * len(yaws), leaf=leaf)
