@@ -17,6 +17,7 @@ __all__ = [
     'from_flame_param',
     'head_fingerprint',
     'head_content',
+    'is_half_written',
     'write_vhap',
     'inside',
     'is_rigid',
@@ -28,6 +29,7 @@ __all__ = [
     'check_once',
     'read_vhap',
     'offset_counts',
+    'without_empty',
     'load_vhap',
 ]
 
@@ -37,6 +39,7 @@ import json
 import math
 import os
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -53,6 +56,7 @@ from torch import Tensor
 from ..ground.content import branches, hash_of
 from ..ground.core import InputError, atomic_path, expect_tensor, progress, to_uint8
 from ..ground.geometry import crop_intrinsics, opengl_to_viewmat, viewmat_to_opengl
+from ..ground.media import open_picture, to_srgb
 from ..ground.pickles import printable
 from ..head.head import Head, open_head
 
@@ -513,12 +517,24 @@ def _is_beginning(lines, title, clip):
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #cd1780a8
+def is_half_written(
+    folder,  # of a clip
+) -> bool:
+    "Whether the writer of a clip was interrupted, or is at work."
+    return (Path(folder) / _JOURNAL).is_file()
+
+
+def _has_files(folder):
+    "Whether there is more than hidden files: a lease (page 06), what a killed writer left."
+    return any(not path.name.startswith('.') for path in folder.iterdir())
+
+
 def _resume(clip, folder, head):
     "Lines about the frames that are already there; refuses a folder that is not ours to fill."
     log = folder / _JOURNAL
     title = dict(frames=len(clip), head=head_content(head))
     lines = []
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or _has_files(folder)):
         if not log.is_file():
             raise InputError(f'{folder} is not empty; choose another folder, or delete it first')
         lines = _journal(log)
@@ -539,6 +555,7 @@ def write_vhap(
     head: Head = None,  # whose parameters the frames hold; default: the open head
     *,
     train: float = 0.7,  # fraction of the time steps in transforms_train.json; the rest is test
+    more: dict = None,  # name -> text of further files, there before the folder counts as whole
     show: bool = None,  # a progress bar; None: only on a terminal
 ) -> Path:
     """Write a clip as a VHAP / GaussianAvatars folder, frame by frame; an interrupted write can be
@@ -557,7 +574,7 @@ def write_vhap(
             entry = _write_frame(frame, folder, head, numbers)
             done.append(dict(entry=entry, leaf=_leaf_name(clip, i, frame)))
             print(json.dumps(done[-1]), file=log, flush=True)
-    _finish(folder, [line['entry'] for line in done], head, train)
+    _finish(folder, [line['entry'] for line in done], head, train, more or {})
     return folder
 
 
@@ -572,7 +589,7 @@ def _part_of(entry, end, cameras):
 _TOP = ('cx', 'cy', 'fl_x', 'fl_y', 'h', 'w', 'camera_angle_x', 'camera_angle_y')
 
 
-def _transforms(entries, first, head):
+def _transforms(entries, first, head, content):
     "Contents of a transforms file."
 
     def indices(name):
@@ -582,6 +599,7 @@ def _transforms(entries, first, head):
         {name: first[name] for name in _TOP},
         head=head_fingerprint(head),
         head_name=head.name,
+        content=content,
         timestep_indices=indices('timestep_index'),
         camera_indices=indices('camera_index'),
         frames=entries,
@@ -589,7 +607,7 @@ def _transforms(entries, first, head):
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #ce72b0ca
-def _finish(folder, entries, head, train):
+def _finish(folder, entries, head, train, more):
     "The files that make a folder a data set, transforms.json last."
     entries = sorted(entries, key=lambda e: (e['timestep_index'], e['camera_index']))
     first = entries[0]
@@ -603,6 +621,9 @@ def _finish(folder, entries, head, train):
     for name in ('train', 'val', 'test'):
         part = [entry for entry in entries if _part_of(entry, end, cameras) == name]
         _write_json(folder / f'transforms_{name}.json', _transforms(part, first, head))
+    for name, text in more.items():
+        with atomic_path(folder / name) as tmp:
+            tmp.write_text(text)
     _write_json(folder / 'transforms.json', _transforms(entries, first, head))
     (folder / _JOURNAL).unlink()
 
@@ -780,10 +801,8 @@ def _check_picture(picture, path, size, says, grey):
 # %% ../../nbs/pictures/32_clips.ipynb #bd6ea22f
 def _opened(path, size, says, grey, take):
     "What `take` makes of a picture that is open; one clear error for all that can go wrong."
-    from PIL import Image
-
     try:
-        with Image.open(path) as picture:
+        with open_picture(path) as picture:
             _check_picture(picture, path, size, says, grey)
             return take(picture)
     except InputError:
@@ -792,7 +811,8 @@ def _opened(path, size, says, grey, take):
         raise InputError(f'{path} is not a readable picture ({printable(e)})') from e
 
 
-def _bytes_of(picture):
+def _numbers_of(picture):
+    "The bytes of a matte; they are no colours."
     alpha = 'A' in picture.mode or 'transparency' in picture.info
     return np.array(picture.convert('RGBA' if alpha else 'RGB'))
 
@@ -803,8 +823,10 @@ def read_picture(
     says='',  # who says so
     grey=False,  # one channel is enough (a matte)
 ) -> np.ndarray:  # (H,W,3|4) bytes
-    "A picture with 8 bits per channel; anything else is an error, never a guess."
-    return _opened(path, size, says, grey, _bytes_of)
+    "Bytes of sRGB, by the picture's profile; other depths are an error, never a guess."
+    if grey:
+        return _opened(path, size, says, grey, _numbers_of)
+    return _opened(path, size, says, grey, lambda picture: np.array(to_srgb(picture, path)))
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #eda2a558
@@ -1056,6 +1078,82 @@ def offset_counts(
         if 'static_offset' in arrays:
             counts.add(arrays['static_offset'].size // 3)
     return counts
+
+
+# %% ../../nbs/pictures/32_clips.ipynb #43c9e503
+def _extrema(picture, is_matte):
+    "Least and most of a matte, 0..255; None where only the reader of the format can tell."
+    if 'A' in picture.mode or 'transparency' in picture.info:
+        return None if is_matte else picture.convert('RGBA').getextrema()[3]
+    return picture.convert('RGB').getextrema()[0] if is_matte else (255, 255)
+
+
+def _matte_range(clip, i):
+    "Least and most of the matte of frame i, 0..255; from its file, where it has one."
+    leaf = clip.leaf(i)
+    matte, file = leaf.get('mattes'), leaf.get('mattes') or leaf.get('pictures')
+    found = None
+    if isinstance(file, Path):
+        found = _opened(file, None, '', True, lambda picture: _extrema(picture, matte is not None))
+    if found is None:
+        mask = clip[i].mask
+        found = round(255 * mask.min().item()), round(255 * mask.max().item())
+    return found
+
+
+# %% ../../nbs/pictures/32_clips.ipynb #cd2b2e0a
+def _is_black(clip, i):
+    "Whether a picture has nothing in it that eyes could see."
+    file = clip.leaf(i).get('pictures')
+    if not isinstance(file, Path):
+        return clip[i].image.max().item() < 4 / 255
+    most = _opened(file, None, '', False, lambda picture: picture.convert('RGB').getextrema())
+    return max(high for _, high in most) < 4
+
+
+def _frame_name(clip, i):
+    "What to call a frame: its time step, and its file, if it has one."
+    leaf = clip.leaf(i)
+    file = leaf.get('mattes') or leaf.get('pictures')
+    with blank_pictures():
+        name = f'time step {clip[i].time}'
+    is_file = isinstance(file, Path)
+    return f'{name} ({file.parent.name}/{printable(file.name)})' if is_file else name
+
+
+# %% ../../nbs/pictures/32_clips.ipynb #5e4d767d
+def without_empty(
+    clip: Clip,
+    where='the clip',  # what to call it
+    say=warnings.warn,  # tells which frames are left out
+) -> Clip:
+    "The frames that show somebody; those with an empty matte are named and left out."
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        found = pool.map(lambda i: _matte_range(clip, i), range(len(clip)))
+        ranges = list(progress(found, 'mattes', total=len(clip)))
+    kept = [i for i, (_, most) in enumerate(ranges) if most > 127]
+    if len(kept) < len(clip):
+        _tell_empty(clip, sorted(set(range(len(clip))) - set(kept)), where, say)
+    if kept and all(least == 255 for least, _ in ranges) and clip.leaf(0).get('mattes'):
+        say(f'note: the mattes of {where} are white: the whole picture counts as the person')
+    if kept and all(_is_black(clip, i) for i in kept):
+        raise InputError(
+            f'{where}: all {len(kept)} pictures are black; export them again, and look at one first'
+        )
+    return clip if len(kept) == len(clip) else clip[kept]
+
+
+def _tell_empty(clip, empty, where, say):
+    "Say which frames show nobody; an error if none is left."
+    names = ', '.join(_frame_name(clip, i) for i in empty[:3])
+    names += f' and {len(empty) - 3} more' if len(empty) > 3 else ''
+    if len(empty) == len(clip):
+        raise InputError(
+            f'{where}: no frame shows a person, all {len(clip)} mattes are empty: {names}; make '
+            'the mattes again'
+        )
+    counts = f'{len(empty)} of {len(clip)} frames left out'
+    say(f'note: {where}: {counts}, their mattes are empty: {names}')
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #ca25568a
