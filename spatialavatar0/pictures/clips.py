@@ -29,7 +29,6 @@ __all__ = [
     'check_once',
     'read_vhap',
     'offset_counts',
-    'without_empty',
     'load_vhap',
 ]
 
@@ -39,7 +38,6 @@ import json
 import math
 import os
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -574,7 +572,7 @@ def write_vhap(
             entry = _write_frame(frame, folder, head, numbers)
             done.append(dict(entry=entry, leaf=_leaf_name(clip, i, frame)))
             print(json.dumps(done[-1]), file=log, flush=True)
-    _finish(folder, [line['entry'] for line in done], head, train, more or {})
+    _finish(folder, done, head, train, more or {})
     return folder
 
 
@@ -607,8 +605,15 @@ def _transforms(entries, first, head, content):
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #ce72b0ca
-def _finish(folder, entries, head, train, more):
+def _content_of(lines):
+    "A name for all that a folder was written from."
+    return hash_of([line['leaf'] for line in lines])
+
+
+def _finish(folder, lines, head, train, more):
     "The files that make a folder a data set, transforms.json last."
+    content = _content_of(lines)
+    entries = [line['entry'] for line in lines]
     entries = sorted(entries, key=lambda e: (e['timestep_index'], e['camera_index']))
     first = entries[0]
     arrays = _read_npz(folder / first['flame_param_path'])
@@ -620,11 +625,11 @@ def _finish(folder, entries, head, train, more):
     cameras = len({entry['camera_index'] for entry in entries})
     for name in ('train', 'val', 'test'):
         part = [entry for entry in entries if _part_of(entry, end, cameras) == name]
-        _write_json(folder / f'transforms_{name}.json', _transforms(part, first, head))
+        _write_json(folder / f'transforms_{name}.json', _transforms(part, first, head, content))
     for name, text in more.items():
         with atomic_path(folder / name) as tmp:
             tmp.write_text(text)
-    _write_json(folder / 'transforms.json', _transforms(entries, first, head))
+    _write_json(folder / 'transforms.json', _transforms(entries, first, head, content))
     (folder / _JOURNAL).unlink()
 
 
@@ -1078,82 +1083,6 @@ def offset_counts(
         if 'static_offset' in arrays:
             counts.add(arrays['static_offset'].size // 3)
     return counts
-
-
-# %% ../../nbs/pictures/32_clips.ipynb #43c9e503
-def _extrema(picture, is_matte):
-    "Least and most of a matte, 0..255; None where only the reader of the format can tell."
-    if 'A' in picture.mode or 'transparency' in picture.info:
-        return None if is_matte else picture.convert('RGBA').getextrema()[3]
-    return picture.convert('RGB').getextrema()[0] if is_matte else (255, 255)
-
-
-def _matte_range(clip, i):
-    "Least and most of the matte of frame i, 0..255; from its file, where it has one."
-    leaf = clip.leaf(i)
-    matte, file = leaf.get('mattes'), leaf.get('mattes') or leaf.get('pictures')
-    found = None
-    if isinstance(file, Path):
-        found = _opened(file, None, '', True, lambda picture: _extrema(picture, matte is not None))
-    if found is None:
-        mask = clip[i].mask
-        found = round(255 * mask.min().item()), round(255 * mask.max().item())
-    return found
-
-
-# %% ../../nbs/pictures/32_clips.ipynb #cd2b2e0a
-def _is_black(clip, i):
-    "Whether a picture has nothing in it that eyes could see."
-    file = clip.leaf(i).get('pictures')
-    if not isinstance(file, Path):
-        return clip[i].image.max().item() < 4 / 255
-    most = _opened(file, None, '', False, lambda picture: picture.convert('RGB').getextrema())
-    return max(high for _, high in most) < 4
-
-
-def _frame_name(clip, i):
-    "What to call a frame: its time step, and its file, if it has one."
-    leaf = clip.leaf(i)
-    file = leaf.get('mattes') or leaf.get('pictures')
-    with blank_pictures():
-        name = f'time step {clip[i].time}'
-    is_file = isinstance(file, Path)
-    return f'{name} ({file.parent.name}/{printable(file.name)})' if is_file else name
-
-
-# %% ../../nbs/pictures/32_clips.ipynb #5e4d767d
-def without_empty(
-    clip: Clip,
-    where='the clip',  # what to call it
-    say=warnings.warn,  # tells which frames are left out
-) -> Clip:
-    "The frames that show somebody; those with an empty matte are named and left out."
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        found = pool.map(lambda i: _matte_range(clip, i), range(len(clip)))
-        ranges = list(progress(found, 'mattes', total=len(clip)))
-    kept = [i for i, (_, most) in enumerate(ranges) if most > 127]
-    if len(kept) < len(clip):
-        _tell_empty(clip, sorted(set(range(len(clip))) - set(kept)), where, say)
-    if kept and all(least == 255 for least, _ in ranges) and clip.leaf(0).get('mattes'):
-        say(f'note: the mattes of {where} are white: the whole picture counts as the person')
-    if kept and all(_is_black(clip, i) for i in kept):
-        raise InputError(
-            f'{where}: all {len(kept)} pictures are black; export them again, and look at one first'
-        )
-    return clip if len(kept) == len(clip) else clip[kept]
-
-
-def _tell_empty(clip, empty, where, say):
-    "Say which frames show nobody; an error if none is left."
-    names = ', '.join(_frame_name(clip, i) for i in empty[:3])
-    names += f' and {len(empty) - 3} more' if len(empty) > 3 else ''
-    if len(empty) == len(clip):
-        raise InputError(
-            f'{where}: no frame shows a person, all {len(clip)} mattes are empty: {names}; make '
-            'the mattes again'
-        )
-    counts = f'{len(empty)} of {len(clip)} frames left out'
-    say(f'note: {where}: {counts}, their mattes are empty: {names}')
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #ca25568a
