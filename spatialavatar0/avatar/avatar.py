@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = [
+    'AVATAR_TENSORS',
     'AVATAR_FILE',
-    'AVATAR_SHAPES',
     'Avatar',
     'OpenSplats',
     'open_splats',
@@ -17,7 +17,7 @@ __all__ = [
     'head_id',
     'avatar_tensors',
     'save_avatar',
-    'check_tensors',
+    'need_head',
     'load_avatar',
 ]
 
@@ -31,9 +31,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spatialavatar0.ground.files import (
+    Field,
+    FileKind,
+    Wanted,
+    read_header,
+    read_tensors,
+    write_tensors,
+)
+
 # %% ../../nbs/avatar/40_avatar.ipynb #3285b1b4
-from ..ground.core import InputError
-from ..ground.files import FileKind, read_tensors, write_tensors
+from ..ground.core import InputError, printable
 from ..ground.geometry import sh0_to_rgb
 from ..head.head import Head, open_head
 from ..splats.binding import Binding, TriangleFrames, bind_points, bind_uv, new_splats
@@ -171,17 +179,37 @@ def new_avatar(
     return Avatar(splats, binding, head, shape, offset, torch.zeros(len(binding)))
 
 
-# %% ../../nbs/avatar/40_avatar.ipynb #b8dc6afb
+# %% ../../nbs/avatar/40_avatar.ipynb #da59b797
+AVATAR_TENSORS = dict(
+    face_ids=Wanted('int64', ('N',), 0, 'F'),
+    bary=Wanted('float32', ('N', 3), -0.01, 1.01, rows='sum to 1'),
+    texels=Wanted('int64', ('N', 2), 0, 'R'),
+    offsets=Wanted('float32', ('N', 3), -1e4, 1e4),
+    quats=Wanted('float32', ('N', 4), -1e4, 1e4, rows='have a length'),
+    log_scales=Wanted('float32', ('N', 3), -50, 9),
+    logit_opacities=Wanted('float32', ('N',), -1e3, 1e3),
+    sh0=Wanted('float32', ('N', 3), -100, 100),
+    seen=Wanted('float32', ('N',), 0, 1),
+    shape=Wanted('float32', (1, 'S'), -100, 100),
+    static_offset=Wanted('float32', ('V', 3), -2, 2),
+)
 AVATAR_FILE = FileKind(
     key='spatialavatar0',
     readable='a readable avatar file',
     remedy='make it again',
     ours='an avatar of this kit',
     missing='no avatar at {path}: expected a .safetensors file written by Avatar.save',
-    schema=1,
+    fields=dict(
+        head=Field(str, 16, 16),
+        head_name=Field(str, 0, 500, needed=False),
+        resolution=Field(int, 0, 4096),
+        info=Field(dict),
+    ),
+    tensors=AVATAR_TENSORS,
 )
 
 
+# %% ../../nbs/avatar/40_avatar.ipynb #b8dc6afb
 def head_id(
     head: Head,
 ) -> str:  # 16 hex digits
@@ -225,38 +253,22 @@ def save_avatar(
 
 Avatar.save = save_avatar
 
+
 # %% ../../nbs/avatar/40_avatar.ipynb #430c5cb9
-AVATAR_SHAPES = dict(
-    offsets=('N', 3),
-    quats=('N', 4),
-    log_scales=('N', 3),
-    logit_opacities=('N',),
-    sh0=('N', 3),
-    face_ids=('N',),
-    bary=('N', 3),
-    texels=('N', 2),
-    shape=(1, 'S'),
-    static_offset=('V', 3),
-    seen=('N',),
-)
-
-
-def check_tensors(
-    path,  # for the messages
-    tensors: dict,  # name -> Tensor
+def need_head(
+    path,  # of the file
+    meta: dict,  # its header
     head: Head,
+    verb: str = 'made',  # what was done with that head
 ):
-    "InputError unless every tensor is there, of the right shape, and in range."
-    sizes = dict(N=len(tensors.get('face_ids', ())), S=head.num_shape, V=head.num_verts)
-    for name, shape in AVATAR_SHAPES.items():
-        want = tuple(sizes.get(n, n) for n in shape)
-        if name not in tensors:
-            raise InputError(f'{path}: an avatar needs the tensor {name!r}; the file lacks it')
-        if tuple(tensors[name].shape) != want:
-            raise InputError(f'{path}: {name} should be {want}; got {tuple(tensors[name].shape)}')
-    ids = tensors['face_ids']
-    if len(ids) and not 0 <= ids.min() <= ids.max() < len(head.faces):
-        raise InputError(f'{path}: face_ids should lie in 0..{len(head.faces) - 1}')
+    "InputError unless a file's header names this head."
+    if meta['head'] == head_id(head):
+        return
+    name = printable(meta.get('head_name', 'its name was not kept'))
+    raise InputError(
+        f'{path} was {verb} on another head ({name}, {printable(meta["head"])}); pass that one as '
+        f'head=, this is {head.name}, {head_id(head)}'
+    )
 
 
 # %% ../../nbs/avatar/40_avatar.ipynb #4a546544
@@ -267,24 +279,19 @@ def load_avatar(
     "Read an avatar; refuses a damaged file, a newer schema or another head."
     path = Path(path)
     head = head or open_head()
-    tensors, meta = read_tensors(path, AVATAR_FILE)
-    if meta['head'] != head_id(head):
-        raise InputError(
-            f'{path} was made on another head ({meta.get("head_name", "its name was not kept")}, '
-            f'{meta["head"]}); pass that one as head=, this is {head.name}, {head_id(head)}'
-        )
-    check_tensors(path, tensors, head)
+    meta = read_header(path, AVATAR_FILE)
+    need_head(path, meta, head)
+    resolution = meta['resolution']
+    sizes = dict(S=head.num_shape, V=head.num_verts, F=len(head.faces), R=resolution or 4096)
+    tensors, _ = read_tensors(path, AVATAR_FILE, **sizes)
+    face_ids, bary, texels = (tensors[k] for k in ('face_ids', 'bary', 'texels'))
+    if resolution and len(texels.unique(dim=0)) < len(texels):
+        raise InputError(f'{path}: two Gaussians sit on one texel; make it again')
     names = 'offsets', 'quats', 'log_scales', 'logit_opacities', 'sh0'
-    place_on_head = (tensors[k] for k in ('face_ids', 'bary', 'texels'))
-    return Avatar(
-        splats={k: tensors[k] for k in names},
-        binding=Binding(*place_on_head, head.faces, meta['resolution']),
-        head=head,
-        shape=tensors['shape'],
-        static_offset=tensors['static_offset'],
-        seen=tensors['seen'],
-        info=meta['info'],
-    )
+    splats = {k: tensors[k] for k in names}
+    binding = Binding(face_ids, bary, texels, head.faces, resolution)
+    rest = {k: tensors[k] for k in ('shape', 'static_offset', 'seen')}
+    return Avatar(splats, binding, head, **rest, info=meta['info'])
 
 
 Avatar.load = staticmethod(load_avatar)
