@@ -13,6 +13,7 @@ __all__ = [
     'is_lost',
     'frame_name',
     'in_words',
+    'shares_of',
     'faults_of',
     'strange_frames',
     'Checked',
@@ -190,8 +191,11 @@ def _matte_files(clip):
             yield i, (path, bool(leaf.get('mattes')))
 
 
-def _shares_of(clip, show):
-    "Place -> how much the matte of that frame covers."
+def shares_of(
+    clip: Clip,
+    show: bool = None,  # a progress bar; None: only on a terminal
+) -> dict:  # place -> 0..1
+    "How much of the picture the matte of every frame covers."
     files = dict(_matte_files(clip))
     shares = dict(zip(files, matte_shares(list(files.values()), show)))
     others = [i for i in range(len(clip)) if i not in shares]
@@ -223,7 +227,7 @@ def faults_of(
     "The frames of a clip that cannot be used."
     head = head or open_head()
     lost = _lost_of(clip, head, most)
-    empty = {i: 'empty' for i, share in _shares_of(clip, show).items() if share < EMPTY}
+    empty = {i: 'empty' for i, share in shares_of(clip, show).items() if share < EMPTY}
     return dict(sorted((lost | empty).items()))
 
 
