@@ -281,7 +281,7 @@ def test_files_with_wrong_weights_or_headers(gen, tmp_path):
     refuse_written('should be', {**tensors, first: tensors[first].flatten()[:1]})
     refuse_written('update spatialavatar0', schema=99)
     refuse_written('another head', head='0' * 16)
-    refuse_written('configuration', config={**meta['config'], 'pool': 7})
+    refuse_written('config', config={**meta['config'], 'pool': 7})
 
 
 # ---- errors

@@ -245,7 +245,7 @@ def _check_names(path, file, kind):
     unknown = sorted(names - set(kind.tensors))
     if missing or unknown:
         first = ', '.join(printable(name, 60) for name in [*missing, *unknown][:3])
-        what = f'{len(missing)} of its tensors missing, {len(unknown)} unknown ({first})'
+        what = f'{len(missing)} missing, {len(unknown)} unknown tensors ({first})'
         raise _wrong(path, kind, what)
 
 

@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = [
+    'CONFIG_FIELDS',
     'check_frame',
     'fit_frame',
     'shell_points',
@@ -20,7 +21,7 @@ __all__ = [
     'make_encoder',
     'layer_scales',
     'check_config',
-    'fill_weights',
+    'weight_table',
 ]
 
 # %% ../../nbs/stage1/50_backbone.ipynb #14900e6f
@@ -34,6 +35,7 @@ from torch import Tensor, nn
 
 from ..avatar.avatar import part_is, texel_mask
 from ..ground.core import InputError, smoothstep
+from ..ground.files import Field, Wanted, check_fields
 from ..ground.geometry import axis_angle_to_mat, crop_intrinsics, project
 from ..head.head import Head
 from ..pictures.clips import Frame, resize
@@ -295,17 +297,30 @@ def _timm_for(name):
 
 
 # %% ../../nbs/stage1/50_backbone.ipynb #b45982f5
+_MOST_WEIGHTS = 1_000_000_000  # ViT-g has this many; a larger one is a slip of the pen
+
+
+def _untrained(timm, name):
+    "The network with random weights; counted before they take memory."
+    sizes = dict(num_classes=0, dynamic_img_size=True)
+    with torch.device('meta'):
+        empty = timm.create_model(name, pretrained=False, **sizes)
+    count = sum(weight.numel() for weight in empty.parameters())
+    if count > _MOST_WEIGHTS:
+        raise InputError(f'{name} has {count:,} weights, at most {_MOST_WEIGHTS:,} are taken')
+    return timm.create_model(name, pretrained=False, **sizes)
+
+
 def load_backbone(
     name: str,  # a timm name
     weights: bool,  # fetch the trained ones; False: random ones
 ) -> nn.Module:
     "A vision transformer that takes pictures of any size."
     timm = _timm_for(name)
-    sizes = dict(num_classes=0, dynamic_img_size=True)
     if not weights:
-        return timm.create_model(name, pretrained=False, **sizes)
+        return _untrained(timm, name)
     try:
-        return timm.create_model(name, pretrained=True, **sizes)
+        return timm.create_model(name, pretrained=True, num_classes=0, dynamic_img_size=True)
     except Exception as error:
         raise InputError(
             f'the weights of {name} cannot be had here ({type(error).__name__}): go online once, '
@@ -425,15 +440,41 @@ def layer_scales(
     return [scale(name, layer) for name, layer in zip(names, layers)]
 
 
+# %% ../../nbs/stage1/50_backbone.ipynb #adf8fab4
+_CHANNELS = Field(list, 0, 6, inside=Field(int, 1, 512))
+CONFIG_FIELDS = dict(
+    image_size=Field(int, 16, 2048),
+    resolution=Field(int, 8, 512),
+    encoder=_CHANNELS,
+    backbone=Field(str, 0, 100),
+    frozen=Field(bool),
+    source_features=Field(int, 1, 256),
+    token=Field(int, 1, 4096),
+    unet=_CHANNELS._replace(low=1),
+    features=Field(int, 1, 256),
+    hidden=Field(int, 1, 256),
+    base=Field(int, 1, 64),
+    shells=Field(list, 1, 16, inside=Field(float, -0.5, 0.5)),
+    pool=Field(str, 1, 20),
+    mirror=Field(bool),
+    residual=Field(bool),
+    view=Field(bool),
+)
+
+
 # %% ../../nbs/stage1/50_backbone.ipynb #8e821d74
 def check_config(
     config,  # a GeneratorConfig
 ):
-    "One clear error for sizes that do not fit together."
+    "One clear error for sizes that are out of all reason, or do not fit together."
+    there = {name: field for name, field in CONFIG_FIELDS.items() if hasattr(config, name)}
+    check_fields('the configuration', vars(config), there)
     if config.pool not in ('visible', 'plain', 'attention'):
         raise InputError(f"pool should be 'visible', 'plain' or 'attention'; got {config.pool!r}")
-    if not config.shells or config.shells[0] != 0:
+    if config.shells[0] != 0:
         raise InputError(f'shells should start at 0, the skin; got {config.shells}')
+    if not config.backbone and not config.encoder:
+        raise InputError('without a backbone, encoder should name the channels of its levels')
     halved = 2 ** (len(config.unet) - 1)
     if config.resolution % halved:
         raise InputError(
@@ -446,22 +487,12 @@ def check_config(
 
 
 # %% ../../nbs/stage1/50_backbone.ipynb #f52ce1b9
-def fill_weights(
+def weight_table(
     module: nn.Module,
-    tensors: dict,  # name -> Tensor
-    path,  # where they come from, for errors
-) -> nn.Module:
-    "Load weights after comparing every name and shape."
-    wanted = module.state_dict()
-    missing, unknown = set(wanted) - set(tensors), set(tensors) - set(wanted)
-    if missing or unknown:
-        raise InputError(
-            f'{path} does not hold the weights its configuration needs: {len(missing)} missing, '
-            f'{len(unknown)} unknown'
-        )
-    for name, values in tensors.items():
-        want, got = tuple(wanted[name].shape), tuple(values.shape)
-        if want != got:
-            raise InputError(f'{path}: {name} should be {want}; got {got}')
-    module.load_state_dict(tensors)
-    return module
+) -> dict:  # name -> Wanted, for `read_tensors`
+    "What a file of a module's weights must hold."
+
+    def wanted(x):
+        return Wanted(str(x.dtype).removeprefix('torch.'), tuple(x.shape), -1e4, 1e4)
+
+    return {name: wanted(x) for name, x in module.state_dict().items()}

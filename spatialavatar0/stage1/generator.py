@@ -28,13 +28,14 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from spatialavatar0.stage1.backbone import (
+    CONFIG_FIELDS,
     Look,
     check_config,
-    fill_weights,
     look_at,
     make_encoder,
     sample,
     shell_heights,
+    weight_table,
 )
 from spatialavatar0.stage1.network import (
     CHANNELS,
@@ -48,11 +49,11 @@ from spatialavatar0.stage1.network import (
     pull_push,
 )
 
-from ..avatar.avatar import Avatar, head_id, new_avatar, open_splats
+from ..avatar.avatar import Avatar, head_id, need_head, new_avatar, open_splats
 from ..avatar.portrait import sink_offsets
 from ..avatar.warp import mirror_texels
 from ..ground.core import InputError
-from ..ground.files import FileKind, read_tensors, write_tensors
+from ..ground.files import Field, FileKind, read_header, read_tensors, write_tensors
 from ..ground.geometry import quat_mul, rgb_to_sh0
 from ..head.head import Head, open_head
 from ..pictures.clips import Frame
@@ -596,6 +597,12 @@ _CHECKPOINT = FileKind(
         'no generator at {path}: expected a .safetensors file written by Generator.save, or the '
         'name of a shipped one'
     ),
+    fields=dict(
+        config=Field(dict, inside=CONFIG_FIELDS),
+        head=Field(str, 16, 16),
+        head_name=Field(str, 0, 500),
+        info=Field(dict),
+    ),
 )
 
 
@@ -618,12 +625,11 @@ def save(
 # %% ../../nbs/stage1/52_generator.ipynb #7e67a399
 def _rebuild(path, meta, head):
     "An untrained generator as a checkpoint describes it."
-    known = {field.name for field in fields(GeneratorConfig)}
-    sizes = {name: x for name, x in meta['config'].items() if name in known}
+    sizes = {name: meta['config'][name] for name in CONFIG_FIELDS}
     sizes = {name: tuple(x) if isinstance(x, list) else x for name, x in sizes.items()}
     try:
         return Generator(GeneratorConfig(**sizes), head, weights=False)
-    except (InputError, TypeError) as error:
+    except InputError as error:
         raise InputError(f'{path} holds a configuration that cannot be built: {error}') from error
 
 
@@ -636,13 +642,12 @@ def from_pretrained(
     head = head or open_head()
     shipped = files('spatialavatar0') / 'assets' / f'{name}.safetensors'
     path = Path(str(shipped)) if shipped.is_file() else Path(name)
-    tensors, meta = read_tensors(path, _CHECKPOINT)
-    if meta['head'] != head_id(head):
-        raise InputError(
-            f'{path} was trained on another head ({meta["head_name"]}, {meta["head"]}); pass that '
-            f'one as head=, this is {head.name}, {head_id(head)}'
-        )
-    return fill_weights(_rebuild(path, meta, head), tensors, path).eval()
+    meta = read_header(path, _CHECKPOINT)
+    need_head(path, meta, head, 'trained')
+    generator = _rebuild(path, meta, head)
+    weights, _ = read_tensors(path, replace(_CHECKPOINT, tensors=weight_table(generator)))
+    generator.load_state_dict(weights)
+    return generator.eval()
 
 
 Generator.from_pretrained = staticmethod(from_pretrained)
