@@ -16,7 +16,6 @@ from typing import Annotated
 
 import typer
 
-
 # %% ../nbs/cli.ipynb #767e26ea
 def _package(name, cost):
     "A Python package."
@@ -26,7 +25,6 @@ def _package(name, cost):
         return name, True, version(name)
     except PackageNotFoundError:
         return name, False, cost
-
 
 # %% ../nbs/cli.ipynb #1d7c7ef0
 def _gpu():
@@ -40,7 +38,6 @@ def _gpu():
             return 'CUDA GPU', True, torch.cuda.get_device_name(0)
     cost = "everything runs on the CPU renderer; the paper's full size wants a GPU"
     return 'CUDA GPU', False, cost
-
 
 # %% ../nbs/cli.ipynb #a446b877
 _SYSTEM = 'libEGL.so.1', 'libGLESv2.so.2'  # MediaPipe needs them on Linux
@@ -65,7 +62,6 @@ def _libraries():
     note = f'{", ".join(missing)} missing: {cost}' if missing else 'libEGL, libGLESv2'
     return 'system libraries', not missing, note
 
-
 # %% ../nbs/cli.ipynb #534b4c3f
 def _asset(id, cost):
     "A file that the manifest lists."
@@ -76,7 +72,6 @@ def _asset(id, cost):
         return (id, True, 'here') if find_local(load_manifest()[id]) else (id, False, cost)
     except InputError as e:
         return id, False, str(e)
-
 
 # %% ../nbs/cli.ipynb #baefc0f0
 def _film():
@@ -89,7 +84,6 @@ def _film():
         return 'ffmpeg', True, imageio_ffmpeg.get_ffmpeg_version()
     except RuntimeError:
         return 'ffmpeg', False, cost
-
 
 # %% ../nbs/cli.ipynb #94977961
 def doctor() -> list:  # rows (what, whether it is here, version or what its absence costs)
@@ -114,7 +108,6 @@ def doctor() -> list:  # rows (what, whether it is here, version or what its abs
         _package('viser', 'no live viewer; pip install "spatialavatar0[viewer]"'),
     ]
 
-
 # %% ../nbs/cli.ipynb #b6c8bbee
 app = typer.Typer(
     help='3D head avatars from photos, on a laptop.',
@@ -123,14 +116,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-
 # %% ../nbs/cli.ipynb #ee31dd71
 class Device(StrEnum):
     "Where to compute."
 
     cpu = 'cpu'
     cuda = 'cuda'
-
 
 # %% ../nbs/cli.ipynb #c5d85ad7
 class HeadSize(StrEnum):
@@ -139,7 +130,6 @@ class HeadSize(StrEnum):
     tiny = 'tiny'
     laptop = 'laptop'
 
-
 # %% ../nbs/cli.ipynb #c0f09650
 class NetworkSize(StrEnum):
     "Sizes of a generator that is trained."
@@ -147,7 +137,6 @@ class NetworkSize(StrEnum):
     tiny = 'tiny'
     laptop = 'laptop'
     paper = 'paper'
-
 
 # %% ../nbs/cli.ipynb #608af5d6
 _Out = Annotated[Path, typer.Option(help='Folder for the results.')]
@@ -163,7 +152,6 @@ _Clip = Annotated[
     typer.Argument(help='Folder of a clip: VHAP, IMavatar, INSTA, FlashAvatar or GAGAvatar_track.'),
 ]
 _Resolution = Annotated[int, typer.Option(min=8, help='Texels per side of a new avatar.')]
-
 
 # %% ../nbs/cli.ipynb #0edc4394
 def check_device(
@@ -186,6 +174,28 @@ def check_device(
         raise InputError('this command has nothing for a GPU to do; use --device cpu')
     return device
 
+# %% ../nbs/cli.ipynb #e88aa3d6
+_THING = (
+    'A photo, a film, a folder of pictures, a clip, a folder of people, an avatar, a run, results, '
+    'a recording, splats, a head model.'
+)
+_THING_HEAD = 'FLAME model its codes belong to; default: the open head.'
+
+
+@app.command('inspect')
+def _run_inspect(
+    path: Annotated[Path, typer.Argument(help=_THING)],
+    head: Annotated[Path, typer.Option(help=_THING_HEAD)] = None,
+    num_shape: Annotated[int, typer.Option(min=0, help='Shape directions of that model.')] = None,
+    num_expr: Annotated[int, typer.Option(min=0, help='Expressions of that model.')] = None,
+    as_json: Annotated[bool, typer.Option('--json', help='For programs.')] = False,
+):
+    "Say what PATH is, what is wrong with it, and the exact command that comes next."
+    from spatialavatar0.head.flame_files import head_file
+    from spatialavatar0.inspection import inspect_path, report_json, report_text
+
+    report = inspect_path(path, head_file(head, num_shape, num_expr))
+    typer.echo(report_json(report) if as_json else report_text(report))
 
 # %% ../nbs/cli.ipynb #65f52541
 _DONE = """
@@ -207,7 +217,6 @@ def _build(build, source, out, preset, seed, device):
     folder = out.resolve()
     typer.echo(_DONE.format(count=numbers['gaussians'], seconds=seconds, folder=folder, **files))
 
-
 # %% ../nbs/cli.ipynb #fa82a49e
 @app.command('demo')
 def _run_demo(
@@ -223,11 +232,10 @@ def _run_demo(
 
     _build(build_avatar, skimage.data.astronaut(), out, preset, seed, device)
 
-
 # %% ../nbs/cli.ipynb #9e8f4da4
 _PHOTOS = (
-    'A portrait (JPEG, PNG, WebP, TIFF ...), several of one person, or a film of one '
-    '(mp4, mov ...).'
+    'A portrait (JPEG, HEIC, PNG, WebP ...), several of one person, or a film of one '
+    '(mp4, mov, mts ...).'
 )
 
 
@@ -240,7 +248,8 @@ def _run_build(
     device: _Device = Device.cpu,
 ):
     "Make a head from your own PHOTOS, or from a film. Faces belong to people: ask them first."
-    from spatialavatar0.pipeline import build_avatar, build_from_film, is_film
+    from spatialavatar0.ground.media import is_film
+    from spatialavatar0.pipeline import build_avatar, build_from_film
 
     films = [path for path in photos if is_film(path)]
     if not films:
@@ -248,7 +257,6 @@ def _run_build(
     if len(photos) > 1:
         raise typer.BadParameter('a film goes alone: one film, or photos')
     _build(build_from_film, films[0], out, preset, seed, device)
-
 
 # %% ../nbs/cli.ipynb #6c8f4457
 @app.command('track')
@@ -273,7 +281,6 @@ def _run_track(
     check_device(device.value)
     track_clip(video, out, size=size, most=fps, focal=focal, say=typer.echo)
 
-
 # %% ../nbs/cli.ipynb #fb8b3ddf
 def _load(avatar, head):
     "An avatar from its file, on its head model."
@@ -281,7 +288,6 @@ def _load(avatar, head):
     from spatialavatar0.head.flame_files import load_flame
 
     return load_avatar(avatar, load_flame(head) if head else None)
-
 
 # %% ../nbs/cli.ipynb #7c18cf94
 _LIVE = "Serve it to this machine's browser instead, until Ctrl-C."
@@ -298,12 +304,14 @@ def _run_view(
     device: _Device = Device.cpu,
 ):
     "Write one file that shows an AVATAR in any browser, with sliders."
+    from spatialavatar0.ground.lease import sweep
     from spatialavatar0.use.viewer import write_page
 
     check_device(device.value)
     shown = _load(avatar, head)
     if live:
         return _serve(shown)
+    sweep(out.parent)
     typer.echo(f'open {write_page(shown, out, avatar.stem).resolve()} in a browser')
 
 
@@ -317,7 +325,6 @@ def _serve(avatar):
         server.sleep_forever()
     finally:
         server.stop()
-
 
 # %% ../nbs/cli.ipynb #034afc53
 _Seconds = Annotated[
@@ -335,7 +342,6 @@ def _motion_options(seconds, fps, seed, driver):
     from spatialavatar0.pipeline import MotionOptions
 
     return MotionOptions(seconds, fps, seed, load_flame(driver) if driver else None)
-
 
 # %% ../nbs/cli.ipynb #ce2558e2
 _MOTION = (
@@ -366,7 +372,6 @@ def _run_animate(
     shown = _load(avatar, head)
     how = dict(size=size, sway=sway, options=_motion_options(seconds, fps, seed, driver))
     typer.echo(animate_avatar(shown, motion, out, **how, say=typer.echo).resolve())
-
 
 # %% ../nbs/cli.ipynb #18c00009
 _EXPORT = (
@@ -400,7 +405,6 @@ def _run_export(
     how = dict(gaussian_avatars=gaussian_avatars, form=form, options=options)
     typer.echo(export_avatar(shown, out, motion, **how, say=typer.echo).resolve())
 
-
 # %% ../nbs/cli.ipynb #c12fb691
 _START = 'An avatar file, or "new": one frame of the clip is warped.'
 _CLIP_HEAD = 'FLAME model of the clip; default: the open head.'
@@ -425,7 +429,6 @@ def _run_refine(
     where = check_device(device.value, True)
     options = RefineOptions(iters, head, resolution, paper, seed, where)
     refine_clip(avatar, clip, out, options, typer.echo)
-
 
 # %% ../nbs/cli.ipynb #49b531b0
 _NETWORK = 'paper: DINOv3, 512 pixels, 58,000 Gaussians, 250,000 steps; wants a GPU.'
@@ -459,7 +462,6 @@ def _run_train(
     options = TrainOptions(preset.value, steps, **data, batch=batch, seed=seed, device=where)
     train_generator(out, options, typer.echo)
 
-
 # %% ../nbs/cli.ipynb #18e00004
 _JUDGED = 'An avatar file; or warp, network: made of a frame of the clip.'
 _PROTOCOL = (
@@ -489,7 +491,6 @@ def _run_evaluate(
     names = dict(head=head, method=method, subject=subject, seed=seed)
     evaluate_avatar(avatar, clip, protocol, out, **names, say=typer.echo)
 
-
 # %% ../nbs/cli.ipynb #f675291c
 _PEOPLE = 'A folder with a folder per person, in any format of page 33.'
 _METHOD = "warp, network or a generator's file; then perhaps +paper or +ours."
@@ -518,7 +519,6 @@ def _run_benchmark(
     options = BenchmarkOptions(jobs, seeds, iters, resolution, head, where)
     benchmark_people(folder, protocol, method, out, options, typer.echo)
 
-
 # %% ../nbs/cli.ipynb #ae570936
 @app.command('doctor')
 def _run_doctor():
@@ -533,7 +533,6 @@ def _run_assets():
     from spatialavatar0.ground.assets import assets_table
 
     typer.echo(assets_table())
-
 
 # %% ../nbs/cli.ipynb #d54714dc
 def _failed(error):
@@ -553,19 +552,19 @@ def _failed(error):
     typer.echo(f'error: {text}', err=True)
     return 1
 
-
 # %% ../nbs/cli.ipynb #c941c27e
 def _note(message, *_, **__):
     "A library's warning as one line."
     typer.echo(f'note: {message}', err=True)
-
 
 # %% ../nbs/cli.ipynb #9534a25c
 def main(
     args: list = None,  # default: the command line
 ) -> int:  # exit code
     "Run a command; a user's mistake is one line, not a traceback."
-    with warnings.catch_warnings():
+    from spatialavatar0.ground.lease import as_ctrl_c, exit_code
+
+    with warnings.catch_warnings(), as_ctrl_c() as came:
         warnings.simplefilter('ignore', DeprecationWarning)
         warnings.showwarning = _note
         try:
@@ -573,7 +572,9 @@ def main(
         except (KeyboardInterrupt, typer.Abort):
             code = 130
         except Exception as e:
-            return _failed(e)
-    if code == 130:  # what typer makes of Ctrl-C
-        typer.echo('interrupted; nothing was left half-written', err=True)
-    return min(code, 1)
+            if not came:  # what a signal breaks off may complain
+                return _failed(e)
+    if not came and code != 130:  # 130: what typer makes of Ctrl-C
+        return min(code, 1)
+    typer.echo('interrupted; nothing was left half-written', err=True)
+    return exit_code(came)

@@ -29,7 +29,6 @@ __all__ = [
     'write_results',
     'build_avatar',
     'track_clip',
-    'is_film',
     'build_from_film',
     'first_avatar',
     'RefineOptions',
@@ -49,7 +48,7 @@ __all__ = [
 import json
 import os
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,10 +78,12 @@ from spatialavatar0.judge.benchmark import (
     avatar_by,
     head_squares,
     jobs_of,
+    left_out_of,
     method_of,
     parts_of_clip,
     run_all,
     subjects,
+    usable_parts,
 )
 from spatialavatar0.pictures.clips import (
     Clip,
@@ -111,13 +112,19 @@ from .avatar.hair import unturned
 from .avatar.portrait import from_frame, head_square, without_clothes
 from .capture.film import track_video, watch_film
 from .capture.film_avatar import first_film_avatar, refine_on_film, with_agreed_matte
+from .capture.footage import open_film
 from .capture.track import fit
+from .ground.content import file_hashes
 from .ground.core import InputError, atomic_path, progress, set_seed, to_uint8
 from .ground.geometry import crop_intrinsics
+from .ground.lease import check_writable, interruption, lease, one_writer, sweep
+from .ground.media import is_picture
 from .head.flame_files import load_flame
 from .head.head import Head, Lacks, open_head
+from .inspection import check_pictures, head_options, keep_command, kept_command
 from .judge.evaluate import DlibJudge, renderer
 from .judge.results import Results, evaluate, judges_here, protocol_of, result_table
+from .pictures.checks import usable
 from .pictures.domains import held_out, mono, multi, people
 from .pictures.formats import load_clip, train_test
 from .stage1.generator import from_preset
@@ -262,7 +269,9 @@ def avatar_from_frame(
     avatar, trusted, cuts = from_photos(cuts, cfg.resolution, head)
     warped = front_psnr(avatar, cuts[0])
     say(f'warped: {len(avatar):,} Gaussians, {warped:.1f} dB inside the matte')
-    avatar, _ = refine_photo(avatar, cuts, cfg.iters, seed=cfg.seed, device=cfg.device)
+    avatar, _ = refine_photo(
+        avatar, cuts, cfg.iters, seed=cfg.seed, device=cfg.device, unfinished=False
+    )
     refined = front_psnr(avatar, cuts[0])
     say(f'refined: {refined:.1f} dB after {cfg.iters} steps')
     numbers = dict(
@@ -476,19 +485,6 @@ UNITS = dict(
 )
 
 
-# %% ../nbs/pipeline.ipynb #b3bcd885
-def _check_writable(out):
-    "Refuse a folder that cannot be made or written to."
-    there = next(p for p in (out, *out.parents) if p.exists() or p.is_symlink())
-    if not there.is_dir():
-        raise InputError(
-            f'cannot write to {out}: {there} is a file where a folder is needed; choose another '
-            '--out'
-        )
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f'cannot write to {out}: permission denied; choose another --out')
-
-
 # %% ../nbs/pipeline.ipynb #e9b5985a
 def _is_same_file(file, photo):
     is_path = isinstance(photo, (str, Path))
@@ -502,7 +498,7 @@ def check_out(
 ) -> Path:
     "Refuse early, before minutes of work, when the results cannot be written."
     out = Path(out)
-    _check_writable(out)
+    check_writable(out)
     for file in map(out.joinpath, FILES.values()):
         if file.is_dir():
             raise InputError(
@@ -584,7 +580,50 @@ def _shares(names, shown):
     return '; '.join(said[:1] + [text + ' more' for text in said[1:]])
 
 
+# %% ../nbs/pipeline.ipynb #d5e42e29
+def _given(options):
+    "Options that somebody gave, as a command takes them."
+    usual = type(options)()
+    said = {f.name: getattr(options, f.name) for f in fields(options)}
+    said = {k: v for k, v in said.items() if v != getattr(usual, k) and k != 'restart'}
+    places = {k: Path(said[k]) for k in ('mono', 'multi') if k in said}
+    return said | places | head_options(said.pop('head', None))
+
+
+def _preset_of(cfg):
+    "The name of a preset; None for a configuration of somebody's own."
+    named = {k: build_preset(k, cfg.seed, cfg.device) for k in BUILD_PRESETS}
+    return next((name for name, preset in named.items() if preset == cfg), None)
+
+
+def _keep_build(out, photos, cfg):
+    "The note of a build, if a command can say the same."
+    preset = _preset_of(cfg)
+    if preset and all(isinstance(photo, (str, Path)) for photo in photos):
+        how = dict(out=Path(out), preset=preset, seed=cfg.seed, device=cfg.device)
+        keep_command(out, 'build', *map(Path, photos), **how)
+
+
+def _keep_first(out, name, /, *things, **options):
+    "The note of a command; one that goes on, or is refused, leaves that of the first."
+    if not (out / 'state.safetensors').exists() or kept_command(out) is None:
+        keep_command(out, name, *things, out=out, **options)
+
+
+# %% ../nbs/pipeline.ipynb #597c805e
+def _check_photos(photos, say):
+    "Refuse what is no picture before anything is fitted; say so if two are the same."
+    files = [Path(photo) for photo in photos if isinstance(photo, (str, Path))]
+    for path in files:
+        load_photo(path)
+    for path, name in zip(files, names := file_hashes(files)):
+        first = files[names.index(name)]
+        if first != path:
+            say(f'note: {first.name} and {path.name} are the same picture')
+
+
 # %% ../nbs/pipeline.ipynb #4d3c7918
+@one_writer
 def build_avatar(
     photo,  # file or array; or a list of them, all of one person
     out,  # folder for the results
@@ -595,6 +634,7 @@ def build_avatar(
     photos = list(photo) if isinstance(photo, (list, tuple)) else [photo]
     for one in photos:
         out = check_out(out, one)
+    _check_photos(photos, say)
     cfg = cfg or build_preset()
     set_seed(cfg.seed)
     head = open_head()
@@ -602,6 +642,7 @@ def build_avatar(
     tracked = track_photos(photos, head)
     clock.lap('track')
     _begin_results(tracked, head, out, say)
+    _keep_build(out, photos, cfg)
     avatar, cut, numbers = avatar_from_frame(tracked.frames, head, cfg, say)
     clock.lap('build')
     if len(photos) > 1:
@@ -633,6 +674,7 @@ def _person_judge(say):
 
 
 # %% ../nbs/pipeline.ipynb #e8149712
+@one_writer
 def track_clip(
     video,  # film file or folder of pictures
     out,  # folder of the clip
@@ -644,6 +686,9 @@ def track_clip(
 ) -> Clip:
     "A film to a clip; interrupted, the same call goes on."
     how = dict(size=size, most=most, focal=focal)
+    if Path(video).is_dir():
+        for note in check_pictures(video):
+            say(f'note: {note}')
     clip = track_video(video, out, **how, judge=_person_judge(say), say=say)
     say(
         f'{len(clip)} frames of {clip[0].width} x {clip[0].height} in {Path(out).resolve()}; '
@@ -669,7 +714,7 @@ def _likeness_of(train, head, cfg, out, say):
     "Warp, then refine; goes on from state.safetensors."
     start, vote = first_film_avatar(train, cfg.resolution, head)
     say(f'warped: {len(start):,} Gaussians')
-    where = dict(state=out / 'state.safetensors', device=cfg.device)
+    where = dict(state=out / 'state.safetensors', device=cfg.device, unfinished=False)
     avatar, _ = refine_on_film(start, vote, train, cfg.clip_iters, seed=cfg.seed, **where)
     return _Likeness(start, vote, avatar)
 
@@ -705,14 +750,6 @@ FILM_UNITS = dict(
     aspect_999=UNITS['aspect_999'],
     seconds='on the wall, of this run',
 )
-_FILMS = '.mp4', '.mov', '.webm', '.mkv', '.avi', '.m4v'
-
-
-def is_film(
-    path: Path,
-) -> bool:
-    "Whether a file's name ends like a film's."
-    return path.suffix.lower() in _FILMS
 
 
 def _tracking_numbers(clip):  # folder of a clip from track_clip
@@ -722,6 +759,7 @@ def _tracking_numbers(clip):  # folder of a clip from track_clip
 
 
 # %% ../nbs/pipeline.ipynb #cc6a7bd8
+@one_writer
 def build_from_film(
     film,  # film file
     out,  # folder for the results
@@ -734,6 +772,8 @@ def build_from_film(
     clock = _Stopwatch()
     set_seed(cfg.seed)
     (out / FILES['metrics']).unlink(missing_ok=True)
+    open_film(film)
+    _keep_build(out, [film], cfg)
     train, test = split(track_clip(film, out / 'clip', size=cfg.size, say=say))
     head = open_head()
     clock.lap('track')
@@ -794,6 +834,7 @@ class RefineOptions:
 
 
 # %% ../nbs/pipeline.ipynb #5a6014f5
+@one_writer
 def refine_clip(
     avatar,  # an avatar file or 'new'
     clip,  # a folder in any format of page 33
@@ -805,14 +846,14 @@ def refine_clip(
     options = options or RefineOptions()
     head = _head_from(options.head)
     out = Path(out)
-    train, test = train_test(clip, head)
+    parts = zip(('train', 'test'), train_test(clip, head))
+    train, test = (usable(part, head, f'{clip}, {name}', say) for name, part in parts)
+    things = avatar if str(avatar) == 'new' else Path(avatar), Path(clip)
+    _keep_first(out, 'refine', *things, **_given(options))
     say(f'{len(train)} frames to learn from, {len(test)} held out')
-    is_new = str(avatar) == 'new'
-    start = (
-        first_avatar(train, head, options.resolution, say) if is_new else load_avatar(avatar, head)
-    )
+    start = _start_of(avatar, train, head, out, options, say)
     start.save(out / 'start.safetensors')
-    where = dict(state=out / 'state.safetensors', device=options.device)
+    where = dict(state=out / 'state.safetensors', device=options.device, unfinished=False)
     end, log = refine(start, train, config=options.config(), seed=options.seed, **where)
     end.save(out / 'avatar.safetensors')
     numbers = _refine_numbers(start, end, log, test, options)
@@ -823,6 +864,16 @@ def refine_clip(
         f'{after["aspect_max"]:.1f} times its width; {out / "avatar.safetensors"}'
     )
     return numbers
+
+
+# %% ../nbs/pipeline.ipynb #93e02cf7
+def _start_of(avatar, train, head, out, options, say):
+    "Where a refinement starts; one that writes over its own start goes on from the copy of it."
+    if str(avatar) == 'new':
+        return first_avatar(train, head, options.resolution, say)
+    is_own = _is_same_file(out / 'avatar.safetensors', avatar)
+    copy, state = out / 'start.safetensors', out / 'state.safetensors'
+    return load_avatar(copy if is_own and copy.exists() and state.exists() else avatar, head)
 
 
 # %% ../nbs/pipeline.ipynb #b4567675
@@ -864,7 +915,8 @@ def _training_sets(generator, out, options, head, say):
     say('looking at ' + (f'{options.mono} and {options.multi}' if options.mono else painted))
 
     def read(folder):
-        clips = [load_clip(path, head) for path in subjects(folder).values()]
+        found = {name: load_clip(path, head) for name, path in subjects(folder).items()}
+        clips = [usable(clip, head, name, say) for name, clip in found.items()]
         return [head_squares(clip, generator.head, size) for clip in clips]
 
     def shelf(name, clips):
@@ -915,6 +967,7 @@ def _trained_in_words(numbers, file):
 
 
 # %% ../nbs/pipeline.ipynb #f8ef9d71
+@one_writer
 def train_generator(
     out,  # folder for the results; looks are kept there, too
     options: TrainOptions = None,
@@ -929,12 +982,13 @@ def train_generator(
     head = load_flame(options.head) if options.head else None
     out = Path(out)
     generator = from_preset(options.preset, head, options.seed).to(options.device)
+    _keep_first(out, 'train', **_given(options))
     trainer = _trainer(generator, out, options, head, say)
     log = trainer.run(state=out / 'state.safetensors')
+    if trainer.flag:
+        raise interruption(trainer.flag[0])
     counts = dict(steps=trainer.step_number, of=trainer.total)
     numbers = counts | dict(seconds=round(trainer.seconds), log=log)
-    if trainer.step_number < trainer.total:
-        return numbers
     _save_generator(generator, out, trainer.total, options)
     if not options.mono and head is None:
         numbers['held_out'] = _painted_scores(generator)
@@ -989,13 +1043,12 @@ class _Performance(NamedTuple):
 
 
 # %% ../nbs/pipeline.ipynb #57609116
-_PICTURES = '.png', '.jpg', '.jpeg', '.webp'
 _RECORDINGS = '.csv', '.json'
 
 
 def _is_clip(path):
     "A folder that is no folder of pictures."
-    return path.is_dir() and not any(p.suffix.lower() in _PICTURES for p in path.iterdir())
+    return path.is_dir() and not any(map(is_picture, path.iterdir()))
 
 
 def _performed(path, driver, say):
@@ -1074,6 +1127,7 @@ def animate_avatar(
     if out.suffix.lower() not in ('.mp4', '.gif'):
         raise InputError(f'a film should end in .mp4 or .gif; got {out.name}')
     check_out(out.parent)
+    sweep(out.parent)
     poses, fps = motion_for(avatar, motion, options, say)
     fps = min(fps, 50) if out.suffix.lower() == '.gif' else fps
     home = home_view(avatar)
@@ -1098,17 +1152,24 @@ def export_avatar(
     ending = out.suffix.lower()
     if motion is not None and ending:
         raise InputError(f'a motion goes into a folder, one file per frame; got {out.name}')
+    if ending and not gaussian_avatars:
+        sweep(out.parent)
+        return _export_file(avatar, out)
     poses, fps = ([{}], 25) if motion is None else motion_for(avatar, motion, options, say)
-    if gaussian_avatars:
-        return write_gaussian_avatar(avatar, out, poses)
-    if ending == '.glb':
+    with lease(out):
+        if gaussian_avatars:
+            return write_gaussian_avatar(avatar, out, poses)
+        return write_sequence(avatar, poses, out, form, fps)
+
+
+def _export_file(avatar, out):
+    "A splat file, a mesh for engines or a page."
+    if out.suffix.lower() == '.glb':
         return write_glb(avatar, out)
-    if ending in ('.html', '.htm'):
+    if out.suffix.lower() in ('.html', '.htm'):
         return write_page(avatar, out, out.stem)
     with torch.no_grad():
-        if ending:
-            return write_splats(out, *avatar.world())
-        return write_sequence(avatar, poses, out, form, fps)
+        return write_splats(out, *avatar.world())
 
 
 # %% ../nbs/pipeline.ipynb #f8c4baf2
@@ -1161,16 +1222,18 @@ def evaluate_avatar(
     "Judge an avatar on a clip, and add the line to a file."
     head = _head_from(head)
     p = _own_protocol(protocol)
+    sweep(Path(out).parent)
     results = Results(out)
-    part = parts_of_clip(load_clip(clip, head), p)
     method = method or Path(str(avatar)).stem
     subject = subject or Path(clip).resolve().name
     if results.has(method=method, protocol=p.id, subject=subject, driver=subject, seed=seed):
         raise InputError(
             f'{out} has {method} on {subject} already; choose another --method, --seed or --out'
         )
+    part = usable_parts(parts_of_clip(load_clip(clip, head), p), head, str(clip), say)
     shown = _avatar_to_judge(avatar, p, part, head, seed)
-    line = _judged(shown, part['test'], p, say, method=method, subject=subject, seed=seed)
+    names = dict(method=method, subject=subject, seed=seed, **left_out_of(part))
+    line = _judged(shown, part['test'], p, say, **names)
     results.add(line)
     same = [kept for kept in results.lines if _is_comparable(kept, line)]
     say(f'{result_table(same)}\n\n{Path(out).resolve()}')
@@ -1204,6 +1267,13 @@ def _on_all_gpus(jobs):
     return [replace(job, device=f'cuda:{i % count}') for i, job in enumerate(jobs)]
 
 
+# %% ../nbs/pipeline.ipynb #7b986a96
+def _benchmark_words(options):
+    "Options of a benchmark as its command takes them."
+    said = _given(options)
+    return {dict(processes='jobs').get(name, name): value for name, value in said.items()}
+
+
 # %% ../nbs/pipeline.ipynb #f769fbaf
 def benchmark_people(
     folder,  # a folder per person inside
@@ -1222,7 +1292,11 @@ def benchmark_people(
     jobs = jobs_of(folder, protocol, method, options.seeds, **options.for_jobs(), state=state)
     if options.device == 'cuda':
         jobs = _on_all_gpus(jobs)
-    failed = run_all(jobs, out, options.processes, say)
+    sweep(out.parent)
+    with lease(state):
+        words = dict(protocol=protocol, method=method, out=out, **_benchmark_words(options))
+        keep_command(state, 'benchmark', Path(folder), **words)
+        failed = run_all(jobs, out, options.processes, say)
     lines = [line for line in Results(out).lines if line.protocol == p.id]
     if not lines:
         why = next(iter(failed.values()), 'there is no clip')

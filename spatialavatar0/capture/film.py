@@ -26,12 +26,12 @@ __all__ = [
     'cut_window',
     'ahead',
     'Tracking',
+    'film_content',
     'track_video',
     'watch_film',
 ]
 
 # %% ../../nbs/capture/75_film.ipynb #500cf036
-import hashlib
 import json
 import math
 import shutil
@@ -55,7 +55,6 @@ from spatialavatar0.capture.footage import (
     film_faces,
     film_pictures,
     open_film,
-    picture_files,
     stretches,
 )
 from spatialavatar0.capture.landmarks import (
@@ -65,15 +64,25 @@ from spatialavatar0.capture.landmarks import (
     landmark_table,
     one_thread,
 )
+from spatialavatar0.pictures.clips import (
+    Clip,
+    Frame,
+    head_content,
+    is_half_written,
+    read_vhap,
+    resize,
+    write_vhap,
+)
 
 # %% ../../nbs/capture/75_film.ipynb #92786bef
 from ..avatar.avatar import part_is, texel_mask
 from ..avatar.portrait import without_clothes
 from ..avatar.warp import sample_picture, see_texels
+from ..ground.content import file_hash, file_hashes, hash_of, refuse_other
 from ..ground.core import InputError, atomic_path, progress
 from ..ground.geometry import crop_intrinsics, mat_to_axis_angle, orbit, project
+from ..ground.media import pictures_in
 from ..head.head import Head, open_head
-from ..pictures.clips import Clip, Frame, read_vhap, resize, write_vhap
 from ..splats.binding import bind_uv
 from .matte import matte, matte_colours
 from .track import camera_guess, minimise, pixels, set_up, solve, to_frame
@@ -550,8 +559,8 @@ def _film_colours(fit, reel, use):
 
 
 # %% ../../nbs/capture/75_film.ipynb #367322cd
-def _frames_of_clip(fit, film, use, size):
-    "The clip's frames, made when asked for."
+def _frames_of_clip(fit, film, use, size, made_of):
+    "The clip's frames, made when asked for; `made_of` names the film and how it is tracked."
     head, reel = fit.head, Reel(film)
     viewmat = _median_viewmat(fit, use)
     boxes = torch.stack([head_box(fit.blank(i), head) for i in use])
@@ -566,7 +575,7 @@ def _frames_of_clip(fit, film, use, size):
         frame = without_clothes(cut_window(frame, *corner, *window.size, size), head)
         return replace(still_camera(frame, viewmat, head), time=use[k], camera='0')
 
-    return Clip(ahead(make, len(use)), len(use))
+    return Clip(ahead(make, len(use)), len(use), leaf=lambda k: dict(film=[made_of, use[k]]))
 
 
 # %% ../../nbs/capture/75_film.ipynb #479d77f6
@@ -652,52 +661,83 @@ def _track_faces(film, rows, head, focal, judge, say):
 
 
 # %% ../../nbs/capture/75_film.ipynb #983e4c6c
-def _film_key(film, options):
+def film_content(
+    film: Film,
+) -> str:  # 16 hex digits
+    "A name for the bytes of a film, or of all pictures of a folder in their order."
+    files = [film.path] if film.path.is_file() else pictures_in(film.path)
+    return hash_of(file_hashes(files))
+
+
+def _made_of(film, head, model, **options):
     "What must be the same for a call to go on from an earlier one's files."
-    is_file = film.path.is_file()
-    with (film.path if is_file else picture_files(film.path)[0]).open('rb') as file:
-        beginning = file.read(1 << 20)
-    size = film.path.stat().st_size if is_file else film.about
-    settings = json.dumps([size, film.fps, options]).encode()
-    return hashlib.sha256(beginning + settings).hexdigest()[:16]
+    if model is not None:
+        options['model'] = file_hash(model)
+    content = dict(film=film_content(film), head=head_content(head))
+    return dict(content, options=dict(fps=film.fps, **options))
 
 
 # %% ../../nbs/capture/75_film.ipynb #c12d804b
-def _is_foreign(work, key):
-    "Whether a folder holds something else than the beginning of this run."
+def _told(path):
+    "What an earlier run wrote about itself."
+    try:
+        found = json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _check_ours(work, made_of):
+    "Refuse a folder with something else in it than the beginning of this run."
     about = work / 'about.json'
     if about.is_file():
-        return about.read_text() != key
-    return work.exists() and any(work.iterdir())
+        refuse_other(work, _told(about), made_of)
+    elif work.exists() and any(not path.name.startswith('.') for path in work.iterdir()):
+        raise InputError(f'{work} is not empty and not ours; delete it, or give another --out')
 
 
 # %% ../../nbs/capture/75_film.ipynb #70dcf4d0
-def _fresh(work, key):
+def _fresh(work, made_of):
     "A folder for what the passes find, of this film and no other."
-    if _is_foreign(work, key):
-        raise InputError(
-            f'{work} holds the tracking of another film or of other settings; delete it, or '
-            'choose another --out'
-        )
-    work.mkdir(parents=True, exist_ok=True)
-    (work / 'about.json').write_text(key)
+    _check_ours(work, made_of)
+    if not (work / 'about.json').is_file():
+        with atomic_path(work / 'about.json') as tmp:
+            tmp.write_text(json.dumps(made_of))
+
+
+def _forget(work, made_of):
+    "Remove the folder, which a finished clip has no need of; what says whose it is goes last."
+    if _told(work / 'about.json') != made_of:
+        return
+    for path in work.iterdir():
+        if path.name != 'about.json':
+            path.unlink()
+    shutil.rmtree(work)
 
 
 # %% ../../nbs/capture/75_film.ipynb #9c65484f
-def _write_report(path, key, film, focal, tracking):
+def _report(made_of, film, tracking):
     "tracking.json: settings, numbers, and a verdict on every picture."
     about = dict(
-        key=key,
+        made_of=made_of,
         film=film.path.name,
         fps=film.fps,
-        focal=focal,
+        focal=made_of['options']['focal'],
         cuts=[int(i) for i in np.flatnonzero(tracking.fit.cuts)],
         **tracking.numbers,
         limits=LIMITS,
         pictures=[picture.entry() for picture in tracking.pictures],
     )
-    with atomic_path(path) as tmp:
-        tmp.write_text(json.dumps(about, indent=1))
+    return json.dumps(about, indent=1)
+
+
+def _is_done(out, made_of):
+    "Whether a folder holds the whole clip of this film: its report is written before the end."
+    report = out / 'tracking.json'
+    if not report.is_file():
+        return False
+    refuse_other(report, _told(report).get('made_of'), made_of)
+    return (out / 'transforms.json').is_file() and not is_half_written(out)
 
 
 # %% ../../nbs/capture/75_film.ipynb #8d50c116
@@ -718,17 +758,16 @@ def track_video(
     out = Path(out)
     film = open_film(video, most)
     head = head or open_head()
-    key = _film_key(film, [size, focal, train])
-    report = out / 'tracking.json'
-    if report.is_file() and json.loads(report.read_text()).get('key') == key:
-        return read_vhap(out, head=head)
+    made_of = _made_of(film, head, model, size=size, focal=focal, train=train)
     work = out.with_name(f'{out.name}.tracking')
-    _fresh(work, key)
-    rows = film_faces(film, work / 'faces', model)
-    tracking = _track_faces(film, rows, head, focal, judge, say)
-    write_vhap(_frames_of_clip(tracking.fit, film, tracking.use, size), out, head, train=train)
-    _write_report(report, key, film, focal, tracking)
-    shutil.rmtree(work)
+    if not _is_done(out, made_of):
+        _fresh(work, made_of)
+        rows = film_faces(film, work / 'faces', model)
+        tracking = _track_faces(film, rows, head, focal, judge, say)
+        frames = _frames_of_clip(tracking.fit, film, tracking.use, size, hash_of(made_of))
+        more = {'tracking.json': _report(made_of, film, tracking)}
+        write_vhap(frames, out, head, train=train, more=more)
+    _forget(work, made_of)
     return read_vhap(out, head=head)
 
 

@@ -205,6 +205,7 @@ def refine_on_film(
     state=None,
     callback=None,
     device='cpu',  # as for refine
+    unfinished: bool = True,  # as for refine
 ) -> tuple:  # the refined Avatar, and a log
     "Sharpen a likeness on the film it comes from; with a state, an interrupted run goes on."
     some = [with_agreed_matte(avatar, vote, clip[i]) for i in differing(clip, 24)]
@@ -215,12 +216,13 @@ def refine_on_film(
 
     return refine(
         avatar,
-        Clip(view, len(clip)),
+        Clip(view, len(clip), leaf=Clip(clip).leaf),
         iters,
         config=film_config(iters),
         seed=seed,
         state=state,
         callback=callback,
         device=device,
+        unfinished=unfinished,
         gate=_film_gates(avatar, some),
     )

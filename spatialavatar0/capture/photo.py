@@ -168,6 +168,7 @@ def refine_photo(
     callback=None,  # called as callback(step, avatar) every 50 steps
     lids: bool = True,  # every fourth step keeps the closed lids as they were
     device='cpu',  # where to compute
+    unfinished: bool = True,  # as for refine
 ) -> tuple:  # the refined Avatar, and a log
     "Sharpen an avatar on one photo, or on a few."
     clip = Clip([photos] if isinstance(photos, Frame) else photos)
@@ -183,6 +184,7 @@ def refine_photo(
         gate=gates(avatar, clip),
         extra=[look(avatar, *shut_eyes(avatar, clip[0]))] if with_lids else [],
         device=device,
+        unfinished=unfinished,
     )
 
 

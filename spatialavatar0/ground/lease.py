@@ -355,19 +355,22 @@ def _answering(answer):
 
 
 # %% ../../nbs/ground/06_lease.ipynb #7a36c4f0
+_came = []  # numbers of the signals that were answered
+
+
 @contextlib.contextmanager
 def as_ctrl_c():  # yields a list that gets the number of the signal
     "Inside, SIGTERM and SIGHUP raise `Terminated`; a second signal ends the process at once."
-    came = []
+    _came.clear()
 
     def answer(number, frame):
-        came.append(number)
+        _came.append(number)
         for n in _ours():
             signal.signal(n, signal.SIG_DFL)
         raise interruption(number)
 
     with _answering(answer):
-        yield came
+        yield _came
 
 
 def exit_code(
@@ -385,6 +388,7 @@ def finish_first():  # yields a list, no longer empty once a signal came: its nu
 
     def answer(number, frame):
         flag.append(number)
+        _came.append(number)
         if len(flag) == 1:
             return
         if callable(before[number]):

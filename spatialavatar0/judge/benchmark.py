@@ -6,19 +6,20 @@
 __all__ = [
     'subjects',
     'parts_of_clip',
+    'usable_parts',
     'head_squares',
     'Method',
     'method_of',
     'avatar_by',
     'Job',
+    'left_out_of',
     'run_job',
     'jobs_of',
     'run_all',
 ]
 
 # %% ../../nbs/judge/92_benchmark.ipynb #930e3ac4
-import multiprocessing as mp
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,9 +30,11 @@ import torch
 from ..avatar.avatar import Avatar
 from ..avatar.portrait import from_frame, head_square
 from ..ground.core import InputError, progress
+from ..ground.lease import Workers
 from ..head.flame_files import load_flame
 from ..head.head import Head, open_head
-from ..pictures.clips import Clip, crop
+from ..pictures.checks import check_clip, faults_of
+from ..pictures.clips import Clip, crop, head_content
 from ..pictures.formats import detect, load_clip
 from ..stage1.generator import from_pretrained
 from ..stage2.loop import refine
@@ -113,6 +116,33 @@ def parts_of_clip(
     return dict(train=frames[train], test=frames[test], source=frames[source])
 
 
+# %% ../../nbs/judge/92_benchmark.ipynb #9b4721a5
+def _usable_source(part, train, head, what):
+    "The frame that stands for the person; the first one to learn from, if nobody is in it."
+    if not faults_of(Clip([part['source']]), head):
+        return part['source']
+    if not len(train):
+        raise InputError(f'{what}: nobody can be seen in the frame that stands for the person')
+    return train[0]
+
+
+def usable_parts(
+    part: dict,  # from parts_of_clip
+    head: Head,
+    what: str,  # whose they are
+    say=print,  # told what is left out, and what is odd
+) -> dict:  # the same; and left_out: names of frames that cannot be judged
+    "Parts of a clip without the frames that cannot be used."
+    names = [name for name in ('train', 'test') if len(part[name])]
+    checked = {name: check_clip(part[name], head, f'{what}, {name}') for name in names}
+    for name, found in checked.items():
+        for note in found.notes:
+            say(f'note: {what}, {name}: {note}')
+    kept = part | {name: found.clip for name, found in checked.items()}
+    source = _usable_source(part, kept['train'], head, what)
+    return kept | dict(source=source, left_out=list(checked['test'].left_out))
+
+
 # %% ../../nbs/judge/92_benchmark.ipynb #ccc6940e
 def head_squares(
     clip,  # frames
@@ -125,7 +155,10 @@ def head_squares(
         is_square = frame.width == frame.height
         return frame if is_square else crop(frame, *head_square(frame, head), size)
 
-    return Clip(lambda i: cut(clip[i]), len(clip))
+    def leaf(i):
+        return dict(Clip(clip).leaf(i), cut=[size, head_content(head)])
+
+    return Clip(lambda i: cut(clip[i]), len(clip), leaf=leaf)
 
 
 # %% ../../nbs/judge/92_benchmark.ipynb #06f82ef3
@@ -188,7 +221,7 @@ def avatar_by(
     start = _first_avatar(method, part, head)
     if not method.refine:
         return start
-    how = dict(config=method.config(), seed=seed, state=state, device=device)
+    how = dict(config=method.config(), seed=seed, state=state, device=device, unfinished=False)
     return refine(start, part['train'], method.iters, **how)[0]
 
 
@@ -243,6 +276,19 @@ def _driven(avatar, frames, head):
     return lambda frame, background: render(frame, background, **next(poses))
 
 
+# %% ../../nbs/judge/92_benchmark.ipynb #cc56ddeb
+def left_out_of(
+    part: dict,  # from usable_parts
+) -> dict:  # what a line of results says of frames that were not judged; as a rule nothing
+    "Frames that were left out of a test, for its line."
+    return dict(left_out=part['left_out']) if part['left_out'] else {}
+
+
+def _parts_of(name, path, p, head):
+    "The parts of somebody's clip that can be worked with."
+    return usable_parts(parts_of_clip(load_clip(path, head), p), head, name)
+
+
 # %% ../../nbs/judge/92_benchmark.ipynb #26e8c195
 def run_job(job: Job) -> Line:
     "Make a person's avatar and judge it; what a process of its own does."
@@ -250,15 +296,16 @@ def run_job(job: Job) -> Line:
     numba.set_num_threads(min(job.threads, numba.config.NUMBA_NUM_THREADS))
     head = load_flame(job.head) if job.head else open_head()
     p = protocol_of(job.protocol)
-    part = parts_of_clip(load_clip(job.shown_at, head), p)
+    part = _parts_of(job.shown, job.shown_at, p, head)
     method = method_of(job.method, job.iters, job.resolution)
     avatar = avatar_by(method, p, part, head, job.seed, _state_file(job), job.device)
     render, test, source = renderer(avatar), part['test'], None
     if job.crosses:
-        test = parts_of_clip(load_clip(job.driver_at, head), p)['test']
+        driven = _parts_of(job.driver, job.driver_at, p, head)
+        test, part['left_out'] = driven['test'], driven['left_out']
         render, source = _driven(avatar, test, head), part['source']
     names = dict(method=job.method, subject=job.shown, driver=job.driver, seed=job.seed)
-    more = dict(iters=job.iters if method.refine else 0)
+    more = dict(iters=job.iters if method.refine else 0, **left_out_of(part))
     judges = judges_here(lambda _: None)
     try:
         return evaluate(render, test, p, **names, source=source, judges=judges, **more)
@@ -298,14 +345,10 @@ def run_all(
     if processes == 1:
         done = ((job, lambda job=job: run_job(job)) for job in todo)
         return _collect(done, len(todo), results, say)
-    with ProcessPoolExecutor(processes, mp_context=mp.get_context('spawn')) as pool:
-        futures = {pool.submit(run_job, job): job for job in todo}
+    with Workers(processes) as workers:
+        futures = {workers.submit(run_job, job): job for job in todo}
         done = ((futures[future], future.result) for future in as_completed(futures))
-        try:
-            return _collect(done, len(todo), results, say)
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        return _collect(done, len(todo), results, say)
 
 
 # %% ../../nbs/judge/92_benchmark.ipynb #4833fd08

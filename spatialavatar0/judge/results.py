@@ -52,6 +52,7 @@ from spatialavatar0.judge.evaluate import (
 
 from ..ground.assets import asset
 from ..ground.core import InputError, atomic_path, to_uint8
+from ..ground.lease import locked
 from ..pictures.scores import PRESETS
 
 # %% ../../nbs/judge/91_results.ipynb #5c211643
@@ -423,10 +424,13 @@ def _circumstances(p):
 
 # %% ../../nbs/judge/91_results.ipynb #14e00030
 class Results:
-    "Lines of results in a file (.jsonl)."
+    "Lines of results in a file (.jsonl), to which several processes may add."
 
     def __init__(self, path):  # made if missing
         self.path = Path(path)
+        self.read()
+
+    def read(self):
         self.lines = _read_lines(self.path) if self.path.exists() else []
 
     def has(self, **key):
@@ -435,13 +439,15 @@ class Results:
         )
 
     def add(self, line):  # refuses a second one of the same key
-        if self.has(**line.key):
-            key = ', '.join(f'{name} {value}' for name, value in line.key.items())
-            raise InputError(f'{self.path} has these already: {key}')
-        rows = [json.dumps(row_of(each)) + '\n' for each in [*self.lines, line]]
-        with atomic_path(self.path) as tmp:
-            tmp.write_text(''.join(rows))
-        self.lines.append(line)
+        with locked(self.path):
+            self.read()
+            if self.has(**line.key):
+                key = ', '.join(f'{name} {value}' for name, value in line.key.items())
+                raise InputError(f'{self.path} has these already: {key}')
+            rows = [json.dumps(row_of(each)) + '\n' for each in [*self.lines, line]]
+            with atomic_path(self.path) as tmp:
+                tmp.write_text(''.join(rows))
+            self.lines.append(line)
 
 
 # %% ../../nbs/judge/91_results.ipynb #3d759b55

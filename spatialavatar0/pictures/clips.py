@@ -27,7 +27,9 @@ __all__ = [
     'read_frames',
     'check_files',
     'check_once',
+    'is_joined',
     'read_vhap',
+    'sequences_of',
     'offset_counts',
     'load_vhap',
 ]
@@ -984,12 +986,24 @@ def _check_head(folder, top, head):
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #ae3dfb4a
+_PARTS = 'train', 'val', 'test'
+
+
+def is_joined(
+    folder,  # of a data set
+) -> bool:
+    "Whether it is a set that VHAP's script has joined: parts, and nothing that holds them all."
+    folder = Path(folder)
+    if any((folder / name).is_file() for name in ('transforms.json', _JOURNAL)):
+        return False
+    return all((folder / f'transforms_{part}.json').is_file() for part in ('train', 'test'))
+
+
 def _parts_of(folder, split):
     "Part -> contents of its transforms file: of the one that is wanted; all, of a joined set."
-    if not any((folder / name).is_file() for name in ('transforms.json', _JOURNAL)):
-        parts = [n for n in ('train', 'val', 'test') if (folder / f'transforms_{n}.json').is_file()]
-        if {'train', 'test'} <= set(parts) and split in (None, *parts):
-            return {part: _open_transforms(folder, part) for part in parts}
+    parts = [part for part in _PARTS if (folder / f'transforms_{part}.json').is_file()]
+    if is_joined(folder) and split in (None, *parts):
+        return {part: _open_transforms(folder, part) for part in parts}
     return {split: _open_transforms(folder, split)}
 
 
@@ -1067,22 +1081,30 @@ def read_vhap(
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #fb18a1bc
-def offset_counts(
-    folder,  # of a VHAP data set
-) -> set:  # of numbers of vertices
-    "For how many vertices the static offsets are: asked of the first frame of each sequence."
-    folder, first = Path(folder), {}
+def _first_codes(folder):
+    "The file of codes of the first frame of each sequence in a data set."
+    first = {}
     for top in _parts_of(folder, None).values():
         for i, entry in enumerate(top['frames']):
             path = entry.get('flame_param_path') if isinstance(entry, dict) else None
             if isinstance(path, str):
                 first.setdefault(os.path.dirname(path), (i, path))
-    counts = set()
-    for i, path in first.values():
-        arrays = _read_npz(inside(folder, path, f'{folder}: frame {i}'))
-        if 'static_offset' in arrays:
-            counts.add(arrays['static_offset'].size // 3)
-    return counts
+    return [inside(folder, path, f'{folder}: frame {i}') for i, path in first.values()]
+
+
+def sequences_of(
+    folder,  # of a VHAP data set
+) -> list:  # of folders
+    "Whose frames a data set shows: its own, or those of the sequences that it joins."
+    return sorted({path.parent.parent for path in _first_codes(Path(folder))})
+
+
+def offset_counts(
+    folder,  # of a VHAP data set
+) -> set:  # of numbers of vertices
+    "For how many vertices the static offsets are: asked of the first frame of each sequence."
+    codes = [_read_npz(path) for path in _first_codes(Path(folder))]
+    return {arrays['static_offset'].size // 3 for arrays in codes if 'static_offset' in arrays}
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #ca25568a

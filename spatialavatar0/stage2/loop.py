@@ -20,6 +20,7 @@ __all__ = [
 ]
 
 # %% ../../nbs/stage2/61_loop.ipynb #46d957a4
+import signal
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -51,6 +52,7 @@ from ..ground.content import hash_of, refuse_other
 from ..ground.core import InputError, progress
 from ..ground.files import FileKind, read_tensors, write_tensors
 from ..ground.geometry import SH_C0
+from ..ground.lease import finish_first, interruption
 from ..pictures.clips import Clip, Frame, head_content, on_background
 from ..pictures.fast_metrics import ssim
 from ..pictures.metrics import psnr
@@ -602,16 +604,17 @@ def calm(
 # %% ../../nbs/stage2/61_loop.ipynb #da339dde
 @patch
 def go(self: Refinement, callback=None, state=None, every=50):
-    "Run to the end; an interrupt keeps what is there."
-    try:
-        with calm(self.view(0).width * self.view(0).height):
+    "Run to the end; a signal lets the step finish, is noted in `flag`, and keeps what is there."
+    with finish_first() as self.flag, calm(self.view(0).width * self.view(0).height):
+        try:
             self._walk(callback, state, every)
-    except KeyboardInterrupt:
+        except Exception:  # a bad step left everything as it was
+            self._keep(state)
+            raise
+        self._keep(state)
+    if self.flag:
         again = f'; the same call goes on from {state}' if state else ''
         print(f'stopped after {self.step_number} of {self.iters} steps{again}')
-    finally:
-        if state:
-            self.save(state)
     return self.result(), self.log
 
 
@@ -622,14 +625,43 @@ def _walk(self: Refinement, callback, state, every):
     begun = time.perf_counter()
     bar = progress(range(self.step_number, self.iters), 'refine')
     for i in bar:
-        self.step()
+        self._try_step()
         if i % every == 0 or i == self.iters - 1:
             self.log.append(self.log_line(time.perf_counter() - begun))
             bar.set_postfix(psnr=f'{self.log[-1]["psnr"]:.1f} dB')
         if callback and i % every == 0:
-            callback(i, self.result())
-        if state and self.step_number % 500 == 0:
-            self.save(state)
+            self._call(callback, i)
+        if self.flag:
+            break
+        if self.step_number % 500 == 0:
+            self._keep(state)
+
+
+@patch
+def _try_step(self: Refinement):
+    "A step; one that fails draws the same picture when it is tried again."
+    before = self.rng.get_state()
+    try:
+        self.step()
+    except Exception:
+        self.rng.set_state(before)
+        raise
+
+
+@patch
+def _call(self: Refinement, callback, i):
+    "Let the caller look; it may end the run as Ctrl-C does."
+    try:
+        callback(i, self.result())
+    except KeyboardInterrupt:
+        self.flag.append(signal.SIGINT)
+
+
+@patch
+def _keep(self: Refinement, state):
+    "Write the state, if there is a place for it."
+    if state:
+        self.save(state)
 
 
 # %% ../../nbs/stage2/61_loop.ipynb #7923e1ed
@@ -646,6 +678,7 @@ def refine(
     gate: dict = None,  # per attribute (N,) 0..1: how large each Gaussian's steps are
     extra=(),  # Views, one every fourth step
     device='cpu',  # where to compute; avatars stay on the CPU
+    unfinished: bool = True,  # Ctrl-C returns what is there; False: it raises, the state saved
 ) -> tuple:  # the refined Avatar, and a log: list of dict(step, loss, psnr, seconds)
     "Sharpen an avatar on pictures, its layout as it is: Stage 2 of the paper (Sec. 3.3)."
     cfg = config or RefineConfig()
@@ -658,7 +691,10 @@ def refine(
         run.identity()  # of what it begins with, not of what lies there hours later
     if state and Path(state).exists():
         run.load(state)
-    return run.go(callback, state)
+    result = run.go(callback, state)
+    if run.flag and not (unfinished and run.flag[0] == signal.SIGINT):
+        raise interruption(run.flag[0])
+    return result
 
 
 # %% ../../nbs/stage2/61_loop.ipynb #83b239b2

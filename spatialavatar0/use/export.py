@@ -435,7 +435,8 @@ def _fingerprint_of(avatar, poses, ending):
 # %% ../../nbs/use/83_export.ipynb #3a771aa6
 def _start_over(folder, about, text):
     "Frames of another motion go; a folder of somebody's other files stays as it is."
-    if not about.is_file() and any(folder.iterdir()):
+    files = [path for path in folder.iterdir() if not path.name.startswith('.')]
+    if not about.is_file() and files:
         raise InputError(f'{folder} holds other files; choose an empty folder')
     for old in folder.glob('frame_*'):
         old.unlink()
