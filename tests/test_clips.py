@@ -539,7 +539,7 @@ ENTRY = """timestep_index timestep_index_original timestep_id camera_index camer
 h w camera_angle_x camera_angle_y transform_matrix file_path fg_mask_path
 flame_param_path""".split()
 TOP = """cx cy fl_x fl_y h w camera_angle_x camera_angle_y timestep_indices camera_indices frames
-head head_name""".split()
+head head_name content""".split()
 
 
 def test_what_a_written_folder_holds(painted):
@@ -719,7 +719,7 @@ def test_kill_and_go_on(tmp_path):
     assert not (tmp_path / 'c/transforms.json').exists()
     maker = Maker()
     write_vhap(Clip(maker, 60, leaf=named), tmp_path / 'c')
-    write_vhap(Clip(frame, 60), tmp_path / 'whole')
+    write_vhap(Clip(frame, 60, leaf=named), tmp_path / 'whole')
     assert maker.made[0] > 5
     assert contents(tmp_path / 'c') == contents(tmp_path / 'whole')
 

@@ -249,7 +249,7 @@ def test_killed_at_any_time(films, tmp_path):
 @needs_mediapipe
 def test_another_film_is_refused(films, tmp_path):
     track_video(films / 'brief.mp4', tmp_path / 'a', **QUIET)
-    with pytest.raises(InputError, match='not empty'):
+    with pytest.raises(InputError, match='other work: the film, fps .* changed'):
         track_video(films / 'uneven.mp4', tmp_path / 'a', **QUIET)
 
 

@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = [
+    'person_of',
     'subjects',
     'parts_of_clip',
     'usable_parts',
@@ -56,11 +57,25 @@ def _is_clip(path):
         return False
 
 
-# %% ../../nbs/judge/92_benchmark.ipynb #22fbe066
-def subjects(
-    folder,  # with a folder per clip
-) -> dict:  # name -> path, sorted
-    "The clips in a folder."
+# %% ../../nbs/judge/92_benchmark.ipynb #6a1dd510
+_TAKES = 'EMO|EXP|SEN|FREE|HAIR|GLASSES|TONGUE|BACKGROUND'  # how NeRSemble's sequences begin
+_NAMES = (
+    r'UNION[^_]*_([^_]+)',  # a joined set
+    rf'(.+?)_(?:{_TAKES})(?![a-z]).*',
+    r'(\d{3})_.+',
+)
+
+
+def person_of(
+    name: str,  # of a folder
+) -> str:
+    "Whose sequence a folder holds, as VHAP names them; a name that says nothing is a person's."
+    found = (re.match(pattern, name) for pattern in _NAMES)
+    return next((match[1] for match in found if match), name)
+
+
+def _clips_in(folder):
+    "Name -> path of the clips in a folder, sorted."
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f'no folder {folder}: expected one with a folder per clip')
@@ -72,16 +87,57 @@ def subjects(
     return found
 
 
+# %% ../../nbs/judge/92_benchmark.ipynb #22fbe066
+def _joined_names(path):
+    "Names of the neighbours that a set joins; none if it is no such set, or cannot be read."
+    is_set = is_joined(path) or path.name.startswith('UNION')
+    try:
+        found = sequences_of(path) if is_set and detect(path) == 'vhap' else []
+    except InputError:
+        return []
+    return [sequence.name for sequence in found if sequence != path.absolute()]
+
+
+def _one_person(name, paths, say):
+    "What stands for a person: a clip, the largest joined set, or all sequences together."
+    joined = {path: names for path in paths if (names := _joined_names(path))}
+    if joined:
+        best = max(joined, key=lambda path: len(joined[path]))
+        others = [path.name for path in paths if path.name not in (best.name, *joined[best])]
+        left = f'; left out: {in_words(others)}' if others else ''
+        say(f'note: {name}: {best.name} stands for {in_words(joined[best])}{left}')
+        return best
+    if len(paths) > 1:
+        names = in_words([path.name for path in paths])
+        say(f'note: {name}: {len(paths)} sequences of one person are joined, {names}')
+        return paths
+    return paths[0]
+
+
+def subjects(
+    folder,  # with a folder per clip
+    say=lambda text: None,  # tells which clips belong to one person
+) -> dict:  # name -> path, or paths of sequences of one person; sorted
+    "The people in a folder of clips."
+    people = {}
+    for name, path in _clips_in(folder).items():
+        person = person_of(name) if detect(path) == 'vhap' else name
+        people.setdefault(person, []).append(path)
+    named = {found[0].name if len(found) == 1 else who: found for who, found in people.items()}
+    return {name: _one_person(name, found, say) for name, found in sorted(named.items())}
+
+
 # %% ../../nbs/judge/92_benchmark.ipynb #61ff991c
 class _Shots:
-    "Which frames of a clip belong to which time step and camera."
+    "Which frames of a clip belong to which time step and camera; no picture is decoded for it."
 
     def __init__(self, frames):
         self.times, self.cameras = [], []
-        for frame in frames:
-            number = frame.camera_index
-            self.times.append(frame.time)
-            self.cameras.append(str(frame.camera if number is None else number))
+        with blank_pictures():
+            for frame in frames:
+                number = frame.camera_index
+                self.times.append(frame.time)
+                self.cameras.append(str(frame.camera if number is None else number))
         self.steps = sorted(set(self.times))
 
     def at(self, steps, allowed):  # indices of frames
@@ -108,12 +164,60 @@ def parts_of_clip(
 
     test = shots.at(at['test'], is_judged)
     if not test:
+        here = in_words(sorted(set(shots.cameras), key=lambda camera: camera.zfill(9)))
         raise InputError(
-            f'the clip has no frame of the cameras {p.test.get("cameras")}; {p.id} is about those'
+            f'the clip has no frame of the cameras {p.test.get("cameras")}; {p.id} is about those, '
+            f'and here are {printable(here)}'
         )
-    source = shots.at(at['source'] or at['train'][:1], is_known)[0]
+    known = shots.at(at['source'] or at['train'][:1], is_known)
+    if not known:
+        raise InputError(f'the clip has no other camera to learn from; {p.id} holds out its own')
     train = shots.at(at['train'], is_known)
-    return dict(train=frames[train], test=frames[test], source=frames[source])
+    return dict(train=frames[train], test=frames[test], source=frames[known[0]])
+
+
+# %% ../../nbs/judge/92_benchmark.ipynb #d4e3f305
+def _own_parts(path, head, p):
+    "The cut that a joined set of VHAP's has in its files."
+    name = 'val' if p.kind == 'camera' else 'test'
+    train, test = (load_clip(path, head, split=part) for part in ('train', name))
+    if not len(test):
+        raise InputError(
+            f'{path} has no frame of the cameras that {p.id} holds out: its transforms_{name}.json '
+            'is empty'
+        )
+    return dict(train=train, test=test, source=train[0])
+
+
+def _usable(clip, head, what, say):
+    "The frames of a clip that can be used; the others are named."
+    checked = check_clip(clip, head, what)
+    for note in checked.notes:
+        say(f'note: {what}: {note}')
+    return checked.clip
+
+
+# %% ../../nbs/judge/92_benchmark.ipynb #1d8afe1c
+def usable_parts(
+    path,  # a folder in any format, or a list as for load_clip
+    p: Protocol,
+    head: Head,
+    say=print,
+    judged_only: bool = False,  # nobody will learn from the train part
+) -> dict:  # as parts_of_clip, without frames that cannot be used
+    "A data set cut as a protocol says, or as it says itself; checked before the first step."
+    is_one = isinstance(path, (str, Path))
+    has_own = p.data == 'NeRSemble' and is_one and detect(path) == 'vhap' and is_joined(path)
+    part = _own_parts(path, head, p) if has_own else parts_of_clip(load_clip(path, head), p)
+    what = path if is_one else ', '.join(map(str, path))
+    part['test'] = _usable(part['test'], head, f'{what}: held out', say)
+    if judged_only:
+        return part
+    if len(part['train']):
+        part['train'] = _usable(part['train'], head, f'{what}: to learn from', say)
+        return dict(part, source=part['train'][0])
+    _usable(Clip([part['source']]), head, f'{what}: the source', say)
+    return part
 
 
 # %% ../../nbs/judge/92_benchmark.ipynb #9b4721a5
