@@ -526,7 +526,7 @@ def test_interrupted_while_writing(built, tmp_path, capfd, monkeypatch):
 
     monkeypatch.setattr(Figure, 'savefig', half)
     code, out, err = run(capfd, 'demo', '--preset', 'tiny', '--out', tmp_path)
-    assert code == 1
+    assert code == 130
     assert err.strip().splitlines()[-1].startswith('interrupted')
     assert 'Traceback' not in err
     assert sorted(p.name for p in tmp_path.iterdir()) == [
@@ -576,7 +576,7 @@ def test_killed_demo(tmp_path, kill, until):
     assert 'metrics.json' not in whole(tmp_path)
     assert 'Traceback' not in err
     if kill == signal.SIGINT:
-        assert job.returncode == 1
+        assert job.returncode == 130
         assert 'interrupted' in err
         assert not any(p.name.startswith('.') for p in tmp_path.iterdir())
     else:
