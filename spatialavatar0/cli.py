@@ -16,6 +16,7 @@ from typing import Annotated
 
 import typer
 
+
 # %% ../nbs/cli.ipynb #767e26ea
 def _package(name, cost):
     "A Python package."
@@ -25,6 +26,7 @@ def _package(name, cost):
         return name, True, version(name)
     except PackageNotFoundError:
         return name, False, cost
+
 
 # %% ../nbs/cli.ipynb #1d7c7ef0
 def _gpu():
@@ -38,6 +40,7 @@ def _gpu():
             return 'CUDA GPU', True, torch.cuda.get_device_name(0)
     cost = "everything runs on the CPU renderer; the paper's full size wants a GPU"
     return 'CUDA GPU', False, cost
+
 
 # %% ../nbs/cli.ipynb #a446b877
 _SYSTEM = 'libEGL.so.1', 'libGLESv2.so.2'  # MediaPipe needs them on Linux
@@ -62,6 +65,7 @@ def _libraries():
     note = f'{", ".join(missing)} missing: {cost}' if missing else 'libEGL, libGLESv2'
     return 'system libraries', not missing, note
 
+
 # %% ../nbs/cli.ipynb #534b4c3f
 def _asset(id, cost):
     "A file that the manifest lists."
@@ -72,6 +76,7 @@ def _asset(id, cost):
         return (id, True, 'here') if find_local(load_manifest()[id]) else (id, False, cost)
     except InputError as e:
         return id, False, str(e)
+
 
 # %% ../nbs/cli.ipynb #baefc0f0
 def _film():
@@ -84,6 +89,7 @@ def _film():
         return 'ffmpeg', True, imageio_ffmpeg.get_ffmpeg_version()
     except RuntimeError:
         return 'ffmpeg', False, cost
+
 
 # %% ../nbs/cli.ipynb #94977961
 def doctor() -> list:  # rows (what, whether it is here, version or what its absence costs)
@@ -108,6 +114,7 @@ def doctor() -> list:  # rows (what, whether it is here, version or what its abs
         _package('viser', 'no live viewer; pip install "spatialavatar0[viewer]"'),
     ]
 
+
 # %% ../nbs/cli.ipynb #b6c8bbee
 app = typer.Typer(
     help='3D head avatars from photos, on a laptop.',
@@ -116,12 +123,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+
 # %% ../nbs/cli.ipynb #ee31dd71
 class Device(StrEnum):
     "Where to compute."
 
     cpu = 'cpu'
     cuda = 'cuda'
+
 
 # %% ../nbs/cli.ipynb #c5d85ad7
 class HeadSize(StrEnum):
@@ -130,6 +139,7 @@ class HeadSize(StrEnum):
     tiny = 'tiny'
     laptop = 'laptop'
 
+
 # %% ../nbs/cli.ipynb #c0f09650
 class NetworkSize(StrEnum):
     "Sizes of a generator that is trained."
@@ -137,6 +147,7 @@ class NetworkSize(StrEnum):
     tiny = 'tiny'
     laptop = 'laptop'
     paper = 'paper'
+
 
 # %% ../nbs/cli.ipynb #608af5d6
 _Out = Annotated[Path, typer.Option(help='Folder for the results.')]
@@ -152,6 +163,7 @@ _Clip = Annotated[
     typer.Argument(help='Folder of a clip: VHAP, IMavatar, INSTA, FlashAvatar or GAGAvatar_track.'),
 ]
 _Resolution = Annotated[int, typer.Option(min=8, help='Texels per side of a new avatar.')]
+
 
 # %% ../nbs/cli.ipynb #0edc4394
 def check_device(
@@ -173,6 +185,7 @@ def check_device(
     if not useful:
         raise InputError('this command has nothing for a GPU to do; use --device cpu')
     return device
+
 
 # %% ../nbs/cli.ipynb #e88aa3d6
 _THING = (
@@ -197,6 +210,7 @@ def _run_inspect(
     report = inspect_path(path, head_file(head, num_shape, num_expr))
     typer.echo(report_json(report) if as_json else report_text(report))
 
+
 # %% ../nbs/cli.ipynb #65f52541
 _DONE = """
 {count:,} Gaussians in {seconds:.0f} s; everything is in {folder}
@@ -217,6 +231,7 @@ def _build(build, source, out, preset, seed, device):
     folder = out.resolve()
     typer.echo(_DONE.format(count=numbers['gaussians'], seconds=seconds, folder=folder, **files))
 
+
 # %% ../nbs/cli.ipynb #fa82a49e
 @app.command('demo')
 def _run_demo(
@@ -231,6 +246,7 @@ def _run_demo(
     from spatialavatar0.pipeline import build_avatar
 
     _build(build_avatar, skimage.data.astronaut(), out, preset, seed, device)
+
 
 # %% ../nbs/cli.ipynb #9e8f4da4
 _PHOTOS = (
@@ -258,6 +274,7 @@ def _run_build(
         raise typer.BadParameter('a film goes alone: one film, or photos')
     _build(build_from_film, films[0], out, preset, seed, device)
 
+
 # %% ../nbs/cli.ipynb #6c8f4457
 @app.command('track')
 def _run_track(
@@ -281,6 +298,7 @@ def _run_track(
     check_device(device.value)
     track_clip(video, out, size=size, most=fps, focal=focal, say=typer.echo)
 
+
 # %% ../nbs/cli.ipynb #fb8b3ddf
 def _load(avatar, head):
     "An avatar from its file, on its head model."
@@ -288,6 +306,7 @@ def _load(avatar, head):
     from spatialavatar0.head.flame_files import load_flame
 
     return load_avatar(avatar, load_flame(head) if head else None)
+
 
 # %% ../nbs/cli.ipynb #7c18cf94
 _LIVE = "Serve it to this machine's browser instead, until Ctrl-C."
@@ -326,6 +345,7 @@ def _serve(avatar):
     finally:
         server.stop()
 
+
 # %% ../nbs/cli.ipynb #034afc53
 _Seconds = Annotated[
     float,
@@ -342,6 +362,7 @@ def _motion_options(seconds, fps, seed, driver):
     from spatialavatar0.pipeline import MotionOptions
 
     return MotionOptions(seconds, fps, seed, load_flame(driver) if driver else None)
+
 
 # %% ../nbs/cli.ipynb #ce2558e2
 _MOTION = (
@@ -372,6 +393,7 @@ def _run_animate(
     shown = _load(avatar, head)
     how = dict(size=size, sway=sway, options=_motion_options(seconds, fps, seed, driver))
     typer.echo(animate_avatar(shown, motion, out, **how, say=typer.echo).resolve())
+
 
 # %% ../nbs/cli.ipynb #18c00009
 _EXPORT = (
@@ -405,6 +427,7 @@ def _run_export(
     how = dict(gaussian_avatars=gaussian_avatars, form=form, options=options)
     typer.echo(export_avatar(shown, out, motion, **how, say=typer.echo).resolve())
 
+
 # %% ../nbs/cli.ipynb #c12fb691
 _START = 'An avatar file, or "new": one frame of the clip is warped.'
 _CLIP_HEAD = 'FLAME model of the clip; default: the open head.'
@@ -429,6 +452,7 @@ def _run_refine(
     where = check_device(device.value, True)
     options = RefineOptions(iters, head, resolution, paper, seed, where)
     refine_clip(avatar, clip, out, options, typer.echo)
+
 
 # %% ../nbs/cli.ipynb #49b531b0
 _NETWORK = 'paper: DINOv3, 512 pixels, 58,000 Gaussians, 250,000 steps; wants a GPU.'
@@ -462,6 +486,7 @@ def _run_train(
     options = TrainOptions(preset.value, steps, **data, batch=batch, seed=seed, device=where)
     train_generator(out, options, typer.echo)
 
+
 # %% ../nbs/cli.ipynb #18e00004
 _JUDGED = 'An avatar file; or warp, network: made of a frame of the clip.'
 _PROTOCOL = (
@@ -491,6 +516,7 @@ def _run_evaluate(
     names = dict(head=head, method=method, subject=subject, seed=seed)
     evaluate_avatar(avatar, clip, protocol, out, **names, say=typer.echo)
 
+
 # %% ../nbs/cli.ipynb #f675291c
 _PEOPLE = 'A folder with a folder per person, in any format of page 33.'
 _METHOD = "warp, network or a generator's file; then perhaps +paper or +ours."
@@ -519,6 +545,7 @@ def _run_benchmark(
     options = BenchmarkOptions(jobs, seeds, iters, resolution, head, where)
     benchmark_people(folder, protocol, method, out, options, typer.echo)
 
+
 # %% ../nbs/cli.ipynb #ae570936
 @app.command('doctor')
 def _run_doctor():
@@ -533,6 +560,7 @@ def _run_assets():
     from spatialavatar0.ground.assets import assets_table
 
     typer.echo(assets_table())
+
 
 # %% ../nbs/cli.ipynb #d54714dc
 def _failed(error):
@@ -552,10 +580,12 @@ def _failed(error):
     typer.echo(f'error: {text}', err=True)
     return 1
 
+
 # %% ../nbs/cli.ipynb #c941c27e
 def _note(message, *_, **__):
     "A library's warning as one line."
     typer.echo(f'note: {message}', err=True)
+
 
 # %% ../nbs/cli.ipynb #9534a25c
 def main(

@@ -82,6 +82,7 @@ from spatialavatar0.judge.benchmark import (
     method_of,
     parts_of_clip,
     run_all,
+    start_content,
     subjects,
     usable_parts,
 )
@@ -89,6 +90,7 @@ from spatialavatar0.pictures.clips import (
     Clip,
     Frame,
     crop,
+    head_content,
     head_fingerprint,
     on_background,
     resize,
@@ -114,8 +116,9 @@ from .capture.film import track_video, watch_film
 from .capture.film_avatar import first_film_avatar, refine_on_film, with_agreed_matte
 from .capture.footage import open_film
 from .capture.track import fit
-from .ground.content import file_hashes
+from .ground.content import file_hash, file_hashes, hash_of, refuse_other
 from .ground.core import InputError, atomic_path, progress, set_seed, to_uint8
+from .ground.files import read_header
 from .ground.geometry import crop_intrinsics
 from .ground.lease import check_writable, interruption, lease, one_writer, sweep
 from .ground.media import is_picture
@@ -130,7 +133,7 @@ from .pictures.formats import load_clip, train_test
 from .stage1.generator import from_preset
 from .stage1.schedule import laptop_schedule, paper_schedule
 from .stage1.trainer import Shelf, Trainer, score_generator
-from .stage2.loop import measure, refine, screen_aspect
+from .stage2.loop import STATE, measure, refine, screen_aspect
 from .stage2.refine import RefineConfig, paper_config, start_frame
 from .use.export import write_ply, write_sequence, write_splats
 from .use.gaussian_avatars import write_gaussian_avatar
@@ -623,6 +626,12 @@ def _check_photos(photos, say):
 
 
 # %% ../nbs/pipeline.ipynb #4d3c7918
+def _content_of_photos(photos):
+    "A name for all photos, in their order: of bytes of files, or of numbers."
+    are_files = [isinstance(photo, (str, Path)) for photo in photos]
+    return hash_of([file_hash(p) if is_file else p for p, is_file in zip(photos, are_files)])
+
+
 @one_writer
 def build_avatar(
     photo,  # file or array; or a list of them, all of one person
@@ -647,10 +656,13 @@ def build_avatar(
     clock.lap('build')
     if len(photos) > 1:
         say(_shares(tracked.names, numbers['added']))
-    avatar.info.update(photo=tracked.names[0], photos=tracked.names, config=asdict(cfg))
+    made_of = dict(pictures=_content_of_photos(photos), head=head_content(head))
+    names = dict(photo=tracked.names[0], photos=tracked.names)
+    avatar.info.update(names, made_of=made_of, config=asdict(cfg))
     write_results(avatar, cut, cfg, out, say)
     clock.lap('write')
     numbers = tracked.errors | numbers | judge_turns(avatar, cut, max(cfg.film, 256))
+    numbers |= dict(made_of=made_of)
     clock.lap('judge')
     return _write_metrics(out, numbers, clock, cfg, UNITS)
 
@@ -771,9 +783,9 @@ def build_from_film(
     cfg = cfg or build_preset()
     clock = _Stopwatch()
     set_seed(cfg.seed)
-    (out / FILES['metrics']).unlink(missing_ok=True)
     open_film(film)
-    _keep_build(out, [film], cfg)
+    if kept_command(out) is None or not (out / 'clip').exists():
+        _keep_build(out, [film], cfg)
     train, test = split(track_clip(film, out / 'clip', size=cfg.size, say=say))
     head = open_head()
     clock.lap('track')
@@ -782,12 +794,15 @@ def build_from_film(
     numbers = _held_out_numbers(likeness, train, test, say)
     frame = likeness.with_agreed_matte(train[start_frame(train)])
     cut = _squared(frame, cfg.size)
-    likeness.avatar.info.update(film=Path(film).name, config=asdict(cfg))
+    made_of = read_header(out / 'state.safetensors', STATE)['made_of']
+    info = dict(film=Path(film).name, made_of=made_of, config=asdict(cfg))
+    likeness.avatar.info.update(info)
+    (out / FILES['metrics']).unlink(missing_ok=True)
     _save_overlay(frame, head, out / FILES['tracking'])
     write_results(likeness.avatar, cut, cfg, out, say)
     clock.lap('write')
     numbers |= judge_turns(likeness.avatar, cut, max(cfg.film, 256))
-    numbers |= dict(tracking=_tracking_numbers(out / 'clip'))
+    numbers |= dict(tracking=_tracking_numbers(out / 'clip'), made_of=made_of)
     clock.lap('judge')
     return _write_metrics(out, numbers, clock, cfg, FILM_UNITS)
 
@@ -846,17 +861,22 @@ def refine_clip(
     options = options or RefineOptions()
     head = _head_from(options.head)
     out = Path(out)
+    state = out / 'state.safetensors'
     parts = zip(('train', 'test'), train_test(clip, head))
     train, test = (usable(part, head, f'{clip}, {name}', say) for name, part in parts)
     things = avatar if str(avatar) == 'new' else Path(avatar), Path(clip)
     _keep_first(out, 'refine', *things, **_given(options))
     say(f'{len(train)} frames to learn from, {len(test)} held out')
     start = _start_of(avatar, train, head, out, options, say)
-    start.save(out / 'start.safetensors')
-    where = dict(state=out / 'state.safetensors', device=options.device, unfinished=False)
+    if not state.exists():
+        start.save(out / 'start.safetensors')
+    also = {'held-out frames': test.fingerprint()}
+    where = dict(state=state, device=options.device, also=also, unfinished=False)
     end, log = refine(start, train, config=options.config(), seed=options.seed, **where)
+    made_of = read_header(state, STATE)['made_of']
+    end.info.update(made_of=made_of)
     end.save(out / 'avatar.safetensors')
-    numbers = _refine_numbers(start, end, log, test, options)
+    numbers = _refine_numbers(start, end, log, test, options) | dict(made_of=made_of)
     _write_json(out / 'metrics.json', numbers)
     before, after = numbers['start'], numbers['refined']
     say(
@@ -988,8 +1008,8 @@ def train_generator(
     if trainer.flag:
         raise interruption(trainer.flag[0])
     counts = dict(steps=trainer.step_number, of=trainer.total)
-    numbers = counts | dict(seconds=round(trainer.seconds), log=log)
-    _save_generator(generator, out, trainer.total, options)
+    numbers = counts | dict(seconds=round(trainer.seconds), made_of=trainer.identity(), log=log)
+    _save_generator(generator, out, trainer, options)
     if not options.mono and head is None:
         numbers['held_out'] = _painted_scores(generator)
     _write_json(out / 'metrics.json', numbers)
@@ -1011,10 +1031,11 @@ def _trainer(generator, out, options, head, say):
 
 
 # %% ../nbs/pipeline.ipynb #982d5095
-def _save_generator(generator, out, steps, options):
+def _save_generator(generator, out, trainer, options):
     generator.save(
         out / 'generator.safetensors',
-        steps=steps,
+        steps=trainer.total,
+        made_of=trainer.identity(),
         seed=options.seed,
         people=options.people,
         subjects=options.subjects,
@@ -1207,6 +1228,24 @@ def _judged(avatar, frames, protocol, say, **names):
 
 
 # %% ../nbs/pipeline.ipynb #18e00005
+def _judged_content(avatar, clip, head):
+    "What a line of results is made of."
+    is_made = str(avatar) in ('warp', 'network')
+    start = start_content(method_of(str(avatar))) if is_made else dict(start=file_hash(avatar))
+    return dict(clip=clip.fingerprint(), head=head_content(head), options=start)
+
+
+def _refuse_again(results, key, made_of):
+    "No second line of one name: neither of the same content, nor of another."
+    line = results.line(**key)
+    if line is None:
+        return
+    where = f'the line of {key["method"]} on {key["subject"]} in {results.path}'
+    ways = 'choose another --method, --seed or --out, or --restart to replace it'
+    refuse_other(where, line.more.get('made_of'), made_of, ways)
+    raise InputError(f'{where} is there already, made of the same; {ways}')
+
+
 def evaluate_avatar(
     avatar,  # an avatar file, warp or network
     clip,  # a folder in any format of page 33
@@ -1217,6 +1256,7 @@ def evaluate_avatar(
     method: str = None,  # for the table; default: the avatar file's name
     subject: str = None,  # for the table; default: the clip folder's name
     seed: int = 0,
+    restart: bool = False,  # replace a line of the same name
     say=print,
 ):  # -> Line of results
     "Judge an avatar on a clip, and add the line to a file."
@@ -1226,15 +1266,16 @@ def evaluate_avatar(
     results = Results(out)
     method = method or Path(str(avatar)).stem
     subject = subject or Path(clip).resolve().name
-    if results.has(method=method, protocol=p.id, subject=subject, driver=subject, seed=seed):
-        raise InputError(
-            f'{out} has {method} on {subject} already; choose another --method, --seed or --out'
-        )
-    part = usable_parts(parts_of_clip(load_clip(clip, head), p), head, str(clip), say)
+    frames = load_clip(clip, head)
+    made_of = _judged_content(avatar, frames, head)
+    names = dict(method=method, subject=subject, seed=seed)
+    if not restart:
+        _refuse_again(results, dict(names, protocol=p.id, driver=subject), made_of)
+    part = usable_parts(parts_of_clip(frames, p), head, str(clip), say)
     shown = _avatar_to_judge(avatar, p, part, head, seed)
-    names = dict(method=method, subject=subject, seed=seed, **left_out_of(part))
-    line = _judged(shown, part['test'], p, say, **names)
-    results.add(line)
+    more = dict(made_of=made_of, **left_out_of(part))
+    line = _judged(shown, part['test'], p, say, **names, **more)
+    results.add(line, restart)
     same = [kept for kept in results.lines if _is_comparable(kept, line)]
     say(f'{result_table(same)}\n\n{Path(out).resolve()}')
     return line
@@ -1275,6 +1316,12 @@ def _benchmark_words(options):
 
 
 # %% ../nbs/pipeline.ipynb #f769fbaf
+def _forget_states(folder):
+    "Remove what interrupted refinements have reached."
+    for path in Path(folder).glob('*.safetensors'):
+        path.unlink()
+
+
 def benchmark_people(
     folder,  # a folder per person inside
     protocol: str,  # as for evaluate_avatar; or one of pairs
@@ -1282,6 +1329,7 @@ def benchmark_people(
     out,  # .jsonl
     options: BenchmarkOptions = None,
     say=print,
+    restart: bool = False,  # replace lines that were made of something else
 ) -> dict:  # who failed -> why
     "A protocol over a folder of people."
     options = options or BenchmarkOptions()
@@ -1296,7 +1344,9 @@ def benchmark_people(
     with lease(state):
         words = dict(protocol=protocol, method=method, out=out, **_benchmark_words(options))
         keep_command(state, 'benchmark', Path(folder), **words)
-        failed = run_all(jobs, out, options.processes, say)
+        if restart:
+            _forget_states(state)
+        failed = run_all(jobs, out, options.processes, say, restart)
     lines = [line for line in Results(out).lines if line.protocol == p.id]
     if not lines:
         why = next(iter(failed.values()), 'there is no clip')

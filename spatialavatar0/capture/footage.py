@@ -6,7 +6,6 @@
 __all__ = [
     'ROW',
     'Film',
-    'picture_files',
     'open_film',
     'film_pictures',
     'as_floats',
@@ -20,8 +19,12 @@ __all__ = [
 import os
 import re
 import subprocess
+import tempfile
 import threading
-from dataclasses import dataclass
+import time
+import warnings
+from collections import deque
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +41,8 @@ from spatialavatar0.capture.landmarks import (
     search_faces,
 )
 
-from ..ground.core import InputError, progress, to_numpy, to_uint8
+from ..ground.core import InputError, printable, progress, to_numpy, to_uint8
+from ..ground.media import PRIMARIES, Colours, check_colours, cube_of, pictures_in
 from ..head.head import open_head
 from ..pictures.clips import resize
 
@@ -52,126 +56,380 @@ class Film:
     fps: float  # pictures a second, evenly spaced
     about: int  # roughly so many pictures
     options: tuple = ()  # for ffmpeg
+    colours: Colours = field(default_factory=Colours)  # what the numbers in the file mean
 
 
 # %% ../../nbs/capture/74_footage.ipynb #340b99fd
-def _ask(path):
-    "What ffmpeg says about a file."
+_PATIENCE = (
+    20.0,
+    60.0,
+)  # seconds without a word from ffmpeg: then it is started again, or given up
+_MOST_PIXELS = 40_000_000  # of a film's picture; 8K has 33 million
+
+
+def _ffmpeg(path, *words):
+    "The command line of ffmpeg, looking into a file."
     import imageio_ffmpeg
 
+    remedy = 'pip install --force-reinstall imageio-ffmpeg'
     try:
-        done = subprocess.run(
-            [imageio_ffmpeg.get_ffmpeg_exe(), '-hide_banner', '-i', str(path)],
-            capture_output=True,
-            text=True,
-            errors='replace',
-            stdin=subprocess.DEVNULL,
-            timeout=60,
-        )
-    except (OSError, RuntimeError, subprocess.TimeoutExpired) as e:
-        remedy = 'pip install --force-reinstall imageio-ffmpeg'
-        raise InputError(f'ffmpeg cannot look into {path} ({str(e)[:80]}); {remedy}') from e
-    return done.stderr
+        program = imageio_ffmpeg.get_ffmpeg_exe()
+    except (OSError, RuntimeError) as e:
+        raise InputError(f'there is no ffmpeg here ({printable(e)}); {remedy}') from e
+    # the file's whole path: a name like concat:a or -y is a name
+    address = f'file:{os.path.abspath(path)}'
+    limits = ['-nostdin', '-hide_banner', '-max_pixels', str(_MOST_PIXELS)]
+    return [program, *limits, '-i', address, *words]
+
+
+def _late(path):
+    seconds = sum(_PATIENCE)
+    why = f'ffmpeg did not answer within {seconds:.0f} s, tried {len(_PATIENCE)} times'
+    return InputError(f'{path}: {why}; is this machine or its disk busy? call again')
+
+
+def _ask(path, *words):
+    "What ffmpeg says about a file."
+    command = _ffmpeg(path, *words)
+    how = dict(stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    for seconds in _PATIENCE:
+        try:
+            done = subprocess.run(command, **how, text=True, errors='replace', timeout=seconds)
+            return done.stderr
+        except subprocess.TimeoutExpired:
+            continue
+        except OSError as e:
+            remedy = 'pip install --force-reinstall imageio-ffmpeg'
+            raise InputError(f'ffmpeg cannot be started ({printable(e)}); {remedy}') from e
+    raise _late(path)
+
+
+# %% ../../nbs/capture/74_footage.ipynb #ec498dc8
+_SAYS_NOTHING = (
+    'Conversion failed',
+    'Error opening',
+    'At least one output',
+    'Nothing was written',
+    'Error while decoding',
+    'Error submitting',
+    'Decode error rate',
+    'Task finished',
+    'Terminating thread',
+    'Last message repeated',
+    'Press [q]',
+    'frame=',
+    'Cannot determine',
+)
+
+
+def _cause(lines):
+    "The last line of ffmpeg that says why, without the names of its parts."
+    said = [re.sub(r'^(\[[^\]]*\] )+', '', line).strip() for line in lines]
+    said = [line for line in said if line]
+    telling = [line for line in said if not line.startswith(_SAYS_NOTHING)]
+    return printable((telling or said or ['it gave no reason'])[-1])
 
 
 # %% ../../nbs/capture/74_footage.ipynb #1b5f099f
 def _pace(line):
-    "Pictures a second, and whether they are spaced unevenly, from ffmpeg's line on a stream."
+    "Pictures a second (0: unknown), and whether unevenly spaced, from ffmpeg's line on a stream."
     stated = {}
     for name in ('fps', 'tbr'):
-        if number := re.search(rf'([\d.]+) {name}\b', line):
-            stated[name] = float(number[1])
-    fps = stated.get('fps', stated.get('tbr', 25.0)) or 25.0
-    return fps, abs(stated.get('tbr', fps) - fps) > 0.01 * fps
+        if number := re.search(rf'([\d.]+)(k?) {name}\b', line):
+            stated[name] = float(number[1]) * (1000 if number[2] else 1)
+    fps, base = stated.get('fps', 0.0), stated.get('tbr', 0.0)
+    if not 0 < fps < _FASTEST:  # the rate of a clock, not of pictures
+        return (base if base <= 240 else 0.0), True
+    return fps, bool(base) and abs(base - fps) > 0.01 * fps
+
+
+_FASTEST = 1000.0  # pictures a second; a telephone's slow motion has 960
 
 
 # %% ../../nbs/capture/74_footage.ipynb #3d5d8db8
-def _seconds(words):
+def _seconds(words, name='Duration: '):
     "How long a film is; 0 if ffmpeg does not say."
-    clock = re.search(r'Duration: (\d+):(\d+):([\d.]+)', words)
-    if not clock:
+    clocks = re.findall(name + r'(\d+):(\d+):([\d.]+)', words)
+    if not clocks:
         return 0.0
-    hours, minutes, seconds = map(float, clock.groups())
+    hours, minutes, seconds = map(float, clocks[-1])
     return hours * 3600 + minutes * 60 + seconds
 
 
+def _counted(path):
+    "(count, seconds) of a film's pictures, found by running through the file."
+    words = _ask(path, '-stats', '-map', '0:V:0', '-c', 'copy', '-f', 'null', '-')
+    frames = re.findall(r'frame=\s*(\d+)', words)
+    return int(frames[-1]) if frames else 0, _seconds(words, 'time=')
+
+
+def _true_pace(path):
+    "Pictures a second of a film that does not state it, or states a clock's rate."
+    count, seconds = _counted(path)
+    if count > 1 and seconds * _FASTEST < count - 1:
+        fault = f'its {count} pictures last {seconds:.2f} s'
+        remedy = 'save it again with the pace at which it was filmed'
+        raise InputError(f'{path}: {fault}, more than {_FASTEST:.0f} a second; {remedy}')
+    return (count - 1) / seconds if count > 1 else 25.0
+
+
 # %% ../../nbs/capture/74_footage.ipynb #87f10335
-def _square_pixels():
+def _square_pixels(how=''):
     "ffmpeg's filter for square pixels, an even number of them, at most MAX_SIDE on a side."
     shrink = f'min(1,{MAX_SIDE}/max(iw*sar,ih))'
     width, height = f'trunc(iw*sar*{shrink}/2)*2', f'trunc(ih*{shrink}/2)*2'
-    return f"scale='{width}':'{height}',setsar=1"
-
-
-# %% ../../nbs/capture/74_footage.ipynb #dbc42daa
-def picture_files(
-    folder: Path,
-) -> list:  # paths, in the order of their names
-    "The pictures in a folder."
-    kinds = '.png', '.jpg', '.jpeg', '.webp'
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in kinds)
+    return f"scale='{width}':'{height}'{how},setsar=1"
 
 
 # %% ../../nbs/capture/74_footage.ipynb #58a43615
 def _video_stream(path, words):
     "ffmpeg's line on the pictures of a file; one clear error if there are none."
-    stream = re.search(r'Stream .*Video: .*', words)
-    if stream:
-        return stream[0]
-    if 'Audio:' in words:
-        raise InputError(f'{path} has sound but no pictures; expected a film of a face')
-    remedy = 'if it plays elsewhere, save it as .mp4'
-    raise InputError(f'{path} is not a film that ffmpeg can read; {remedy}')
+    lines = re.findall(r'Stream .*Video: .*', words)
+    streams = [line for line in lines if '(attached pic)' not in line]  # the cover of a song
+    if not streams:
+        if 'Audio:' in words:
+            raise InputError(f'{path} has sound but no pictures; expected a film of a face')
+        remedy = 'if it plays elsewhere, save it as .mp4'
+        why = _cause(words.splitlines()) if path.stat().st_size else 'the file is empty'
+        raise InputError(f'{path} is not a film that ffmpeg can read: {why}; {remedy}')
+    size = re.search(r', (\d+)x(\d+)\b', streams[0])
+    if not size or int(size[1]) * int(size[2]) > _MOST_PIXELS:
+        has = f'{size[1]} x {size[2]} pixels' if size else 'pictures of a size that is not told'
+        most = f'at most {_MOST_PIXELS // 10**6} million pixels can be read'
+        raise InputError(f'{path} has {has}; {most}; make it smaller first')
+    return streams[0]
+
+
+# %% ../../nbs/capture/74_footage.ipynb #7a494933
+_MATRICES = 'unknown bt709 fcc bt470bg smpte170m smpte240m bt2020nc gbr reserved'.split()
+
+
+def _tags(line):
+    "(matrix, primaries, transfer) in ffmpeg's line on a stream."
+    inside = re.search(r', \w+\(([^()]*)\)', line)
+    words = [word.strip() for word in inside[1].split(',')] if inside else []
+    for word in words:
+        if word.count('/') == 2:
+            return word.split('/')
+        if word in PRIMARIES:  # one name where all three are the same
+            return [word] * 3
+    return ['unknown'] * 3
+
+
+def _peak(path, words):
+    "The brightest light of a PQ film, cd/m2, by its second tag; 1,000 without one."
+    words += _ask(path, '-map', '0:V:0', '-frames:v', '1', '-vf', 'showinfo', '-f', 'null', '-')
+    for name in ('MaxCLL', 'max_luminance'):
+        found = re.search(rf'{name}[=:]\s*([\d.]+)', words)
+        if found and float(found[1]) > 0:
+            return float(found[1])
+    return 1000.0
+
+
+# %% ../../nbs/capture/74_footage.ipynb #593dbecc
+def _film_colours(path, line, words):
+    "What the numbers of a film mean; one clear error where nobody can know."
+    matrix, primaries, transfer = _tags(line)
+    if re.search(r'DOVI configuration.*compatibility id: 0\b', words):
+        remedy = 'save it as HLG, HDR10 or BT.709'
+        raise InputError(f'{path} is Dolby Vision alone, which cannot be read here; {remedy}')
+    if matrix not in _MATRICES:
+        remedy = 'save it as BT.709, HLG or PQ'
+        raise InputError(f'{path}: its colours are mixed by {printable(matrix)}; {remedy}')
+    if transfer not in ('smpte2084', 'arib-std-b67'):
+        return check_colours(Colours(primaries, transfer), path)
+    peak = _peak(path, words) if transfer == 'smpte2084' else 1000.0
+    primaries = 'bt2020' if primaries == 'unknown' else primaries
+    return check_colours(Colours(primaries, transfer, peak), path)
+
+
+# %% ../../nbs/capture/74_footage.ipynb #a66e8ae0
+def _filters(line, colours, beat):
+    "ffmpeg's filters: whole pictures, an even beat, square pixels, colours of sRGB."
+    chain = []
+    if re.search(r'(top|bottom)( coded)? first', line):
+        chain.append('yadif=deint=interlaced')
+    if beat:
+        chain.append(f'fps={beat:.4f}')
+    if colours.are_srgb:
+        return ','.join([*chain, _square_pixels()])
+    exact = ':flags=bicubic+accurate_rnd+full_chroma_int+full_chroma_inp'
+    if _tags(line)[0] == 'unknown':
+        exact += ':in_color_matrix=bt2020' if colours.primaries == 'bt2020' else ''
+    table = 'format=gbrp16le,lut3d=file=colours.cube'
+    return ','.join([*chain, _square_pixels(exact), table, 'format=rgb24'])
 
 
 # %% ../../nbs/capture/74_footage.ipynb #88f0833a
+def _open_folder(path):
+    count = len(pictures_in(path))
+    if not count:
+        kinds = 'PNG, JPEG, WebP, TIFF, BMP, AVIF or HEIC'
+        raise InputError(f'{path}: expected pictures ({kinds}); the folder has none')
+    return Film(path, 25.0, count)
+
+
 def open_film(
-    path,  # film file, or a folder of pictures in the order of their names
+    path,  # film file, or a folder of pictures in natural order
     most: float = 30.0,  # pictures a second, at most
 ) -> Film:
     "Look into a film; one clear error if there is nothing to see."
     path = Path(path)
     if path.is_dir():
-        count = len(picture_files(path))
-        if not count:
-            raise InputError(f'{path}: expected pictures; the folder has none')
-        return Film(path, 25.0, count)
+        return _open_folder(path)
     if not path.is_file():
         raise InputError(f'no film at {path}')
     words = _ask(path)
-    fps, uneven = _pace(_video_stream(path, words))
+    line = _video_stream(path, words)
+    colours = _film_colours(path, line, words)
+    fps, uneven = _pace(line)
+    fps = fps or _true_pace(path)
     beat = uneven or fps > most
     fps = min(fps, most)
     about = max(1, round(_seconds(words) * fps))
-    if beat:
-        return Film(path, fps, about, ('-vf', f'fps={fps:.4f},{_square_pixels()}'))
-    return Film(path, fps, about, ('-vf', _square_pixels(), '-fps_mode', 'passthrough'))
+    options = ('-vf', _filters(line, colours, fps if beat else 0))
+    if not beat:
+        options = (*options, '-fps_mode', 'passthrough')
+    return Film(path, fps, about, options, colours)
+
+
+# %% ../../nbs/capture/74_footage.ipynb #a7712cc3
+class _Late(Exception):
+    "ffmpeg gave no picture for too long."
+
+
+class _Watch(threading.Thread):
+    "Ends a program that lets us wait too long."
+
+    def __init__(self, process, seconds):
+        super().__init__(daemon=True)
+        self.process = process
+        self.seconds = seconds
+        self.since = None  # when we began to wait
+        self.late = False
+        self.done = threading.Event()
+
+    def run(self):
+        while not self.done.wait(0.2):
+            since = self.since
+            if since is not None and time.monotonic() - since > self.seconds:
+                self.late = True
+                self.process.kill()
+                return
+
+
+# %% ../../nbs/capture/74_footage.ipynb #9f63137f
+def _next_picture(stream):
+    "(H,W,3) bytes, the next picture of a stream in the form PPM; None at its end."
+    if stream.readline() != b'P6\n':
+        return None
+    width, height = map(int, stream.readline().split())
+    stream.readline()  # the value of white
+    data = stream.read(3 * width * height)
+    if len(data) < 3 * width * height:
+        return None
+    return np.frombuffer(data, np.uint8).reshape(height, width, 3)
+
+
+def _check_size(film, picture, first):
+    "Large enough, and as large as the first one."
+    height, width = picture.shape[:2]
+    if min(width, height) < MIN_SIDE:
+        size = f'{width} x {height} pixels'
+        raise InputError(f'{film.path} is {size}; expected at least {MIN_SIDE} on each side')
+    if picture.shape != first:
+        change = f'{first[1]} x {first[0]} to {width} x {height} pixels'
+        raise InputError(f'{film.path} changes from {change}; cut it there into two films')
+
+
+# %% ../../nbs/capture/74_footage.ipynb #a6160959
+def _watched(film, process, watch):
+    "Pictures as they come, and whether there was one; the clock runs while we wait."
+    first = None
+    while True:
+        watch.since = time.monotonic()
+        picture = _next_picture(process.stdout)
+        watch.since = None
+        if picture is None:
+            return first is not None
+        first = first or picture.shape
+        _check_size(film, picture, first)
+        yield picture
+
+
+def _check_end(film, code, said, seen):
+    "Whether a film came to its end, and what ffmpeg had to say about it."
+    if code and any('lut3d' in line for line in said):
+        remedy = 'pip install --force-reinstall imageio-ffmpeg, and unset IMAGEIO_FFMPEG_EXE'
+        lacks = 'this ffmpeg lacks the filter lut3d, which makes them sRGB'
+        raise InputError(f'{film.path}: its colours are {film.colours}; {lacks}; {remedy}')
+    if code:
+        raise InputError(f'{film.path} cannot be decoded: {_cause(said)}; save it again')
+    if not seen:
+        raise InputError(f'{film.path} holds no picture: {_cause(said)}; save it again')
+    if said:
+        words = f'ffmpeg says: {_cause(said)}'
+        warnings.warn(f'{film.path}: some pictures are damaged; {words}', stacklevel=4)
+
+
+# %% ../../nbs/capture/74_footage.ipynb #bc3f9961
+def _decode(film, seconds):
+    "Pictures of a film file, one after the other."
+    output = ['-map', '0:V:0', *film.options, '-an', '-sn', '-f', 'image2pipe', '-c:v', 'ppm', '-']
+    command = [_ffmpeg(film.path)[0], '-v', 'error', *_ffmpeg(film.path, *output)[1:]]
+    with tempfile.TemporaryDirectory() as folder:
+        if not film.colours.are_srgb:
+            Path(folder, 'colours.cube').write_text(cube_of(film.colours))
+        pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process = subprocess.Popen(command, cwd=folder, **pipes)
+        said = deque(maxlen=20)
+        listener = threading.Thread(target=said.extend, args=(process.stderr,), daemon=True)
+        watch = _Watch(process, seconds)
+        listener.start()
+        watch.start()
+        try:
+            seen = yield from _watched(film, process, watch)
+            code = process.wait()
+            listener.join()
+            if watch.late:
+                raise _Late
+            _check_end(film, code, [line.decode(errors='replace') for line in said], seen)
+        finally:
+            watch.done.set()
+            process.kill()
+            process.wait()
+            listener.join()
+            process.stdout.close()
+            process.stderr.close()
 
 
 # %% ../../nbs/capture/74_footage.ipynb #f1a80088
+def _patiently(film):
+    "Pictures of a film file; a program that hangs is started once more, where it stopped."
+    seen = 0
+    for seconds in _PATIENCE:
+        try:
+            for i, picture in enumerate(_decode(film, seconds)):
+                if i >= seen:
+                    seen += 1
+                    yield picture
+            return
+        except _Late:
+            continue
+    raise _late(film.path)
+
+
 def film_pictures(
     film: Film,
     start: int = 0,  # the first one wanted
-):  # yields (H,W,3) bytes
+):  # yields (H,W,3) bytes of sRGB
     "Pictures of a film, one after the other; nothing is kept."
     if film.path.is_dir():
-        yield from (to_uint8(load_photo(p)) for p in picture_files(film.path)[start:])
+        yield from (to_uint8(load_photo(p)) for p in pictures_in(film.path)[start:])
         return
-    import imageio_ffmpeg
-
-    stream = imageio_ffmpeg.read_frames(str(film.path), output_params=list(film.options))
-    try:
-        width, height = next(stream)['size']
-        if min(width, height) < MIN_SIDE:
-            size = f'{width} x {height} pixels'
-            raise InputError(f'{film.path} is {size}; expected at least {MIN_SIDE} on each side')
-        for i, raw in enumerate(stream):
-            if i >= start:
-                yield np.frombuffer(raw, np.uint8).reshape(height, width, 3)
-    except (OSError, RuntimeError, StopIteration) as e:
-        raise InputError(f'{film.path} cannot be decoded; it is damaged or cut short') from e
-    finally:
-        stream.close()
+    for i, picture in enumerate(_patiently(film)):
+        if i >= start:
+            yield picture
 
 
 # %% ../../nbs/capture/74_footage.ipynb #81af55e2

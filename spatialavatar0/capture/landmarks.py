@@ -39,14 +39,16 @@ import torch
 from torch import Tensor
 
 # %% ../../nbs/capture/70_landmarks.ipynb #ca22acf4
-from ..ground.core import InputError, to_numpy
+from ..ground.core import InputError, printable, to_numpy
 from ..ground.geometry import axis_angle_to_mat, project
+from ..ground.media import MOST_PIXELS, open_picture, to_srgb
 from ..head.head import open_head
 from ..pictures.clips import Frame, resize
 from ..splats.mesh import shade_mesh
 
 # %% ../../nbs/capture/70_landmarks.ipynb #25dafdac
 MIN_SIDE, MAX_SIDE = 64, 2048  # pixels: below, no face is worth fitting; above, none gains from it
+_KINDS = 'JPEG, PNG, WebP, TIFF, BMP, GIF, AVIF or HEIC'
 
 
 def _open_picture(path):
@@ -57,22 +59,22 @@ def _open_picture(path):
     if path.is_dir():
         raise InputError(f'expected a photo, got the folder {path}; name one picture in it')
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore', Image.DecompressionBombWarning)
-            return Image.open(path)
+        return open_picture(path)
     except FileNotFoundError as e:
         message = f'expected a photo at {path}, but there is no such file; check the name'
         raise InputError(message) from e
     except UnidentifiedImageError as e:
-        kinds = 'JPEG, PNG, WebP, TIFF, BMP or GIF'
-        message = f'{path.name} is not a picture that can be read here; expected {kinds}'
+        message = f'{path.name} is not a picture that can be read here; expected {_KINDS}'
         raise InputError(message) from e
     except Image.DecompressionBombError as e:
-        millions = 2 * Image.MAX_IMAGE_PIXELS // 10**6
-        limit = f'(the limit is about {millions} million)'
-        raise InputError(f'{path.name} has too many pixels {limit}; make it smaller first') from e
-    except OSError as e:
-        raise InputError(f'cannot read {path}: {e.strerror or e}') from e
+        limit = f'(the limit is {MOST_PIXELS // 10**6} million)'
+        message = f'{path.name} has too many pixels {limit}; make it smaller first'
+        raise InputError(message) from e
+    except InputError:
+        raise
+    except Exception as e:
+        why = printable(getattr(e, 'strerror', None) or e)
+        raise InputError(f'cannot read {path}: {why}; get the file again') from e
 
 
 # %% ../../nbs/capture/70_landmarks.ipynb #37ac9a96
@@ -87,31 +89,51 @@ def _white(values):
     return 65535 if values.max() > 255 else 255 if values.max() > 1 else 1
 
 
+def _deep(picture, name):
+    "(H,W,3) floats of a grey picture with 16 bits or floats; a profile bends its curve."
+    from PIL import Image
+
+    values = np.asarray(picture, dtype=np.float32)
+    if not np.isfinite(values).all():
+        raise InputError(f'{name} holds NaN or infinite numbers; save it as 8 bits')
+    values = (values / _white(values)).clip(0, 1)
+    ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
+    ramp.info.update(picture.info)
+    curve = np.asarray(to_srgb(ramp, name), np.float32)[0, :, 1] / 255
+    values = np.interp(values, np.linspace(0, 1, 256), curve).astype(np.float32)
+    return values[..., None].repeat(3, -1)
+
+
 # %% ../../nbs/capture/70_landmarks.ipynb #131d1d0c
+def _load(picture, name):
+    "Decode an opened picture, as small as MAX_SIDE allows."
+    picture.draft('RGB', (MAX_SIDE, MAX_SIDE))
+    try:
+        picture.load()
+    except MemoryError:
+        raise
+    except Exception as e:
+        why = f'{name} is damaged or cut short ({printable(str(e))[:120]})'
+        raise InputError(f'{why}; get the file again') from e
+
+
 def _decode(picture, name):
     "Opened picture -> (H,W,3|4) floats 0..1: upright, first frame, at most MAX_SIDE long."
     from PIL import Image, ImageOps
 
     if min(picture.size) < MIN_SIDE:
         raise _too_small(name, *picture.size)
-    picture.draft('RGB', (MAX_SIDE, MAX_SIDE))
-    try:
-        picture.load()
-    except (OSError, SyntaxError, ValueError) as e:
-        raise InputError(f'{name} is damaged or cut short ({e}); get the file again') from e
-    picture = ImageOps.exif_transpose(picture)
-    modes = 'RGBA', 'LA', 'PA', 'La', 'RGBa'
-    transparent = picture.mode in modes or 'transparency' in picture.info
+    _load(picture, name)
+    ImageOps.exif_transpose(picture, in_place=True)
     deep = picture.mode.startswith('I') or picture.mode == 'F'  # 16 bits of grey, or floats
     if deep:
-        picture = Image.fromarray(np.asarray(picture).astype(np.float32))
-    else:
-        picture = picture.convert('RGBA' if transparent else 'RGB')
-    picture.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
-    values = np.asarray(picture, dtype=np.float32)
+        picture = picture.convert('F')
+    if picture.mode in ('1', 'P', 'PA'):
+        picture = to_srgb(picture, name)
+    picture.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS, reducing_gap=3)
     if deep:
-        return values[..., None].repeat(3, -1) / _white(values)
-    return values / 255
+        return _deep(picture, name)
+    return np.asarray(to_srgb(picture, name), dtype=np.float32) / 255
 
 
 # %% ../../nbs/capture/70_landmarks.ipynb #79a5d316
@@ -143,23 +165,31 @@ def _from_array(photo):
 
 
 # %% ../../nbs/capture/70_landmarks.ipynb #d8788353
+def _on_white(values):
+    "(H,W,3), and the transparency (H,W) or None; what is transparent becomes white."
+    if values.shape[-1] == 3:
+        return values, None
+    cover = values[..., 3]
+    if cover.max() < 0.1:
+        remedy = 'save it without transparency'
+        raise InputError(f'the photo is transparent everywhere; there is nothing to see: {remedy}')
+    return values[..., :3] * cover[..., None] + 1 - cover[..., None], cover
+
+
 def load_photo(
     photo,  # a file, or an array or tensor (H,W), (H,W,3), (H,W,4): bytes, 16 bits, or floats 0..1
     alpha: bool = False,  # also return the transparency
 ):  # (H,W,3) tensor 0..1, at most 2048 pixels long; with alpha: and (H,W), or None if there is none
-    "Any photo as upright colours; what is transparent becomes white."
+    "Any photo as upright colours of sRGB; what is transparent becomes white."
     is_file = isinstance(photo, (str, os.PathLike))
     values = _decode(_open_picture(photo), Path(photo).name) if is_file else _from_array(photo)
-    image = torch.tensor(values).clamp(0, 1)
-    height, width, channels = image.shape
+    height, width = values.shape[:2]
     if min(height, width) < MIN_SIDE:
         raise InputError(
             f'the photo is too long and thin: shrunk to {width} x {height} pixels it has '
             f'less than {MIN_SIDE} on one side; crop it'
         )
-    cover = image[..., 3] if channels == 4 else None
-    if cover is not None:
-        image = image[..., :3] * cover[..., None] + 1 - cover[..., None]
+    image, cover = _on_white(torch.tensor(values).clamp(0, 1))
     informative = cover is not None and 0.02 < (cover < 0.5).float().mean() < 0.98
     return (image, cover if informative else None) if alpha else image
 
@@ -333,18 +363,30 @@ def search_faces(
 
 
 # %% ../../nbs/capture/70_landmarks.ipynb #50432469
+def _no_face(image):
+    "Why there may be no face in a picture (H,W,3): what can be told without one."
+    height, width = image.shape[:2]
+    if image.std((0, 1)).max() < 0.01:
+        return NoFace('expected a face in the photo, but it is all of one colour')
+    if min(height, width) < 200:
+        size = f'the photo is only {width} x {height} pixels'
+        return NoFace(f'expected a face, found none; {size}: take one of 400 or more')
+    return NoFace(
+        'expected a face in the photo, found none; is it in focus, and turned less than '
+        'about 60 degrees from the camera?'
+    )
+
+
 def find_face(
     photo,  # file, array or tensor; see load_photo
     model=None,  # the .task file; None: the manifest's face_landmarker
 ) -> Detection:  # in pixels of load_photo(photo)
     "Landmarks and expression scores of the one face in a photo."
+    image = to_numpy(load_photo(photo))
     with landmarker(model) as run:
-        found = search_faces(run, (to_numpy(load_photo(photo)) * 255 + 0.5).astype(np.uint8))
+        found = search_faces(run, (image * 255 + 0.5).astype(np.uint8))
     if not found:
-        raise NoFace(
-            'expected a face in the photo, found none; is it in focus, and turned less than '
-            'about 60 degrees from the camera?'
-        )
+        raise _no_face(image)
     if len(found) > 1 and found[1].span >= 0.4 * found[0].span:
         count = len(found)
         raise InputError(f'expected one face in the photo, found {count}; crop it to one person')

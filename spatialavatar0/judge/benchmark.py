@@ -7,12 +7,15 @@ __all__ = [
     'person_of',
     'subjects',
     'parts_of_clip',
+    'parts_of_folder',
     'usable_parts',
     'head_squares',
     'Method',
     'method_of',
     'avatar_by',
     'Job',
+    'start_content',
+    'job_content',
     'left_out_of',
     'run_job',
     'jobs_of',
@@ -20,6 +23,7 @@ __all__ = [
 ]
 
 # %% ../../nbs/judge/92_benchmark.ipynb #930e3ac4
+import re
 from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,17 +31,27 @@ from pathlib import Path
 import numba
 import torch
 
+from spatialavatar0.pictures.clips import (
+    Clip,
+    blank_pictures,
+    crop,
+    head_content,
+    is_joined,
+    sequences_of,
+)
+
 # %% ../../nbs/judge/92_benchmark.ipynb #13575dea
 from ..avatar.avatar import Avatar
 from ..avatar.portrait import from_frame, head_square
+from ..ground.content import file_hash, hash_of, refuse_other, what_changed
 from ..ground.core import InputError, progress
 from ..ground.lease import Workers
-from ..head.flame_files import load_flame
-from ..head.head import Head, open_head
-from ..pictures.checks import check_clip, faults_of
-from ..pictures.clips import Clip, crop, head_content
-from ..pictures.formats import detect, load_clip
-from ..stage1.generator import from_pretrained
+from ..ground.media import natural_order
+from ..ground.pickles import printable
+from ..head.head import Head
+from ..pictures.checks import check_clip, faults_of, in_words
+from ..pictures.formats import detect, head_for, load_clip
+from ..stage1.generator import from_pretrained, generator_file
 from ..stage2.loop import refine
 from ..stage2.refine import RefineConfig, paper_config, start_frame
 from ..use.retarget import retarget
@@ -75,11 +89,11 @@ def person_of(
 
 
 def _clips_in(folder):
-    "Name -> path of the clips in a folder, sorted."
+    "Name -> path of the clips in a folder, in natural order."
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f'no folder {folder}: expected one with a folder per clip')
-    found = {path.name: path for path in sorted(folder.iterdir()) if _is_clip(path)}
+    found = {path.name: path for path in natural_order(folder.iterdir()) if _is_clip(path)}
     if not found:
         raise InputError(
             f'{folder} holds no clip: expected a folder per person, in a format this kit reads'
@@ -189,35 +203,16 @@ def _own_parts(path, head, p):
     return dict(train=train, test=test, source=train[0])
 
 
-def _usable(clip, head, what, say):
-    "The frames of a clip that can be used; the others are named."
-    checked = check_clip(clip, head, what)
-    for note in checked.notes:
-        say(f'note: {what}: {note}')
-    return checked.clip
-
-
-# %% ../../nbs/judge/92_benchmark.ipynb #1d8afe1c
-def usable_parts(
+def parts_of_folder(
     path,  # a folder in any format, or a list as for load_clip
     p: Protocol,
     head: Head,
-    say=print,
-    judged_only: bool = False,  # nobody will learn from the train part
-) -> dict:  # as parts_of_clip, without frames that cannot be used
-    "A data set cut as a protocol says, or as it says itself; checked before the first step."
+) -> dict:  # as parts_of_clip
+    "A data set cut as a protocol says, or as it says itself."
     is_one = isinstance(path, (str, Path))
-    has_own = p.data == 'NeRSemble' and is_one and detect(path) == 'vhap' and is_joined(path)
-    part = _own_parts(path, head, p) if has_own else parts_of_clip(load_clip(path, head), p)
-    what = path if is_one else ', '.join(map(str, path))
-    part['test'] = _usable(part['test'], head, f'{what}: held out', say)
-    if judged_only:
-        return part
-    if len(part['train']):
-        part['train'] = _usable(part['train'], head, f'{what}: to learn from', say)
-        return dict(part, source=part['train'][0])
-    _usable(Clip([part['source']]), head, f'{what}: the source', say)
-    return part
+    if p.data == 'NeRSemble' and is_one and detect(path) == 'vhap' and is_joined(path):
+        return _own_parts(path, head, p)
+    return parts_of_clip(load_clip(path, head), p)
 
 
 # %% ../../nbs/judge/92_benchmark.ipynb #9b4721a5
@@ -336,17 +331,22 @@ class Job:
 
     shown: str  # who is shown, by name
     driver: str  # whose motion it is, by name
-    shown_at: str  # folder of the clip
-    driver_at: str  # folder of the clip
+    shown_at: tuple  # folder of the clip; of its sequences, if it has several
+    driver_at: tuple  # the same
     method: str
     protocol: str
-    head: str = ''  # FLAME model; default: the open head
+    head: str = None  # FLAME model, or a HeadFile; default: the open head
     iters: int = 10_000
     resolution: int = 128
     seed: int = 0
     device: str = 'cpu'
     threads: int = 1
     state: str = ''  # folder for what an interrupted refinement has reached
+
+    def __post_init__(self):
+        for name in ('shown_at', 'driver_at'):
+            at = getattr(self, name)
+            object.__setattr__(self, name, (at,) if isinstance(at, (str, Path)) else tuple(at))
 
     @property
     def crosses(self):
@@ -364,13 +364,18 @@ class Job:
 
 
 # %% ../../nbs/judge/92_benchmark.ipynb #2083bd54
+def _path_of(at):
+    "A folder, or a list of them, as load_clip takes it."
+    return at[0] if len(at) == 1 else list(at)
+
+
 def _state_file(job):
     "Where an interrupted refinement goes on; None to forget it."
     if not job.state:
         return None
     folder = Path(job.state)
     folder.mkdir(parents=True, exist_ok=True)
-    return folder / f'{job.shown}_{job.seed}.safetensors'
+    return folder / f'{job.shown}_{job.seed}_{hash_of(job.key)[:8]}.safetensors'
 
 
 def _driven(avatar, frames, head):
@@ -378,6 +383,36 @@ def _driven(avatar, frames, head):
     poses = iter(retarget([frame.pose for frame in frames], head))
     render = renderer(avatar)
     return lambda frame, background: render(frame, background, **next(poses))
+
+
+# %% ../../nbs/judge/92_benchmark.ipynb #b33484d3
+def _head_of(job):
+    "The head model of a job's data."
+    return head_for([*job.shown_at, *job.driver_at], job.head)
+
+
+def start_content(
+    method: Method,
+) -> dict:
+    "What an avatar starts from, beside the clip."
+    if method.start == 'warp':
+        return dict(resolution=method.resolution)
+    name = 'toy' if method.start == 'network' else method.start
+    return dict(start=file_hash(generator_file(name)))
+
+
+def job_content(
+    job: Job,
+    head: Head = None,  # its head model, if it is known already
+) -> dict:  # a fingerprint
+    "All that a job's line is made of: clips, head, generator, the options that matter."
+    method = method_of(job.method, job.iters, job.resolution)
+    head = head or _head_of(job)
+    people = dict(clip=load_clip(_path_of(job.shown_at), head).fingerprint())
+    if job.crosses:
+        people['driver'] = load_clip(_path_of(job.driver_at), head).fingerprint()
+    options = dict(iters=job.iters) if method.refine else {}
+    return dict(people, head=head_content(head), options=options | start_content(method))
 
 
 # %% ../../nbs/judge/92_benchmark.ipynb #cc56ddeb
@@ -390,7 +425,7 @@ def left_out_of(
 
 def _parts_of(name, path, p, head):
     "The parts of somebody's clip that can be worked with."
-    return usable_parts(parts_of_clip(load_clip(path, head), p), head, name)
+    return usable_parts(parts_of_folder(path, p, head), head, name)
 
 
 # %% ../../nbs/judge/92_benchmark.ipynb #26e8c195
@@ -398,18 +433,19 @@ def run_job(job: Job) -> Line:
     "Make a person's avatar and judge it; what a process of its own does."
     torch.set_num_threads(job.threads)
     numba.set_num_threads(min(job.threads, numba.config.NUMBA_NUM_THREADS))
-    head = load_flame(job.head) if job.head else open_head()
+    head = _head_of(job)
+    made_of = job_content(job, head)
     p = protocol_of(job.protocol)
-    part = _parts_of(job.shown, job.shown_at, p, head)
+    part = _parts_of(job.shown, _path_of(job.shown_at), p, head)
     method = method_of(job.method, job.iters, job.resolution)
     avatar = avatar_by(method, p, part, head, job.seed, _state_file(job), job.device)
     render, test, source = renderer(avatar), part['test'], None
     if job.crosses:
-        driven = _parts_of(job.driver, job.driver_at, p, head)
+        driven = _parts_of(job.driver, _path_of(job.driver_at), p, head)
         test, part['left_out'] = driven['test'], driven['left_out']
         render, source = _driven(avatar, test, head), part['source']
     names = dict(method=job.method, subject=job.shown, driver=job.driver, seed=job.seed)
-    more = dict(iters=job.iters if method.refine else 0, **left_out_of(part))
+    more = dict(made_of=made_of, iters=job.iters if method.refine else 0, **left_out_of(part))
     judges = judges_here(lambda _: None)
     try:
         return evaluate(render, test, p, **names, source=source, judges=judges, **more)
@@ -424,44 +460,59 @@ def jobs_of(
     protocol: str,  # see protocol_of
     method: str,  # see method_of
     seeds: int = 1,  # how many
+    say=lambda text: None,  # tells which clips belong to one person
     **more,  # of Job: head, iters, resolution, device, threads, state
 ) -> list:  # of Job
     "The lines of a table: a job per person or pair, and seed."
-    here = subjects(folder)
+    here = subjects(folder, say)
     pairs = reenactments(protocol_of(protocol), list(here))
     return [
-        Job(shown, driver, str(here[shown]), str(here[driver]), method, protocol, seed=s, **more)
+        Job(shown, driver, here[shown], here[driver], method, protocol, seed=s, **more)
         for s in range(seeds)
         for shown, driver in pairs
     ]
 
 
 # %% ../../nbs/judge/92_benchmark.ipynb #6b51b11e
+def _is_done(job, results, restart):
+    "Whether a job's line is there, made of the same."
+    line = results.line(**job.key)
+    if line is None:
+        return False
+    made_of, now = line.more.get('made_of'), job_content(job)
+    if restart:
+        return made_of is not None and not what_changed(made_of, now)
+    ways = 'give another --out, or --restart to make this line anew'
+    refuse_other(f'the line of {job.shown} in {results.path}', made_of, now, ways)
+    return True
+
+
 def run_all(
     jobs: list,
     out,  # .jsonl; lines that are there are not made again
     processes: int = 1,
     say=print,
+    restart: bool = False,  # replace lines that were made of something else
 ) -> dict:  # who failed -> why
     "Work through jobs, several at a time."
     results = Results(out)
-    todo = [job for job in jobs if not results.has(**job.key)]
+    todo = [job for job in jobs if not _is_done(job, results, restart)]
     if processes == 1:
         done = ((job, lambda job=job: run_job(job)) for job in todo)
-        return _collect(done, len(todo), results, say)
+        return _collect(done, len(todo), results, say, restart)
     with Workers(processes) as workers:
         futures = {workers.submit(run_job, job): job for job in todo}
         done = ((futures[future], future.result) for future in as_completed(futures))
-        return _collect(done, len(todo), results, say)
+        return _collect(done, len(todo), results, say, restart)
 
 
 # %% ../../nbs/judge/92_benchmark.ipynb #4833fd08
-def _collect(done, count, results, say):  # done: jobs, and what gives or raises their result
+def _collect(done, count, results, say, restart):  # done: jobs, and what makes their lines
     "Write lines as they come; -> who failed, and why."
     failed = {}
     for job, result in progress(done, 'people', total=count):
         try:
-            results.add(result())
+            results.add(result(), restart)
         except InputError as e:
             failed[job.shown] = str(e)
             say(f'left out: {job.shown}: {e}')

@@ -21,8 +21,10 @@ __all__ = [
     'read_flashavatar',
     'read_gagavatar',
     'detect',
+    'format_of',
     'load_clip',
     'train_test',
+    'head_for',
 ]
 
 # %% ../../nbs/pictures/33_formats.ipynb #cd604eb4
@@ -32,6 +34,7 @@ import os
 import re
 import warnings
 import zipfile
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -50,6 +53,7 @@ from spatialavatar0.pictures.clips import (
     head_fingerprint,
     inside,
     is_rigid,
+    offset_counts,
     read_frames,
     read_pair,
     read_picture,
@@ -60,6 +64,7 @@ from spatialavatar0.pictures.clips import (
 from ..ground.content import hash_of
 from ..ground.core import InputError
 from ..ground.pickles import printable, read_arrays
+from ..head.flame_files import fitting_head
 from ..head.head import Head, open_head
 
 
@@ -208,9 +213,21 @@ def _time(image, i):
     return int(image.stem) if image.stem.isdecimal() and len(image.stem) < 10 else i
 
 
+def _in_time(shots):
+    "Shots in the order of time; pictures img_9 and img_10 are called by the numbers they end in."
+    found = [re.fullmatch(r'(.*?)(\d{1,9})', shot.image.stem) for shot in shots]
+    if all(found) and len({match[1] for match in found}) == 1:
+        shots = [shot._replace(time=int(match[2])) for shot, match in zip(shots, found)]
+    return sorted(shots, key=lambda shot: shot.time)
+
+
 def _clip(shots, cache):
     "Shots as a clip that is read frame by frame."
-    return Clip(lambda i: shots[i].read(), len(shots), cache, lambda i: shots[i].leaf())
+
+    def load(i):
+        return replace(shots[i].read(), time=shots[i].time)
+
+    return Clip(load, len(shots), cache, lambda i: shots[i].leaf())
 
 
 # %% ../../nbs/pictures/33_formats.ipynb #269d68eb
@@ -289,6 +306,7 @@ def read_imavatar(
         _imavatar_shot(folder, entry, i, K, size, head, shape)
         for i, entry in enumerate(top['frames'])
     ]
+    shots = _in_time(shots)
     check_once([(shot.time, '') for shot in shots], path)
     bare = next((shot.image for shot in shots if not shot.mask), None)
     check_files((shot.image for shot in shots), bare, 'add mask/N.png or an alpha channel')
@@ -581,7 +599,7 @@ def read_insta(
     opengl = _insta_view(first, None, middle, where)[1] @ first[:, 1] < 0  # y was turned over
     rig = _Rig(head, middle, opengl)
     shots = [_insta_shot(folder, *pair, i, rig) for i, pair in enumerate(entries)]
-    shots = sorted(shots, key=lambda shot: shot.time)
+    shots = _in_time(shots)
     check_once([(shot.time, '') for shot in shots], folder)
     bare = next((shot.image for shot in shots if not shot.mask), None)
     check_files((shot.image for shot in shots), bare, 'add matted/NAME.png or an alpha channel')
@@ -590,7 +608,7 @@ def read_insta(
 
 # %% ../../nbs/pictures/33_formats.ipynb #e54a94ac
 def _has_number(path, suffixes):
-    return path.suffix in suffixes and path.stem.isdecimal() and len(path.stem) < 10
+    return path.suffix.lower() in suffixes and path.stem.isdecimal() and len(path.stem) < 10
 
 
 def _numbered(folder, name, suffixes, where):
@@ -737,7 +755,8 @@ def _file_pictures(folder, where):
     "Function key -> a picture's file, or None; from the folder images."
 
     def get(key):
-        for name in (f'images/{key}.png', f'images/{key}.jpg'):
+        for ending in ('.png', '.jpg', '.jpeg', '.PNG', '.JPG', '.JPEG'):
+            name = f'images/{key}{ending}'
             if (folder / name).is_file():
                 return inside(folder, name, where)
 
@@ -900,8 +919,19 @@ def detect(
 
 
 # %% ../../nbs/pictures/33_formats.ipynb #654c5b44
+def format_of(
+    path,  # a folder, or a list of folders of one person
+) -> str:  # a key of READERS
+    "Format of a folder, or of several: sequences of one person come from VHAP."
+    if not isinstance(path, (list, tuple)):
+        return detect(path)
+    if other := [one for one in path if detect(one) != 'vhap']:
+        raise InputError(f'{other[0]}: only sequences in VHAP format are joined to a clip')
+    return 'vhap'
+
+
 def load_clip(
-    path,  # a folder
+    path,  # a folder; or a list of folders in VHAP format, sequences of one person
     head: Head = None,  # its codes belong to; the formats other than VHAP insist on it
     format: str = 'auto',  # or one of READERS
     split: str = None,  # 'train', 'val' or 'test'; default: all frames
@@ -911,12 +941,28 @@ def load_clip(
         raise InputError(
             f"format should be 'auto', {', '.join(map(repr, READERS))}; got {format!r}"
         )
-    return READERS[detect(path) if format == 'auto' else format](path, split, head)
+    return READERS[format_of(path) if format == 'auto' else format](path, split, head)
 
 
 # %% ../../nbs/pictures/33_formats.ipynb #fc2b6228
+def _pictures_of(clip):
+    "The files of the pictures of a clip."
+    found = (clip.leaf(i).get('pictures') for i in range(len(clip)))
+    return {path for path in found if isinstance(path, Path)}
+
+
+def _check_apart(train, test, where):
+    "A warning where a data set holds out what it also learns from."
+    if both := _pictures_of(train) & _pictures_of(test):
+        warnings.warn(
+            f'{where}: {len(both)} of {len(test)} held-out frames are among those to learn from; '
+            'scores on them are too good',
+            stacklevel=3,
+        )
+
+
 def train_test(
-    path,  # a folder
+    path,  # a folder, or a list as for `load_clip`
     head: Head = None,  # as for `load_clip`
     format: str = 'auto',
 ) -> tuple:  # two clips
@@ -926,4 +972,26 @@ def train_test(
         parts = [load_clip(path, head, format, name) for name in ('train', 'test')]
     except NoSplit:
         parts = [()]
-    return tuple(parts) if all(map(len, parts)) else split(load_clip(path, head, format))
+    if not all(map(len, parts)):
+        return split(load_clip(path, head, format))
+    _check_apart(*parts, path)
+    return tuple(parts)
+
+
+# %% ../../nbs/pictures/33_formats.ipynb #47cc6700
+def _counts_of(path):
+    "For how many vertices the offsets of a folder are; what cannot be read, its reader will name."
+    try:
+        return offset_counts(path) if detect(path) == 'vhap' else set()
+    except InputError:
+        return set()
+
+
+def head_for(
+    clip,  # a folder in any format, or a list of them
+    given=None,  # a file, a HeadFile or a Head; default: the open head
+) -> Head:
+    "The head model for a data set: the one that is given, with teeth if the data need them."
+    paths = clip if isinstance(clip, (list, tuple)) else [clip]
+    found = {path: counts for path in paths if (counts := _counts_of(path))}
+    return fitting_head(given, set().union(*found.values()), ', '.join(map(str, found)))
