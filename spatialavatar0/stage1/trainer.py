@@ -19,6 +19,15 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
+from spatialavatar0.ground.files import (
+    Field,
+    FileKind,
+    Wanted,
+    read_header,
+    read_tensors,
+    set_random_state,
+    write_tensors,
+)
 from spatialavatar0.stage1.objective import (
     Weights,
     l2_sp,
@@ -42,7 +51,6 @@ from spatialavatar0.stage1.schedule import (
 
 from ..ground.content import branches, hash_of, refuse_other
 from ..ground.core import InputError, atomic_path, progress
-from ..ground.files import FileKind, read_tensors, write_tensors
 from ..ground.lease import finish_first, interruption
 from ..pictures.clips import Clip, head_content
 from ..pictures.fast_metrics import open_lpips, ssim
@@ -504,7 +512,20 @@ def identity(self: Trainer) -> dict:
 
 
 # %% ../../nbs/stage1/55_trainer.ipynb #345253a7
-_STATE = FileKind('training', 'the state of a training', 'remove it to begin anew')
+_STATE = FileKind(
+    'training',
+    'the state of a training',
+    'remove it to begin anew',
+    fields=dict(
+        step=Field(int, 0),
+        phase=Field(int, 0),
+        seconds=Field(float, 0, 1e9),
+        log=Field(list, inside=Field(dict, inside=dict(step=Field(int, 0)))),
+        rows=Field(list, inside=Field(dict, inside=dict(loss=Field(float)))),
+        made_of=Field(dict, needed=False),  # refuse_other has words of its own for that
+    ),
+    most=1 << 26,
+)
 
 
 @patch
@@ -528,15 +549,33 @@ def save(self: Trainer, path):
     write_tensors(path, dict(tensors, rng=self.rng.get_state()), _STATE, meta)
 
 
+# %% ../../nbs/stage1/55_trainer.ipynb #28b67e78
+@patch
+def _sound_state(self: Trainer):
+    "What a file of this run and phase must hold: a kind for `read_tensors`."
+    tensors = dict(rng=Wanted('uint8', tuple(self.rng.get_state().shape)))
+    for name, param in zip(self.names, self.params):
+        like = Wanted(str(param.dtype).removeprefix('torch.'), tuple(param.shape))
+        tensors[f'weights.{name}'] = like._replace(low=-1e6, high=1e6)
+        tensors[f'step.{name}'] = Wanted('float32', (), 0, needed=False)
+        tensors[f'exp_avg.{name}'] = like._replace(needed=False)
+        tensors[f'exp_avg_sq.{name}'] = like._replace(low=0, needed=False)
+        if self.home:
+            tensors[f'home.{name}'] = like
+    return replace(_STATE, tensors=tensors)
+
+
 # %% ../../nbs/stage1/55_trainer.ipynb #5cdd0908
 @patch
 def load(self: Trainer, path):
     "Go on from a file written by `save`."
-    tensors, meta = read_tensors(path, _STATE)
+    last = dict(step=Field(int, 0, self.total), phase=Field(int, 0, len(self.schedule) - 1))
+    meta = read_header(path, replace(_STATE, fields=_STATE.fields | last))
     refuse_other(path, meta.get('made_of'), self.identity())
     self.begin(meta['phase'])
+    tensors, _ = read_tensors(path, self._sound_state())
     self._restore(tensors)
-    self.rng.set_state(tensors['rng'])
+    set_random_state(self.rng, tensors['rng'], path, _STATE)
     self.step_number = meta['step']
     self.seconds = meta['seconds']
     self.log = meta['log']

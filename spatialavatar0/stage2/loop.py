@@ -33,6 +33,15 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
+from spatialavatar0.ground.files import (
+    Field,
+    FileKind,
+    Wanted,
+    read_header,
+    read_tensors,
+    set_random_state,
+    write_tensors,
+)
 from spatialavatar0.stage2.refine import (
     KEEP,
     RAW,
@@ -50,7 +59,6 @@ from spatialavatar0.stage2.refine import (
 from ..avatar.avatar import Avatar, avatar_tensors
 from ..ground.content import hash_of, refuse_other
 from ..ground.core import InputError, progress
-from ..ground.files import FileKind, read_tensors, write_tensors
 from ..ground.geometry import SH_C0
 from ..ground.lease import finish_first, interruption
 from ..pictures.clips import Clip, Frame, head_content, on_background
@@ -259,6 +267,7 @@ class Refinement:
     gate: dict = None  # per attribute (N,) 0..1: how large each Gaussian's steps are
     extra: tuple = ()  # Views, one every fourth step
     device: str = 'cpu'
+    also: dict = None  # what else must be the same for a state to go on: part -> hash
 
     def __post_init__(self):
         self.device = torch.device(self.device)
@@ -530,7 +539,18 @@ def log_line(self: Refinement, seconds):
 
 
 # %% ../../nbs/stage2/61_loop.ipynb #243ec275
-STATE = FileKind('refinement', 'the state of a refinement', 'remove it to begin anew')
+_LINE = dict(step=Field(int, 0), loss=Field(float), psnr=Field(float), seconds=Field(float, 0))
+STATE = FileKind(
+    'refinement',
+    'the state of a refinement',
+    'remove it to begin anew',
+    fields=dict(
+        step=Field(int, 0),
+        log=Field(list, inside=Field(dict, inside=_LINE)),
+        made_of=Field(dict, needed=False),  # refuse_other has words of its own for that
+    ),
+    most=1 << 26,
+)
 
 
 @patch
@@ -554,22 +574,40 @@ def identity(self: Refinement):
             head=head_content(self.avatar.head),
             gates=hash_of(self.gate),
             extra=hash_of([view.image for view in self.extra]),
+            **(self.also or {}),
             options=dict(asdict(self.cfg), iters=self.iters, seed=self.seed),
         )
     return self._identity
+
+
+# %% ../../nbs/stage2/61_loop.ipynb #e165a460
+@patch
+def _sound_state(self: Refinement, step):
+    "What a file must hold after so many steps: a kind for `read_tensors`."
+    tensors = dict(rng=Wanted('uint8', tuple(self.rng.get_state().shape)))
+    needed = step > 0  # before the first step the optimiser remembers nothing
+    for name, start in self.start.items():
+        dtype, shape = str(start.dtype).removeprefix('torch.'), tuple(start.shape)
+        tensors[f'delta.{name}'] = Wanted(dtype, shape, -1e6, 1e6)
+        tensors[f'step.{name}'] = Wanted('float32', (), 0, needed=needed)
+        tensors[f'exp_avg.{name}'] = Wanted(dtype, shape, needed=needed)
+        tensors[f'exp_avg_sq.{name}'] = Wanted(dtype, shape, 0, needed=needed)
+    fields = dict(STATE.fields, step=Field(int, 0, self.iters))
+    return replace(STATE, fields=fields, tensors=tensors)
 
 
 # %% ../../nbs/stage2/61_loop.ipynb #c7c18e04
 @patch
 def load(self: Refinement, path):
     "Go on from a file written by `save`."
-    tensors, meta = read_tensors(path, STATE)
+    meta = read_header(path, STATE)
     refuse_other(path, meta.get('made_of'), self.identity())
+    tensors, meta = read_tensors(path, self._sound_state(meta['step']))
     for name, way in self.delta.items():
         way.data.copy_(tensors[f'delta.{name}'])
         moments = [m for m in ('step', 'exp_avg', 'exp_avg_sq') if f'{m}.{name}' in tensors]
         self.opt.state[way] = {m: tensors[f'{m}.{name}'].to(way.device) for m in moments}
-    self.rng.set_state(tensors['rng'])
+    set_random_state(self.rng, tensors['rng'], path, STATE)
     self.step_number = meta['step']
     self.log = meta['log']
 
@@ -678,6 +716,7 @@ def refine(
     gate: dict = None,  # per attribute (N,) 0..1: how large each Gaussian's steps are
     extra=(),  # Views, one every fourth step
     device='cpu',  # where to compute; avatars stay on the CPU
+    also: dict = None,  # what else must be the same for a state to go on: part -> hash
     unfinished: bool = True,  # Ctrl-C returns what is there; False: it raises, the state saved
 ) -> tuple:  # the refined Avatar, and a log: list of dict(step, loss, psnr, seconds)
     "Sharpen an avatar on pictures, its layout as it is: Stage 2 of the paper (Sec. 3.3)."
@@ -686,7 +725,7 @@ def refine(
     clip = Clip([clip]) if isinstance(clip, Frame) else clip
     if not len(clip):
         raise InputError('refine needs at least one frame; the clip is empty')
-    run = Refinement(avatar, clip, cfg, iters, seed, gate, extra, device)
+    run = Refinement(avatar, clip, cfg, iters, seed, gate, extra, device, also)
     if state:
         run.identity()  # of what it begins with, not of what lies there hours later
     if state and Path(state).exists():
