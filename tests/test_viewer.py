@@ -3,6 +3,8 @@ bad input."""
 
 import asyncio
 import contextlib
+import html.parser
+import http.client
 import io
 import json
 import os
@@ -33,6 +35,7 @@ from spatialavatar0.head.head import Head, open_head
 from spatialavatar0.pictures.metrics import psnr
 from spatialavatar0.pictures.people import make_person, paint, portrait_camera
 from spatialavatar0.splats.binding import Binding
+from spatialavatar0.use import viewer
 from spatialavatar0.use.animate import TURNS, control_names, pose_of
 from spatialavatar0.use.viewer import (
     SHOW,
@@ -45,6 +48,7 @@ from spatialavatar0.use.viewer import (
     pack_avatar,
     page_picture,
     panel_picture,
+    plain_title,
     serve,
     signed_steps,
     viser_splats,
@@ -85,6 +89,81 @@ def small_file(small, tmp_path_factory):
         tmp_path_factory.mktemp('page') / 'small.html',
         title='</script><script>alert(1)</script>',
     )
+
+
+TITLES = {
+    '{{bytes}}': '{{bytes}}',
+    '{{title}} {{header}}': '{{title}} {{header}}',
+    '</title><script>alert(1)</script>': None,
+    '"><img src=x onerror=alert(1)>': None,
+    "' onload='x": None,
+    '<!-- ]]> --> &amp; &#60;': None,
+    'a\u2028b\u2029c': 'a b c',
+    'a\0b\x1b[2J\x07\x85c': 'a b [2J c',
+    '\u202egnp.exe': 'gnp.exe',
+    '\udcff\ud800 half': 'half',
+    '\\u003cscript\\g<0>': '\\u003cscript\\g<0>',
+    'x' * 100_000: 'x' * 120,
+    '\n' * 100_000: '',
+    'Zoë 山田 👩': 'Zoë 山田 👩',
+}
+
+
+@pytest.mark.parametrize('title', TITLES, ids=lambda title: ascii(title)[:24])
+def test_titles(small, tmp_path, title):
+    """Whatever a file is called, the page has one script and that title, as text. (BeautifulSoup
+    is no witness: it mends; html.parser reads what stands there.)"""
+    path = write_page(small, tmp_path / 'a.html', title=title, motions={})
+    page = path.read_bytes().decode('utf-8')
+    seen = Seen()
+    seen.feed(page)
+    kept = plain_title(title)
+    assert kept == (title if TITLES[title] is None else TITLES[title])
+    assert seen.texts['title'] == seen.texts['h1'] == [kept] * bool(kept)
+    plain = Seen()
+    plain.feed(write_page(small, tmp_path / 'b.html', motions={}).read_text(encoding='utf-8'))
+    assert seen.tags == plain.tags
+    assert seen.texts['script'] == plain.texts['script']
+
+
+class Seen(html.parser.HTMLParser):
+    "Tags with their attributes, and the text in some of them."
+
+    def __init__(self):
+        super().__init__()
+        self.tags = []
+        self.texts = dict(title=[], h1=[], script=[])
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, attrs))
+
+    def handle_data(self, data):
+        if self.tags and self.tags[-1][0] in self.texts and data.strip():
+            self.texts[self.tags[-1][0]].append(data.strip())
+
+
+def test_motions_with_odd_names(small, tmp_path):
+    "A motion of any name arrives in the page; what JavaScript reads is what we wrote."
+    nod = [dict(neckPitch=5.0)] * 2
+    names = ['__proto__', '</script>', '{{bytes}}', "'\u2028", '\udcff']
+    page = write_page(small, tmp_path / 'a.html', motions=dict.fromkeys(names, nod))
+    text = page.read_text(encoding='utf-8')
+    assert text.count('</script>') == 1
+    literal = re.search(r'const HEADER = JSON.parse\((".*")\);', text)[1]
+    assert list(json.loads(json.loads(literal))['motions']) == names
+
+
+@browser
+def test_odd_names_in_a_browser(small, tmp_path):
+    odd = ['__proto__', '</script><b>', '{{bytes}}']
+    motions = dict.fromkeys(odd, [dict(neckPitch=5.0)] * 2)
+    page = write_page(small, tmp_path / 'a.html', title=odd[2], motions=motions)
+
+    def look(tab):
+        buttons = tab.locator('#motions button').all_text_contents()
+        return tab.title(), tab.locator('h1').text_content(), buttons
+
+    assert in_browser(page, look, (160, 120)) == (odd[2], odd[2], odd)
 
 
 def random_controls(seed, head):
@@ -498,16 +577,181 @@ def test_panel_for_a_head_without_names_and_layout(small):
 # the live viewer
 
 
-def test_live_viewer_listens_here_only_and_follows(small):
+@pytest.fixture(scope='module')
+def live(small):
+    "A running viewer: its address up to the question mark, its token, its port."
     pytest.importorskip('viser')
+    server = serve(small, verbose=False)
+    base, _, token = server.url.partition('?token=')
+    yield base, token, server.get_port()
+    server.stop()
 
-    server = serve(small, free_port(), verbose=False)
+
+def ask(port, path='/', **headers):
+    "Status, headers and body of an answer; headers of the request as they stand."
+    connection = http.client.HTTPConnection('127.0.0.1', port, timeout=20)
+    connection.putrequest('GET', path, skip_host=True)
+    for name, value in (dict(Host=f'127.0.0.1:{port}') | headers).items():
+        for each in value if isinstance(value, list) else [value] * (value is not None):
+            connection.putheader(name, each)
+    connection.endheaders()
+    answer = connection.getresponse()
+    found = answer.status, answer.headers, answer.read(200)
+    connection.close()
+    return found
+
+
+def test_live_viewer_listens_here_only(live):
+    base, token, port = live
+    assert base == f'http://127.0.0.1:{port}/'
+    assert len(token) >= 43  # 256 bits
+    with socket.create_connection(('127.0.0.1', port), timeout=5):
+        pass
+    # another address of this machine: 127.0.0.2 is one on Linux
+    with pytest.raises(OSError), socket.create_connection(('127.0.0.2', port), timeout=5):
+        pass
+
+
+def test_every_live_viewer_has_a_port_and_a_token_of_its_own(small, live):
+    pytest.importorskip('viser')
+    other = serve(small, verbose=False)
     try:
-        assert server.get_host() == '127.0.0.1'
-        with socket.create_connection(('127.0.0.1', server.get_port()), timeout=5):
-            pass
+        assert other.url.partition('?token=')[2] != live[1]
+        assert other.get_port() != live[2]
+        assert ask(other.get_port(), f'/{live[1]}/')[0] == 403
     finally:
-        server.stop()
+        other.stop()
+
+
+def test_the_address_that_was_printed(live):
+    _, token, port = live
+    status, headers, _ = ask(port, f'/?token={token}')
+    assert (status, headers['Location']) == (302, f'/{token}/')
+    status, headers, body = ask(port, headers['Location'])
+    assert status == 200
+    assert b'<html' in body.lower()
+    assert (headers['Referrer-Policy'], headers['Cache-Control']) == ('no-referrer', 'no-store')
+    assert ask(port, f'/{token}/', Host=f'localhost:{port}')[0] == 200
+    own = dict(Origin=f'http://127.0.0.1:{port}')
+    assert ask(port, f'/{token}/', **own)[0] == 200
+
+
+GUESSES = (
+    '/',
+    '/?token=',
+    '/?token=guess',
+    '/guess/',
+    '/index.html',
+    '/assets/../index.html',
+    '//{token}/',
+    '/x/{token}/',
+    '/?xtoken={token}',
+    '/?a=%26token={token}',
+    '/{short}/',
+    '/{token}x/',
+    '/?token={token}&token=x',
+    '/%s' % ('x' * 5000),
+    '/\xff/',
+    '/?token=%00',
+)
+
+
+@pytest.mark.parametrize('path', GUESSES, ids=lambda path: path[:24])
+def test_without_the_token(live, path):
+    _, token, port = live
+    path = path.format(token=token, short=token[:-1])
+    if path in (f'//{token}/', f'/?token={token}&token=x'):
+        return  # it was given
+    try:
+        status, _, body = ask(port, path)
+    except (UnicodeEncodeError, http.client.HTTPException):
+        return
+    assert status in (400, 403)
+    assert b'<html' not in body.lower()
+
+
+HOSTS = 'evil.example', 'evil.example:PORT', '127.0.0.1', '127.0.0.1:1', '0.0.0.0:PORT', '', None
+
+
+@pytest.mark.parametrize('host', HOSTS)
+def test_a_foreign_host(live, host):
+    "A name that was pointed at this machine says itself here."
+    _, token, port = live
+    host = host and host.replace('PORT', str(port))
+    assert ask(port, f'/{token}/', Host=host)[0] in (400, 403)
+
+
+def test_two_hosts(live):
+    _, token, port = live
+    both = [f'127.0.0.1:{port}', 'evil.example']
+    assert ask(port, f'/{token}/', Host=both)[0] in (400, 403)
+
+
+ORIGINS = 'http://evil.example', 'null', 'https://127.0.0.1:PORT', 'http://127.0.0.1', ''
+
+
+@pytest.mark.parametrize('origin', ORIGINS)
+def test_a_foreign_origin(live, origin):
+    _, token, port = live
+    origin = origin.replace('PORT', str(port))
+    assert ask(port, f'/{token}/', Origin=origin)[0] == 403
+
+
+def open_socket(port, path, origin):
+    "viser's protocol, as its page speaks it; the first bytes that come."
+    import viser
+    from websockets.sync.client import connect
+
+    words = dict(subprotocols=[f'viser-v{viser.__version__}'], proxy=None, open_timeout=20)
+    with connect(f'ws://127.0.0.1:{port}{path}', origin=origin, max_size=None, **words) as ws:
+        return ws.recv(timeout=20)
+
+
+def test_sockets(live):
+    "Ours tells of the head; those of other pages are not opened."
+    from websockets.exceptions import InvalidStatus
+
+    _, token, port = live
+    own = f'http://127.0.0.1:{port}'
+    for path in (f'/{token}', f'/{token}/', f'/?token={token}'):
+        assert len(open_socket(port, path, own)) > 10
+    for path, origin in (
+        ('/', own),
+        ('/guess', own),
+        (f'/{token}', 'http://evil.example'),
+        (f'/{token}', f'http://localhost:{port}'),  # another page of this machine
+        (f'/{token}', 'null'),
+        (f'/{token}', None),
+    ):
+        with pytest.raises(InvalidStatus) as e:
+            open_socket(port, path, origin)
+        assert e.value.response.status_code == 403
+
+
+def test_a_viser_that_does_not_ask_us_is_stopped(small, monkeypatch):
+    "As a later version might: no guard, no viewer."
+    pytest.importorskip('viser')
+    monkeypatch.setattr(viewer, '_guard', lambda token, plain: plain)
+    with pytest.raises(InputError, match='answers strangers'):
+        serve(small, verbose=False)
+
+
+def test_only_viser_is_guarded():
+    "A server that somebody else starts meanwhile is left alone."
+    sockets = pytest.importorskip('websockets.asyncio.server')
+    plain = sockets.serve
+
+    async def started_meanwhile():
+        def door(connection, request):
+            return connection.respond(418, 'theirs')
+
+        with viewer._guarded('secret'):
+            theirs = sockets.serve(lambda ws: None, '127.0.0.1', 0, process_request=door)
+        async with theirs as server:
+            return await asyncio.to_thread(ask, server.sockets[0].getsockname()[1])
+
+    assert asyncio.run(started_meanwhile())[::2] == (418, b'theirs')
+    assert sockets.serve is plain
 
 
 def test_viser_gets_the_posed_gaussians(small):
@@ -722,14 +966,14 @@ def test_panel_in_jupyterlab(tmp_path):
 @browser
 def test_live_viewer_in_a_browser(small, tmp_path):
     pytest.importorskip('viser')
-    server = serve(small, free_port(), verbose=False)
+    server = serve(small, verbose=False)
     shots = []
 
     def look(tab):
         return np.asarray(screenshot(tab).resize((110, 80)), dtype=float)[:, 35:75]
 
     def turn_the_head(tab):
-        tab.goto(f'http://127.0.0.1:{server.get_port()}')
+        tab.goto(server.url)
         handle = tab.get_by_role('slider').first
         handle.wait_for(timeout=90_000)
 

@@ -18,6 +18,7 @@ __all__ = [
     'home_view',
     'view_of',
     'bake_motion',
+    'plain_title',
     'write_page',
     'find_browser',
     'wait_until',
@@ -30,20 +31,27 @@ __all__ = [
     'other_side',
     'explore',
     'viser_splats',
+    'refusal',
     'serve',
     'embed',
 ]
 
 # %% ../../nbs/use/82_viewer.ipynb #da56ad4e
 import base64
+import contextlib
+import hmac
 import html
+import http.client
 import importlib.resources
 import io
 import json
 import math
 import os
 import re
+import secrets
 import shutil
+import socket
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -66,6 +74,7 @@ from spatialavatar0.use.animate import (
 from ..avatar.avatar import Avatar
 from ..ground.core import InputError, atomic_path, smoothstep, to_uint8
 from ..ground.geometry import intrinsics, orbit, quat_to_mat, sh0_to_rgb
+from ..ground.pickles import printable
 from ..splats.kernels import fast_log_aspects
 from ..splats.mesh import shade_mesh
 from ..splats.renderers import rasterize
@@ -290,10 +299,18 @@ def _header(avatar, table, motions, background):
 
 
 # %% ../../nbs/use/82_viewer.ipynb #6166907d
+def plain_title(
+    text,  # any name, also one out of a stranger's file
+    most: int = 120,
+) -> str:  # letters, digits, signs and single spaces
+    "A title that is one line, reads from left to right and can be written to any file."
+    kept = ''.join(letter if letter.isprintable() else ' ' for letter in str(text)[: 8 * most])
+    return ' '.join(kept.split())[:most]
+
+
 def _fill(template, parts):
-    for name, text in parts.items():
-        template = template.replace('{{' + name + '}}', text)
-    return template
+    "Every {{name}} of the template, once: what is filled in is not looked at again."
+    return re.sub(r'\{\{(\w+)\}\}', lambda found: parts[found[1]], template)
 
 
 # %% ../../nbs/use/82_viewer.ipynb #09938299
@@ -309,17 +326,20 @@ def write_page(
     "Write one HTML file that shows the avatar, moves it and turns it."
     path = Path(path)
     if path.suffix.lower() not in ('.html', '.htm'):
-        raise InputError(f'a page should end in .html; got {path.name}')
+        raise InputError(f'a page should end in .html; got {printable(path.name)}')
     if not re.fullmatch('#[0-9a-fA-F]{6}', background):
-        raise InputError(f'background should look like #ffffff; got {background!r}')
+        raise InputError(f'background should look like #ffffff; got {printable(background)}')
     table, data = pack_avatar(avatar)
     if motions is None:
         motions = motions_for(avatar.head, 200)
-    header = json.dumps(_header(avatar, table, motions, background))
+    try:
+        header = json.dumps(_header(avatar, table, motions, background), allow_nan=False)
+    except ValueError as e:
+        raise InputError('the avatar holds nan or inf; the page would stay empty') from e
     parts = dict(
-        title=html.escape(title),
+        title=html.escape(plain_title(title)),
         style=_asset('style.css'),
-        header=header.replace('<', '\\u003c'),
+        header=json.dumps(header).replace('<', '\\u003c'),
         script='\n'.join(_asset(name) for name in ('data.js', 'head.js', 'draw.js', 'app.js')),
         bytes=base64.b64encode(data).decode(),
     )
@@ -742,25 +762,131 @@ def _show_with_sliders(server, avatar):
                 slider.on_update(moved)
 
 
+# %% ../../nbs/use/82_viewer.ipynb #83b0c227
+def _given_token(path):
+    "The token in what was asked for: its first part, or token=."
+    place, _, query = path.partition('?')
+    asked = re.search(r'(?:^|&)token=([^&]*)', query)
+    return asked[1] if asked else place.strip('/').partition('/')[0]
+
+
+def refusal(
+    token: str,  # the secret part of the address
+    port: int,  # ours
+    path: str,  # asked for
+    headers,  # of the request, with get_all: Host, Origin, Upgrade
+) -> str:  # why it is refused; '' where it is not
+    "Whether a request knows the address and comes from our own page."
+    hosts = headers.get_all('Host')
+    if len(hosts) != 1 or hosts[0] not in (f'127.0.0.1:{port}', f'localhost:{port}'):
+        return 'this is not the address of the viewer'
+    origins = headers.get_all('Origin')
+    is_socket = bool(headers.get_all('Upgrade'))
+    if any(origin != f'http://{hosts[0]}' for origin in origins) or is_socket > len(origins):
+        return 'the viewer can be used from its own page only'
+    if not hmac.compare_digest(_given_token(path).encode(), token.encode()):
+        return 'open the address that was printed: it ends in a token'
+    return ''
+
+
+# %% ../../nbs/use/82_viewer.ipynb #085b03bd
+_CAREFUL = {'Referrer-Policy': 'no-referrer', 'Cache-Control': 'no-store'}
+_CAREFUL |= {'X-Content-Type-Options': 'nosniff', 'Cross-Origin-Resource-Policy': 'same-origin'}
+
+
+def _guard(token, plain):
+    "viser's answers for those who may look; viser sees paths without the token."
+
+    def answer(connection, request):
+        port = connection.local_address[1]
+        path, is_socket = request.path, request.headers.get('Upgrade')
+        if why := refusal(token, port, path, request.headers):
+            return connection.respond(403, f'{why}\n')
+        if path.startswith(f'/{token}'):
+            request.path = path.removeprefix(f'/{token}') or '/'
+        elif not is_socket:
+            response = connection.respond(302, '')
+            response.headers['Location'] = f'/{token}/'
+            return response
+        response = plain(connection, request)
+        if response is not None:
+            response.headers.update(_CAREFUL)
+        return response
+
+    return answer
+
+
+# %% ../../nbs/use/82_viewer.ipynb #3e6ad3bb
+_STARTING = threading.Lock()
+
+
+@contextlib.contextmanager
+def _guarded(token):
+    "While viser starts: its server puts every request to us first."
+    import websockets.asyncio.server as sockets
+
+    plain = sockets.serve
+
+    def serve_guarded(handler, *words, process_request=None, **options):
+        if handler.__module__.startswith('viser'):
+            process_request = _guard(token, process_request)
+        return plain(handler, *words, process_request=process_request, **options)
+
+    with _STARTING:
+        sockets.serve = serve_guarded
+        try:
+            yield
+        finally:
+            sockets.serve = plain
+
+
+# %% ../../nbs/use/82_viewer.ipynb #94bf40c3
+def _free_port():
+    with socket.create_server(('127.0.0.1', 0)) as found:
+        return found.getsockname()[1]
+
+
+def _check_guard(server):
+    "Stop a server that answers somebody without the token."
+    connection = http.client.HTTPConnection('127.0.0.1', server.get_port(), timeout=10)
+    try:
+        connection.request('GET', '/')
+        status = connection.getresponse().status
+    finally:
+        connection.close()
+    if status != 403:
+        server.stop()
+        raise InputError(
+            f'this version of viser answers strangers ({status}, not 403), so it was stopped; '
+            'pip install -U "spatialavatar0[viewer]", or use view without --live'
+        )
+
+
 # %% ../../nbs/use/82_viewer.ipynb #0e040686
 def serve(
     avatar: Avatar,
-    port: int = 8080,  # on this machine only; viser takes the next free one if it is in use
-    verbose: bool = True,
-):  # a viser.ViserServer; `.stop()` ends it
-    "A live viewer in the browser, with sliders."
+    port: int = 0,  # on this machine only; 0: one that is free; one in use: the next free one
+    verbose: bool = True,  # print the address
+):  # a viser.ViserServer; `.url` is its address, token included; `.stop()` ends it
+    "A live viewer in the browser, with sliders, for whoever knows its address."
     try:
         import viser
     except ImportError as error:
         raise InputError(
             'the live viewer needs viser: pip install "spatialavatar0[viewer]"'
         ) from error
-    server = viser.ViserServer(host='127.0.0.1', port=port, verbose=verbose)
+    token = secrets.token_urlsafe(32)
+    with _guarded(token):
+        server = viser.ViserServer(host='127.0.0.1', port=port or _free_port(), verbose=False)
+    _check_guard(server)
+    server.url = f'http://127.0.0.1:{server.get_port()}/?token={token}'
     server.scene.set_up_direction('+y')
     panel = dict(control_layout='fixed', control_width='small')  # beside the head, not on it
     server.gui.configure_theme(**panel, show_share_button=False)
     _face_clients(server, home_view(avatar))
     _show_with_sliders(server, avatar)
+    if verbose:
+        print(f'open {server.url} in a browser')
     return server
 
 
@@ -770,7 +896,7 @@ def embed(
     height: int = 560,  # pixels
 ):  # for display in a notebook
     """The live viewer inside the notebook. It comes from this machine: in a notebook on a remote
-    one, forward the port first."""
+    one, forward its port first, to the same number."""
     from IPython.display import IFrame
 
-    return IFrame(f'http://127.0.0.1:{server.get_port()}', '100%', height)
+    return IFrame(server.url, '100%', height)
