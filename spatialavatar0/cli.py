@@ -152,6 +152,7 @@ class NetworkSize(StrEnum):
 # %% ../nbs/cli.ipynb #608af5d6
 _Out = Annotated[Path, typer.Option(help='Folder for the results.')]
 _Size = Annotated[HeadSize, typer.Option(help='tiny: seconds, coarse. laptop: half a minute.')]
+_Restart = Annotated[bool, typer.Option('--restart', help='Begin anew, not where it stopped.')]
 _Seed = Annotated[int, typer.Option(min=0, help='Seed of all that is random.')]
 _Device = Annotated[Device, typer.Option(help='Where to compute; cuda needs an NVIDIA GPU.')]
 _Avatar = Annotated[Path, typer.Argument(help='An avatar file.')]
@@ -261,9 +262,12 @@ def _run_build(
     out: _Out = Path('out'),
     preset: _Size = HeadSize.laptop,
     seed: _Seed = 0,
+    restart: _Restart = False,
     device: _Device = Device.cpu,
 ):
     "Make a head from your own PHOTOS, or from a film. Faces belong to people: ask them first."
+    from functools import partial
+
     from spatialavatar0.ground.media import is_film
     from spatialavatar0.pipeline import build_avatar, build_from_film
 
@@ -272,7 +276,7 @@ def _run_build(
         return _build(build_avatar, photos, out, preset, seed, device)
     if len(photos) > 1:
         raise typer.BadParameter('a film goes alone: one film, or photos')
-    _build(build_from_film, films[0], out, preset, seed, device)
+    _build(partial(build_from_film, restart=restart), films[0], out, preset, seed, device)
 
 
 # %% ../nbs/cli.ipynb #6c8f4457
@@ -290,13 +294,14 @@ def _run_track(
             min=0.3, max=20, help='Assumed focal length, in longest sides of the picture.'
         ),
     ] = 2.0,
+    restart: _Restart = False,
     device: _Device = Device.cpu,
 ):
     "Track the person in a VIDEO, picture by picture; stopped, the same command goes on."
     from spatialavatar0.pipeline import track_clip
 
     check_device(device.value)
-    track_clip(video, out, size=size, most=fps, focal=focal, say=typer.echo)
+    track_clip(video, out, size=size, most=fps, focal=focal, restart=restart, say=typer.echo)
 
 
 # %% ../nbs/cli.ipynb #fb8b3ddf
@@ -309,7 +314,7 @@ def _load(avatar, head):
 
 
 # %% ../nbs/cli.ipynb #7c18cf94
-_LIVE = "Serve it to this machine's browser instead, until Ctrl-C."
+_LIVE = "Serve it to this machine's browser instead, at an address only you know, until Ctrl-C."
 
 
 @app.command('view')
@@ -339,7 +344,7 @@ def _serve(avatar):
     from spatialavatar0.use.viewer import serve
 
     server = serve(avatar, verbose=False)
-    typer.echo(f'open http://127.0.0.1:{server.get_port()} in a browser; Ctrl-C ends it')
+    typer.echo(f'open {server.url} in a browser; Ctrl-C ends it')
     try:
         server.sleep_forever()
     finally:
@@ -444,6 +449,7 @@ def _run_refine(
     resolution: _Resolution = 128,
     paper: Annotated[bool, typer.Option(help=_PAPER)] = False,
     seed: _Seed = 0,
+    restart: _Restart = False,
     device: _Device = Device.cpu,
 ):
     "Refine an AVATAR on a person's CLIP; stopped, the same command goes on."
@@ -451,7 +457,7 @@ def _run_refine(
 
     where = check_device(device.value, True)
     options = RefineOptions(iters, head, resolution, paper, seed, where)
-    refine_clip(avatar, clip, out, options, typer.echo)
+    refine_clip(avatar, clip, out, options, typer.echo, restart)
 
 
 # %% ../nbs/cli.ipynb #49b531b0
@@ -476,6 +482,7 @@ def _run_train(
         int, typer.Option(min=1, help="Targets per step; default: the preset's.")
     ] = None,
     seed: _Seed = 0,
+    restart: _Restart = False,
     device: _Device = Device.cpu,
 ):
     "Train a generator, on painted people or on your data; stopped, the same command goes on."
@@ -484,7 +491,7 @@ def _run_train(
     where = check_device(device.value, True)
     data = dict(people=people, subjects=subjects, mono=mono, multi=multi, head=head)
     options = TrainOptions(preset.value, steps, **data, batch=batch, seed=seed, device=where)
-    train_generator(out, options, typer.echo)
+    train_generator(out, options, typer.echo, restart)
 
 
 # %% ../nbs/cli.ipynb #18e00004
@@ -507,6 +514,7 @@ def _run_evaluate(
     subject: Annotated[str, typer.Option(help="Name of the person; default: the folder's.")] = None,
     head: Annotated[Path, typer.Option(help=_BOTH_HEAD)] = None,
     seed: _Seed = 0,
+    restart: _Restart = False,
     device: _Device = Device.cpu,
 ):
     "Judge an AVATAR on held-out frames of a CLIP."
@@ -514,7 +522,7 @@ def _run_evaluate(
 
     check_device(device.value)
     names = dict(head=head, method=method, subject=subject, seed=seed)
-    evaluate_avatar(avatar, clip, protocol, out, **names, say=typer.echo)
+    evaluate_avatar(avatar, clip, protocol, out, **names, restart=restart, say=typer.echo)
 
 
 # %% ../nbs/cli.ipynb #f675291c
@@ -536,6 +544,7 @@ def _run_benchmark(
     iters: Annotated[int, typer.Option(min=1, help='Of a refinement.')] = 10_000,
     resolution: Annotated[int, _WARPED] = 128,
     head: Annotated[Path, typer.Option(help=_CLIP_HEAD)] = None,
+    restart: _Restart = False,
     device: _Device = Device.cpu,
 ):
     "Run a PROTOCOL over many people: make their avatars, judge them, print the table."
@@ -543,7 +552,7 @@ def _run_benchmark(
 
     where = check_device(device.value, True)
     options = BenchmarkOptions(jobs, seeds, iters, resolution, head, where)
-    benchmark_people(folder, protocol, method, out, options, typer.echo)
+    benchmark_people(folder, protocol, method, out, options, typer.echo, restart)
 
 
 # %% ../nbs/cli.ipynb #ae570936

@@ -47,6 +47,7 @@ __all__ = [
 # %% ../nbs/pipeline.ipynb #0db2e701
 import json
 import os
+import shutil
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -74,13 +75,20 @@ from spatialavatar0.capture.photo import (
     frontal_first,
     refine_photo,
 )
+from spatialavatar0.inspection import (
+    COMMAND,
+    check_pictures,
+    head_options,
+    keep_command,
+    kept_command,
+)
 from spatialavatar0.judge.benchmark import (
     avatar_by,
     head_squares,
     jobs_of,
     left_out_of,
     method_of,
-    parts_of_clip,
+    parts_of_folder,
     run_all,
     start_content,
     subjects,
@@ -89,10 +97,12 @@ from spatialavatar0.judge.benchmark import (
 from spatialavatar0.pictures.clips import (
     Clip,
     Frame,
+    blank_pictures,
     crop,
     head_content,
     head_fingerprint,
     on_background,
+    remove_clip,
     resize,
     split,
 )
@@ -122,14 +132,12 @@ from .ground.files import read_header
 from .ground.geometry import crop_intrinsics
 from .ground.lease import check_writable, interruption, lease, one_writer, sweep
 from .ground.media import is_picture
-from .head.flame_files import load_flame
 from .head.head import Head, Lacks, open_head
-from .inspection import check_pictures, head_options, keep_command, kept_command
 from .judge.evaluate import DlibJudge, renderer
 from .judge.results import Results, evaluate, judges_here, protocol_of, result_table
 from .pictures.checks import usable
 from .pictures.domains import held_out, mono, multi, people
-from .pictures.formats import load_clip, train_test
+from .pictures.formats import head_for, load_clip, train_test
 from .stage1.generator import from_preset
 from .stage1.schedule import laptop_schedule, paper_schedule
 from .stage1.trainer import Shelf, Trainer, score_generator
@@ -685,6 +693,27 @@ def _person_judge(say):
         say(f'note: cuts to somebody else go unnoticed; {e}')
 
 
+# %% ../nbs/pipeline.ipynb #30e2f02d
+def _forget_tracking(clip):
+    "Remove a tracked clip and what its passes have found."
+    remove_clip(clip, 'tracking.json')
+    work = clip.with_name(f'{clip.name}.tracking')
+    if (work / 'about.json').is_file():
+        shutil.rmtree(work)
+
+
+def _forget_state(out):
+    "Remove what a refinement or a training has reached."
+    for name in ('state.safetensors', COMMAND):
+        (out / name).unlink(missing_ok=True)
+
+
+def _forget_looks(out):
+    "Remove the looks of a training's data."
+    for path in (out / 'looks').glob('m*/looks.*'):
+        path.unlink()
+
+
 # %% ../nbs/pipeline.ipynb #e8149712
 @one_writer
 def track_clip(
@@ -694,10 +723,14 @@ def track_clip(
     size: int = 512,  # longest side of its pictures, pixels
     most: float = 30.0,  # pictures a second, at most
     focal: float = 2.0,  # assumed focal length, in longest sides
+    restart: bool = False,  # track anew what was tracked, or begun
     say=print,
 ) -> Clip:
     "A film to a clip; interrupted, the same call goes on."
     how = dict(size=size, most=most, focal=focal)
+    open_film(video, most)
+    if restart:
+        _forget_tracking(Path(out))
     if Path(video).is_dir():
         for note in check_pictures(video):
             say(f'note: {note}')
@@ -777,6 +810,7 @@ def build_from_film(
     out,  # folder for the results
     cfg: BuildConfig = None,  # default: laptop
     say=print,
+    restart: bool = False,  # track and refine anew
 ) -> dict:  # the measurements, as in metrics.json
     "Film to avatar, page, films and numbers; interrupted, the same call goes on."
     out = check_out(out, film)
@@ -784,9 +818,11 @@ def build_from_film(
     clock = _Stopwatch()
     set_seed(cfg.seed)
     open_film(film)
+    if restart:
+        _forget_state(out)
     if kept_command(out) is None or not (out / 'clip').exists():
         _keep_build(out, [film], cfg)
-    train, test = split(track_clip(film, out / 'clip', size=cfg.size, say=say))
+    train, test = split(track_clip(film, out / 'clip', size=cfg.size, restart=restart, say=say))
     head = open_head()
     clock.lap('track')
     likeness = _likeness_of(train, head, cfg, out, say)
@@ -805,12 +841,6 @@ def build_from_film(
     numbers |= dict(tracking=_tracking_numbers(out / 'clip'), made_of=made_of)
     clock.lap('judge')
     return _write_metrics(out, numbers, clock, cfg, FILM_UNITS)
-
-
-# %% ../nbs/pipeline.ipynb #721fec99
-def _head_from(path):  # file or folder of a FLAME-format model, or nothing
-    "A FLAME model where one is given; else the open head."
-    return load_flame(path) if path else open_head()
 
 
 # %% ../nbs/pipeline.ipynb #d1145616
@@ -856,15 +886,18 @@ def refine_clip(
     out,  # a folder for the results
     options: RefineOptions = None,
     say=print,
+    restart: bool = False,  # forget the state
 ) -> dict:  # what metrics.json holds
     "Stage 2 (Sec. 3.3) on a folder of frames; resumes from out/state.safetensors."
     options = options or RefineOptions()
-    head = _head_from(options.head)
+    head = head_for(clip, options.head)
     out = Path(out)
     state = out / 'state.safetensors'
     parts = zip(('train', 'test'), train_test(clip, head))
     train, test = (usable(part, head, f'{clip}, {name}', say) for name, part in parts)
     things = avatar if str(avatar) == 'new' else Path(avatar), Path(clip)
+    if restart:
+        _forget_state(out)
     _keep_first(out, 'refine', *things, **_given(options))
     say(f'{len(train)} frames to learn from, {len(test)} held out')
     start = _start_of(avatar, train, head, out, options, say)
@@ -927,6 +960,13 @@ class TrainOptions:
     device: str = 'cpu'
 
 
+# %% ../nbs/pipeline.ipynb #62b1f787
+def _folders_in(*places):
+    "All folders of clips in folders of people; none where there is no place."
+    found = [path for place in places if place for path in subjects(place).values()]
+    return [one for path in found for one in (path if isinstance(path, list) else [path])]
+
+
 # %% ../nbs/pipeline.ipynb #dc6e80f1
 def _training_sets(generator, out, options, head, say):
     "Looks of both data sets: folders of clips, or painted people."
@@ -935,7 +975,7 @@ def _training_sets(generator, out, options, head, say):
     say('looking at ' + (f'{options.mono} and {options.multi}' if options.mono else painted))
 
     def read(folder):
-        found = {name: load_clip(path, head) for name, path in subjects(folder).items()}
+        found = {name: load_clip(path, head) for name, path in subjects(folder, say).items()}
         clips = [usable(clip, head, name, say) for name, clip in found.items()]
         return [head_squares(clip, generator.head, size) for clip in clips]
 
@@ -992,6 +1032,7 @@ def train_generator(
     out,  # folder for the results; looks are kept there, too
     options: TrainOptions = None,
     say=print,
+    restart: bool = False,  # forget state and looks
 ) -> dict:  # what metrics.json holds
     "Train a generator; resumes from out/state.safetensors."
     options = options or TrainOptions()
@@ -999,9 +1040,15 @@ def train_generator(
         raise InputError(
             'real data need both --mono and --multi: clips of one camera, and of several'
         )
-    head = load_flame(options.head) if options.head else None
+    clips = _folders_in(options.mono, options.multi)
+    head = head_for(clips, options.head) if options.head else None
     out = Path(out)
     generator = from_preset(options.preset, head, options.seed).to(options.device)
+    if restart:
+        for folder in filter(None, (options.mono, options.multi)):
+            subjects(folder)  # there and readable: only then is anything removed
+        _forget_state(out)
+        _forget_looks(out)
     _keep_first(out, 'train', **_given(options))
     trainer = _trainer(generator, out, options, head, say)
     log = trainer.run(state=out / 'state.safetensors')
@@ -1052,7 +1099,7 @@ class MotionOptions:
     seconds: float = None  # at most; default: all of it, 6 for motions of ours
     fps: float = 25  # of motions of ours
     seed: int = 0
-    driver: Head = None  # head model of a clip's performer; default: the avatar's
+    driver: Head = None  # head model of a clip's performer, or its file; default: the avatar's
 
 
 class _Performance(NamedTuple):
@@ -1083,7 +1130,9 @@ def _performed(path, driver, say):
         controls, fps = read_arkit(path)
         return _Performance([pose_of(open_head(), c) for c in controls], fps, open_head())
     if _is_clip(path):
-        frames = progress(load_clip(path, driver), 'read')
+        driver = head_for(path, driver)
+        with blank_pictures():
+            frames = list(progress(load_clip(path, driver), 'read'))
         return _Performance(performance(frames), 25, driver)
     say('tracking the film')
     frames, fps = watch_film(path)
@@ -1103,6 +1152,15 @@ def _named_motion(name, head, options):
 
 
 # %% ../nbs/pipeline.ipynb #c889bc1c
+def _same_codes(one, other):
+    "Whether the codes of one head mean the same on another: it is the same, or has teeth more."
+    is_twin = one.code == other.code and (one.num_shape, one.num_expr) == (
+        other.num_shape,
+        other.num_expr,
+    )
+    return (one.code != '' and is_twin) or head_fingerprint(one) == head_fingerprint(other)
+
+
 def _retargeted(avatar, path, options, say):
     "Somebody's performance, on the avatar's head."
     head = avatar.head
@@ -1111,7 +1169,7 @@ def _retargeted(avatar, path, options, say):
         poses = poses[: max(1, round(options.seconds * fps))]
     # a phone has subtracted the face at rest already
     neutral = {} if path.suffix.lower() in _RECORDINGS else 'low'
-    if head_fingerprint(performer) == head_fingerprint(head):
+    if _same_codes(performer, head):
         return retarget(poses, head, neutral), fps
     shown = dict(shape=avatar.shape, static_offset=avatar.static_offset[None])
     return retarget_across(poses, performer, head, driven_is=shown, neutral=neutral), fps
@@ -1206,11 +1264,11 @@ def _own_protocol(name):
 
 
 # %% ../nbs/pipeline.ipynb #5460c39c
-def _avatar_to_judge(avatar, protocol, part, head, seed):
+def _avatar_to_judge(avatar, protocol, part, head, given, seed):
     "An avatar file, or one made of a frame of the clip."
     if str(avatar) in ('warp', 'network'):
         return avatar_by(method_of(str(avatar)), protocol, part, head, seed)
-    return load_avatar(avatar, head)
+    return load_avatar(avatar, given or head)
 
 
 # %% ../nbs/pipeline.ipynb #ae3866f2
@@ -1260,7 +1318,7 @@ def evaluate_avatar(
     say=print,
 ):  # -> Line of results
     "Judge an avatar on a clip, and add the line to a file."
-    head = _head_from(head)
+    given, head = head, head_for(clip, head)
     p = _own_protocol(protocol)
     sweep(Path(out).parent)
     results = Results(out)
@@ -1271,8 +1329,8 @@ def evaluate_avatar(
     names = dict(method=method, subject=subject, seed=seed)
     if not restart:
         _refuse_again(results, dict(names, protocol=p.id, driver=subject), made_of)
-    part = usable_parts(parts_of_clip(frames, p), head, str(clip), say)
-    shown = _avatar_to_judge(avatar, p, part, head, seed)
+    part = usable_parts(parts_of_folder(clip, p, head), head, str(clip), say)
+    shown = _avatar_to_judge(avatar, p, part, head, given, seed)
     more = dict(made_of=made_of, **left_out_of(part))
     line = _judged(shown, part['test'], p, say, **names, **more)
     results.add(line, restart)
@@ -1297,7 +1355,7 @@ class BenchmarkOptions:
         return dict(
             iters=self.iters,
             resolution=self.resolution,
-            head=str(self.head or ''),
+            head=self.head,
             threads=max(1, (os.cpu_count() or 1) // self.processes),
         )
 
@@ -1337,7 +1395,8 @@ def benchmark_people(
     p = protocol_of(protocol)
     out = Path(out)
     state = str(out.with_name(f'{out.stem}_states'))
-    jobs = jobs_of(folder, protocol, method, options.seeds, **options.for_jobs(), state=state)
+    more = dict(options.for_jobs(), state=state, say=say)
+    jobs = jobs_of(folder, protocol, method, options.seeds, **more)
     if options.device == 'cuda':
         jobs = _on_all_gpus(jobs)
     sweep(out.parent)

@@ -438,9 +438,14 @@ class Results:
             all(getattr(line, name) == value for name, value in key.items()) for line in self.lines
         )
 
-    def add(self, line):  # refuses a second one of the same key
+    def line(self, **key):  # the first such line; None if there is none
+        return next((line for line in self.lines if line.key.items() >= key.items()), None)
+
+    def add(self, line, instead=False):  # refuses a second one of the same key, or replaces it
         with locked(self.path):
             self.read()
+            if instead:
+                self.lines = [kept for kept in self.lines if kept.key != line.key]
             if self.has(**line.key):
                 key = ', '.join(f'{name} {value}' for name, value in line.key.items())
                 raise InputError(f'{self.path} has these already: {key}')

@@ -19,6 +19,8 @@ __all__ = [
     'head_content',
     'is_half_written',
     'write_vhap',
+    'is_written_here',
+    'remove_clip',
     'inside',
     'is_rigid',
     'read_picture',
@@ -576,6 +578,40 @@ def write_vhap(
             print(json.dumps(done[-1]), file=log, flush=True)
     _finish(folder, done, head, train, more or {})
     return folder
+
+
+# %% ../../nbs/pictures/32_clips.ipynb #d25dd7cf
+_WRITTEN = dict(images='*.png', fg_masks='*.png', flame_param='*.npz')
+
+
+def is_written_here(
+    folder,  # perhaps of a clip
+) -> bool:
+    "Whether `write_vhap` wrote, or began to write, this folder."
+    folder = Path(folder)
+    if (folder / _JOURNAL).is_file():
+        return True
+    path = folder / 'transforms.json'
+    return path.is_file() and 'content' in read_frames(path)
+
+
+def remove_clip(
+    folder,  # written by `write_vhap`, whole or half
+    *more: str,  # names of further files in it
+):
+    "Remove a clip of ours, file by file; what else lies in the folder stays."
+    folder = Path(folder)
+    if not is_written_here(folder):
+        return
+    for name, pattern in _WRITTEN.items():
+        for path in (folder / name).glob(pattern):
+            path.unlink()
+    tops = (f'transforms{part}.json' for part in ('_train', '_val', '_test', ''))
+    for name in ('canonical_flame_param.npz', *more, *tops, _JOURNAL):
+        (folder / name).unlink(missing_ok=True)
+    for path in (*(folder / name for name in _WRITTEN), folder):
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #d5a35a9f

@@ -13,6 +13,7 @@ __all__ = [
     'Warped',
     'Pooled',
     'Rendered',
+    'generator_file',
     'from_pretrained',
 ]
 
@@ -634,14 +635,21 @@ def _rebuild(path, meta, head):
 
 
 # %% ../../nbs/stage1/52_generator.ipynb #c1c5b720
+def generator_file(
+    name,  # 'toy', 'toy_mono', or a path
+) -> Path:
+    "Where a generator's weights are."
+    shipped = files('spatialavatar0') / 'assets' / f'{name}.safetensors'
+    return Path(str(shipped)) if shipped.is_file() else Path(name)
+
+
 def from_pretrained(
     name,  # 'toy', 'toy_mono', or a path
     head: Head = None,  # the head it was trained on; default: the open head
 ) -> Generator:  # in eval mode
     "Read a generator; refuses a damaged or foreign file and another head."
     head = head or open_head()
-    shipped = files('spatialavatar0') / 'assets' / f'{name}.safetensors'
-    path = Path(str(shipped)) if shipped.is_file() else Path(name)
+    path = generator_file(name)
     meta = read_header(path, _CHECKPOINT)
     need_head(path, meta, head, 'trained')
     generator = _rebuild(path, meta, head)
