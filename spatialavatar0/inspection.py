@@ -7,6 +7,7 @@ __all__ = [
     'FORMATS',
     'COMMAND',
     'AVATAR',
+    'RECORDINGS',
     'OTHERS',
     'KINDS',
     'Report',
@@ -18,15 +19,17 @@ __all__ = [
     'report_json',
     'warnings_as_notes',
     'check_pictures',
+    'head_options',
     'keep_command',
     'kept_command',
     'Kind',
     'inspect_path',
 ]
 
-# %% ../nbs/inspection.ipynb #04d63919
+# %% ../nbs/inspection.ipynb #eff25cbc
 import io
 import json
+import os
 import shlex
 import warnings
 from collections import Counter
@@ -46,6 +49,13 @@ from spatialavatar0.head.flame_files import (
     head_file,
     read_flame,
 )
+from spatialavatar0.pictures.clips import (
+    blank_pictures,
+    is_half_written,
+    is_joined,
+    offset_counts,
+    sequences_of,
+)
 
 from .avatar.avatar import AVATAR_FILE, head_id
 from .capture.footage import ROW, open_film
@@ -56,12 +66,11 @@ from .ground.files import read_tensors
 from .ground.lease import LEASE
 from .ground.media import is_film, is_picture, open_picture, pictures_in
 from .ground.pickles import printable
-from .head.head import open_head
-from .judge.benchmark import subjects
-from .judge.results import Results, result_table
+from .judge.benchmark import method_of, subjects
+from .judge.evaluate import frames_of
+from .judge.results import Results, protocol_of, result_table
 from .pictures.checks import check_clip, frame_name, in_words, shares_of
-from .pictures.clips import blank_pictures
-from .pictures.formats import detect, load_clip, train_test
+from .pictures.formats import detect, head_for, load_clip, train_test
 from .stage1.generator import _CHECKPOINT as GENERATOR
 from .stage1.trainer import _STATE as TRAINING
 from .stage2.loop import STATE
@@ -111,13 +120,21 @@ def command(
     return words
 
 
-# %% ../nbs/inspection.ipynb #c0f4d7bc
+# %% ../nbs/inspection.ipynb #88731e05
+def _escaped(letter):
+    "A letter within $'...': what a terminal would obey becomes its bytes."
+    if letter in "\\'":
+        return f'\\{letter}'
+    if letter.isprintable():
+        return letter
+    return ''.join(f'\\x{byte:02x}' for byte in os.fsencode(letter))
+
+
 def _quoted(word):
-    "A word as a shell takes it; what a terminal would obey is written as a code."
+    "A word as a shell takes it."
     if word.isprintable():
         return shlex.quote(word)
-    codes = word.encode('unicode_escape').decode().replace("'", "\\'")
-    return f"$'{codes}'"
+    return f"$'{''.join(map(_escaped, word))}'"
 
 
 def shell_line(
@@ -189,7 +206,15 @@ def report_json(
     return json.dumps(content, indent=1, default=str)
 
 
-# %% ../nbs/inspection.ipynb #e48f4f21
+# %% ../nbs/inspection.ipynb #a3470195
+def _answers(function, thing):
+    "Whether a reader takes something."
+    try:
+        return bool(function(thing))
+    except (InputError, OSError):
+        return False
+
+
 @contextmanager
 def warnings_as_notes(
     report: Report,
@@ -329,7 +354,7 @@ FORMATS = dict(
 _USUAL = dict.fromkeys(FORMATS, 'flame2020') | dict(vhap='flame2023')  # head of each format
 
 
-def _head_options(head):
+def head_options(head):
     "Options of a command that name a head model."
     file = head_file(head)
     if file is None:
@@ -404,18 +429,47 @@ def _look_at_clip(report, clip, head):
     report.fingerprint = clip.fingerprint()
 
 
-# %% ../nbs/inspection.ipynb #43a7ed8b
+# %% ../nbs/inspection.ipynb #20462f2c
+def _needs(path, format):
+    "What the codes of a clip ask of a head model, as far as its files tell without one."
+    if format != 'vhap':
+        return f'a FLAME model: {_USUAL[format]} as a rule'
+    vertices = [f'{n:,}' for n in sorted(offset_counts(path))]
+    return f'static offsets for {in_words(vertices)} vertices' if vertices else 'no static offsets'
+
+
+def _half_written(report):
+    "A clip whose writer was stopped: the tracking that began it goes on."
+    report.what += ', half-written'
+    words = kept_command(report.path.with_name(f'{report.path.name}.tracking'))
+    report.commands = [words] if words else []
+    report.note('its writer was stopped: the command that began it goes on with it')
+    return report
+
+
 def _clip(path, head):
     "A clip: refine makes an avatar of it."
     format = detect(path)
     report = Report('clip', path, f'a clip in the format of {FORMATS[format]}')
-    options = _head_options(head)
+    if format == 'vhap' and is_half_written(path):
+        return _half_written(report)
+    if format == 'vhap' and is_joined(path):
+        report.facts['joins'] = [folder.name for folder in sequences_of(path)]
+    return _read_clip(report, format, head)
+
+
+# %% ../nbs/inspection.ipynb #7476c42e
+def _read_clip(report, format, head):
+    "The report of a clip with all its frames, or what is needed to read them."
+    path = report.path
+    options = head_options(head)
     try:
-        model = fitting_head(head) if head is not None else None
+        report.facts['head needed'] = _needs(path, format)
+        model = head_for(path, head)
         with warnings_as_notes(report):
             clip = load_clip(path, model, format)
-            report.facts['head'] = (model or open_head()).name
-            _look_at_clip(report, clip, model or open_head())
+            report.facts['head'] = model.name
+            _look_at_clip(report, clip, model)
             report.facts['splits'] = _splits(path, model, format)
     except InputError as error:
         report.note(str(error))
@@ -426,35 +480,60 @@ def _clip(path, head):
     return report
 
 
-# %% ../nbs/inspection.ipynb #0f3e2367
-def _people_facts(clips, model):
+# %% ../nbs/inspection.ipynb #3ab9fe3e
+def _in_list(path):
+    "A folder, or the folders of one person's sequences."
+    return list(path) if isinstance(path, (list, tuple)) else [path]
+
+
+def _people_facts(clips, head):
     "How many clips, in which formats, with how many frames; notes on those that cannot be read."
-    formats = Counter(FORMATS[detect(path)] for path in clips.values())
-    facts, notes, frames = dict(clips=len(clips), formats=dict(formats)), [], 0
-    for name, path in progress(clips.items(), 'clips', len(clips)):
+    formats = Counter(FORMATS[detect(p)] for path in clips.values() for p in _in_list(path))
+    notes = []
+    frames = 0
+    for name, path in progress(clips.items(), 'people', len(clips)):
         try:
-            frames += len(load_clip(path, model))
+            frames += len(load_clip(path, head_for(path, head)))
         except InputError as error:
             notes.append(f'{printable(name)}: {error}')
-    return facts | dict(frames=frames), notes
+    return dict(people=list(clips), frames=frames, formats=dict(formats)), notes
 
 
 def _people(path, head):
     "A folder of people: benchmark runs over them."
-    report = Report('people', path, 'a folder of clips, one or more for each person')
-    clips = subjects(path)
-    options = _head_options(head)
-    model = fitting_head(head) if head is not None else None
+    report = Report('people', path, 'a folder of people: clips, one or more of each')
+    options = head_options(head)
     with warnings_as_notes(report):
-        facts, notes = _people_facts(clips, model)
-    report.facts = dict(people=list(clips)) | facts
-    report.notes += notes[:5] + [f'{len(notes) - 5} more clips cannot be read'] * (len(notes) > 5)
+        clips = subjects(path, lambda text: report.note(text.removeprefix('note: ')))
+        facts, notes = _people_facts(clips, head)
+    report.facts = facts
+    report.notes += notes[:5] + [f'{len(notes) - 5} more cannot be read'] * (len(notes) > 5)
     if len(notes) == len(clips):
-        options = options or dict(head=_USUAL[detect(next(iter(clips.values())))])
-        report.commands = [command('inspect', path, **options)]
+        first = _in_list(next(iter(clips.values())))[0]
+        report.commands = [command('inspect', path, **options or dict(head=_USUAL[detect(first)]))]
         return report
-    report.commands = [command('benchmark', path, out=free_name('results.jsonl'), **options)]
+    how = dict(protocol=_fitting_protocol(clips, head), out=free_name('results.jsonl'))
+    report.commands = [command('benchmark', path, **how, **options)]
     return report
+
+
+_PROTOCOLS = dict(  # of the papers that work with a format
+    vhap='vhap_time',
+    imavatar='splattingavatar',
+    insta='splattingavatar',
+    flashavatar='flashavatar',
+    gagavatar='vfhq',
+)
+
+
+def _fitting_protocol(clips, head):
+    "The protocol of the papers that use such data; a share, where a clip is too short for it."
+    first = next(iter(clips.values()))
+    name = _PROTOCOLS[detect(_in_list(first)[0])]
+    with blank_pictures():
+        clip = load_clip(first, head_for(first, head))
+        steps = len({clip[i].time for i in range(len(clip))})
+    return name if _answers(lambda n: frames_of(protocol_of(name), n), steps) else 'share:.7'
 
 
 # %% ../nbs/inspection.ipynb #dc2d4d6f
@@ -498,7 +577,7 @@ def _avatar(path, head):
         report.commands = [command('inspect', path, head=_USUAL['imavatar'])]
         return report
     shown = free_name(f'{path.stem}.html')
-    report.commands = [command('view', path, out=shown, **_head_options(head))]
+    report.commands = [command('view', path, out=shown, **head_options(head))]
     return report
 
 
@@ -514,14 +593,14 @@ def _generator(path, head):
     report.fingerprint = dict(start=file_hash(path))
     if other:
         report.note(other)
-    report.note('PEOPLE stands for a folder of clips')
-    words = dict(method=path, out=free_name('results.jsonl'), **_head_options(head))
+    report.note('words in capitals stand for files of yours')
+    words = dict(method=path, out=free_name('results.jsonl'), **head_options(head))
     report.commands = [command('benchmark', 'PEOPLE', **words)]
     return report
 
 
-# %% ../nbs/inspection.ipynb #7c742ee0
-COMMAND = 'command.json'
+# %% ../nbs/inspection.ipynb #fecb2bb4
+COMMAND = '.command.json'
 
 
 def _word(value):
@@ -622,11 +701,18 @@ def _results(path, head):
     report.facts = dict(lines=len(lines)) | counted
     report.notes += [words for words in _tables(lines).values() if not words.startswith('|')]
     report.fingerprint = dict(lines=file_hash(path))
-    report.note('PEOPLE stands for the folder of clips')
-    last = lines[-1] if lines else None
-    words = dict(protocol=last.protocol, method=last.method) if last else {}
-    report.commands = [command('benchmark', 'PEOPLE', **words, out=path)]
+    if lines:
+        report.commands = [_one_more_line(lines[-1], path)]
+        report.note('words in capitals stand for files of yours')
     return report
+
+
+def _one_more_line(line, path):
+    "The command that adds lines like this one."
+    how = dict(protocol=line.protocol.removeprefix('own split '), method=line.method, out=path)
+    if _answers(method_of, line.method):
+        return command('benchmark', 'PEOPLE', **how)
+    return command('evaluate', 'AVATAR', 'CLIP', **how)
 
 
 # %% ../nbs/inspection.ipynb #d4d89783
@@ -691,8 +777,8 @@ def _flame(path, head):
         f'no {n} beside it: {what}' for n, what in lacks.items() if not report.facts[n]
     ]
     report.fingerprint = dict(head=arrays['code'])
-    report.note('CLIP stands for the folder of a clip that was tracked with it')
-    report.commands = [command('inspect', 'CLIP', **_head_options(file._replace(path=path)))]
+    report.note('words in capitals stand for files of yours')
+    report.commands = [command('inspect', 'CLIP', **head_options(file._replace(path=path)))]
     return report
 
 
@@ -747,10 +833,10 @@ def _after(report, path, head):
     "What to do with the results of a finished run."
     if (path / 'generator.safetensors').is_file():
         report.commands = _generator(path / 'generator.safetensors', head).commands
-        report.note('PEOPLE stands for a folder of clips')
+        report.note('words in capitals stand for files of yours')
     elif (path / 'avatar.safetensors').is_file():
         shown = command('animate', path / 'avatar.safetensors', out=free_name('film.mp4'))
-        report.commands = [[*shown, *command('', **_head_options(head))[2:]]]
+        report.commands = [[*shown, *command('', **head_options(head))[2:]]]
     return report
 
 
@@ -788,14 +874,6 @@ class Kind(NamedTuple):
     look: Callable  # path, head -> Report
 
 
-def _answers(function, path):
-    "Whether a reader takes something."
-    try:
-        return bool(function(path))
-    except (InputError, OSError):
-        return False
-
-
 def _has_key(key):
     return lambda path: path.is_file() and key in _header_keys(path)
 
@@ -818,12 +896,12 @@ def _is_splats(path):
     return is_npz or _ends('.ply', '.splat', '.spz', '.sog')(path)
 
 
-def _is_recording(path):
-    is_ours = path.name in (COMMAND, *OTHERS)
-    return _ends('.csv', '.json', '.txt', '.tsv')(path) and not is_ours
+def _are_results(path):
+    return _ends('.jsonl')(path) and _answers(lambda path: Results(path).lines, path)
 
 
-# %% ../nbs/inspection.ipynb #6858fb9c
+# %% ../nbs/inspection.ipynb #9a01970e
+RECORDINGS = '.csv', '.tsv', '.txt', '.json', '.jsonl', '.ndjson'
 OTHERS = {  # files that belong to something larger
     'transforms.json': 'a clip',
     'transforms_train.json': 'a clip',
@@ -878,8 +956,8 @@ KINDS = dict(
     training=Kind('the state of a training', _has_key(TRAINING.key), _training),
     photo=Kind('a photo', lambda path: path.is_file() and is_picture(path), _photo),
     film=Kind('a film', lambda path: path.is_file() and is_film(path), _film),
-    results=Kind('lines of results (.jsonl)', _ends('.jsonl'), _results),
-    recording=Kind('an ARKit recording (.csv, .json)', _is_recording, _recording),
+    results=Kind('lines of results (.jsonl)', _are_results, _results),
+    recording=Kind('an ARKit recording (.csv, .json)', _ends(*RECORDINGS), _recording),
     splats=Kind('splats (.ply, .splat ...)', _is_splats, _splats),
     head=Kind('a FLAME model', lambda path: _answers(find_model, path), _flame),
 )

@@ -18,6 +18,7 @@ __all__ = [
     'strange_frames',
     'Checked',
     'check_clip',
+    'usable',
 ]
 
 # %% ../../nbs/pictures/38_checks.ipynb #e4a31159
@@ -302,3 +303,17 @@ def check_clip(
     strange = strange_frames(kept, head)
     notes += [f'{in_words(names)}: {words}' for words, names in strange.items()]
     return Checked(kept, notes, {frame_name(clip, i): why for i, why in faults.items()})
+
+
+# %% ../../nbs/pictures/38_checks.ipynb #7a326d08
+def usable(
+    clip: Clip,
+    head: Head = None,  # its codes belong to; default: the open head
+    what: str = 'the clip',  # what to call it
+    say=print,  # told what is left out, and what is odd
+) -> Clip:
+    "The frames of a clip that can be worked with."
+    checked = check_clip(clip, head, what)
+    for note in checked.notes:
+        say(f'note: {what}: {note}')
+    return checked.clip
