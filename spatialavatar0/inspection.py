@@ -18,6 +18,7 @@ __all__ = [
     'report_text',
     'report_json',
     'warnings_as_notes',
+    'film_facts',
     'check_pictures',
     'head_options',
     'keep_command',
@@ -26,10 +27,11 @@ __all__ = [
     'inspect_path',
 ]
 
-# %% ../nbs/inspection.ipynb #eff25cbc
+# %% ../nbs/inspection.ipynb #9b43eeff
 import io
 import json
 import os
+import re
 import shlex
 import warnings
 from collections import Counter
@@ -58,7 +60,7 @@ from spatialavatar0.pictures.clips import (
 )
 
 from .avatar.avatar import AVATAR_FILE, head_id
-from .capture.footage import ROW, open_film
+from .capture.footage import ROW, Film, _ask, _pace, _video_stream, open_film
 from .capture.landmarks import MIN_SIDE
 from .ground.content import file_hash, file_hashes, hash_of
 from .ground.core import InputError, atomic_path, progress
@@ -272,24 +274,39 @@ def _film(path, head):
     report = Report('film', path, 'a film')
     with warnings_as_notes(report):
         film = open_film(path)
-    report.facts = dict(
-        pictures=film.about, rate=film.fps, seconds=round(film.about / film.fps, 2)
-    ) | _of_film(film)
+    seconds = round(film.about / film.fps, 2)
+    report.facts = dict(pictures=film.about, rate=film.fps, seconds=seconds, **film_facts(film))
+    report.notes += [words for name, words in _ODD_FILMS.items() if report.facts[name]]
     report.fingerprint = dict(film=file_hash(path))
     report.commands = [command('build', path, out=free_name('out'))]
     return report
 
 
-# %% ../nbs/inspection.ipynb #21c6db2f
-_SEEN_IN_FILM = 'size', 'colours', 'turn', 'rotation', 'interlaced', 'uneven', 'codec'
+_ODD_FILMS = dict(
+    high_range='its brightness goes beyond white (HDR): it is turned into sRGB',
+    interlaced='its lines come in two halves: they are put together',
+    uneven='its pictures are spaced unevenly: they are taken at an even beat',
+)
 
 
-def _of_film(film):
-    "What else page 74 found out about a film."
-    found = {name: getattr(film, name, None) for name in _SEEN_IN_FILM}
-    return {
-        name: x if isinstance(x, (int, float, bool)) else str(x) for name, x in found.items() if x
-    }
+# %% ../nbs/inspection.ipynb #2b4117ef
+def film_facts(
+    film: Film,
+) -> dict:  # size, codec, colours, high_range, turned (degrees), interlaced, uneven
+    "What ffmpeg says of a film besides its pace."
+    words = _ask(film.path)
+    line = _video_stream(film.path, words)
+    width, height = re.search(r', (\d+)x(\d+)\b', line).groups()
+    turn = re.search(r'rotation of (-?[\d.]+) degrees', words)
+    return dict(
+        size=[int(width), int(height)],
+        codec=printable(re.search(r'Video: (\w+)', line)[1]),
+        colours=str(film.colours),
+        high_range=not film.colours.are_srgb and str(film.colours).endswith(('HLG', 'PQ')),
+        turned=float(turn[1]) if turn else 0.0,
+        interlaced=bool(re.search(r'(top|bottom)( coded)? first', line)),
+        uneven=_pace(line)[1],
+    )
 
 
 def _sizes_of(files):

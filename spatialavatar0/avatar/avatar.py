@@ -43,7 +43,8 @@ from spatialavatar0.ground.files import (
 # %% ../../nbs/avatar/40_avatar.ipynb #3285b1b4
 from ..ground.core import InputError, printable
 from ..ground.geometry import sh0_to_rgb
-from ..head.head import Head, open_head
+from ..head.flame_files import fitting_head
+from ..head.head import Head
 from ..splats.binding import Binding, TriangleFrames, bind_points, bind_uv, new_splats
 from ..splats.kernels import fast_frames, fast_place
 from ..splats.renderers import rasterize
@@ -272,14 +273,26 @@ def need_head(
 
 
 # %% ../../nbs/avatar/40_avatar.ipynb #4a546544
+def _head_of(meta, given):
+    "The head model that an avatar was made on; a file of one gets teeth, if that is the one."
+    head = fitting_head(given)
+    if not given or isinstance(given, Head) or meta['head'] == head_id(head):
+        return head
+    try:
+        toothed = fitting_head(given, {head.num_verts + 120})
+    except InputError:  # no teeth can be added
+        return head
+    return toothed if meta['head'] == head_id(toothed) else head
+
+
 def load_avatar(
     path,  # file written by Avatar.save
-    head: Head = None,  # the head it was made on; default: the open head
+    head: Head = None,  # the head it was made on, or its file; default: the open head
 ) -> Avatar:
     "Read an avatar; refuses a damaged file, a newer schema or another head."
     path = Path(path)
-    head = head or open_head()
     meta = read_header(path, AVATAR_FILE)
+    head = _head_of(meta, head)
     need_head(path, meta, head)
     resolution = meta['resolution']
     sizes = dict(S=head.num_shape, V=head.num_verts, F=len(head.faces), R=resolution or 4096)

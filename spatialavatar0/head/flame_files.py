@@ -683,10 +683,10 @@ def head_file(
     num_expr: int = None,
 ):  # -> HeadFile, or None
     "What a command line says about a head model."
-    if given is None and (num_shape or num_expr):
+    if not given and (num_shape or num_expr):
         raise InputError('--num-shape and --num-expr are about the FLAME model of --head; give one')
-    if given is None or isinstance(given, HeadFile):
-        return given
+    if not given or isinstance(given, HeadFile):
+        return given or None
     return HeadFile(str(given), num_shape, num_expr)
 
 
@@ -718,7 +718,7 @@ def fitting_head(
     where='the data',  # what to call them in an error
 ) -> Head:
     "The head model a command was told, with teeth if the data were tracked with teeth."
-    if given is None or isinstance(given, Head):
+    if not given or isinstance(given, Head):
         head, least = given or open_head(), None
     else:
         file = head_file(given)
