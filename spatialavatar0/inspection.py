@@ -64,7 +64,7 @@ from .capture.footage import ROW, Film, _ask, _pace, _video_stream, open_film
 from .capture.landmarks import MIN_SIDE
 from .ground.content import file_hash, file_hashes, hash_of
 from .ground.core import InputError, atomic_path, progress
-from .ground.files import read_tensors
+from .ground.files import read_header, read_tensors
 from .ground.lease import LEASE
 from .ground.media import is_film, is_picture, open_picture, pictures_in
 from .ground.pickles import printable
@@ -660,10 +660,10 @@ def kept_command(
         return None
 
 
-# %% ../nbs/inspection.ipynb #b9b23de2
+# %% ../nbs/inspection.ipynb #67c864b4
 def _refinement(path, head):
     "The state of a refinement, and how it goes on."
-    _, meta = read_tensors(path, STATE)
+    meta = read_header(path, STATE)
     report = Report('refinement', path, 'the state of a refinement')
     made_of = meta.get('made_of') or {}
     options = made_of.get('options') or {}
@@ -675,7 +675,7 @@ def _refinement(path, head):
 
 def _training(path, head):
     "The state of a training, and how it goes on."
-    _, meta = read_tensors(path, TRAINING)
+    meta = read_header(path, TRAINING)
     report = Report('training', path, 'the state of a training')
     made_of = meta.get('made_of') or {}
     options = made_of.get('options') or {}

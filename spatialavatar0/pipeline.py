@@ -135,7 +135,7 @@ from .ground.media import is_picture
 from .head.head import Head, Lacks, open_head
 from .judge.evaluate import DlibJudge, renderer
 from .judge.results import Results, evaluate, judges_here, protocol_of, result_table
-from .pictures.checks import usable
+from .pictures.checks import faults_of, left_out_in_words, usable
 from .pictures.domains import held_out, mono, multi, people
 from .pictures.formats import head_for, load_clip, train_test
 from .stage1.generator import from_preset
@@ -734,7 +734,12 @@ def track_clip(
     if Path(video).is_dir():
         for note in check_pictures(video):
             say(f'note: {note}')
-    clip = track_video(video, out, **how, judge=_person_judge(say), say=say)
+    what = dict(fps=most, size=size, focal=focal)
+
+    def begun(work):
+        keep_command(work, 'track', Path(video), out=Path(out), **what)
+
+    clip = track_video(video, out, **how, judge=_person_judge(say), say=say, begun=begun)
     say(
         f'{len(clip)} frames of {clip[0].width} x {clip[0].height} in {Path(out).resolve()}; '
         'tracking.json there has a verdict on every picture'
@@ -1110,6 +1115,16 @@ class _Performance(NamedTuple):
     head: Head  # the performer's
 
 
+# %% ../nbs/pipeline.ipynb #0921bd07
+def _watched(clip, head, say):
+    "Blank frames of a clip; None where nobody can be seen, so that the gap is bridged."
+    faults = faults_of(clip, head)
+    for note in left_out_in_words(clip, faults):
+        say(f'note: {note}')
+    with blank_pictures():
+        return [None if i in faults else clip[i] for i in progress(len(clip), 'read')]
+
+
 # %% ../nbs/pipeline.ipynb #57609116
 _RECORDINGS = '.csv', '.json'
 
@@ -1131,9 +1146,10 @@ def _performed(path, driver, say):
         return _Performance([pose_of(open_head(), c) for c in controls], fps, open_head())
     if _is_clip(path):
         driver = head_for(path, driver)
-        with blank_pictures():
-            frames = list(progress(load_clip(path, driver), 'read'))
+        frames = _watched(load_clip(path, driver), driver, say)
         return _Performance(performance(frames), 25, driver)
+    for note in check_pictures(path) if path.is_dir() else ():
+        say(f'note: {note}')
     say('tracking the film')
     frames, fps = watch_film(path)
     return _Performance(performance(frames), fps, open_head())

@@ -752,6 +752,7 @@ def track_video(
     train: float = 0.8,  # fraction of the frames in the train part
     judge=None,  # of identity (page 90), with a `limit`: refuses a film that cuts to somebody else
     say=print,  # told what happens, one line per step
+    begun=None,  # called with the folder of what is found, once it is ours
     model=None,  # MediaPipe's .task file; None: the manifest's
 ) -> Clip:  # streamed from the folder; tracking.json in it has a verdict on every picture
     "A film to a clip; interrupted, the same call goes on."
@@ -762,6 +763,8 @@ def track_video(
     work = out.with_name(f'{out.name}.tracking')
     if not _is_done(out, made_of):
         _fresh(work, made_of)
+        if begun:
+            begun(work)
         rows = film_faces(film, work / 'faces', model)
         tracking = _track_faces(film, rows, head, focal, judge, say)
         frames = _frames_of_clip(tracking.fit, film, tracking.use, size, hash_of(made_of))

@@ -17,6 +17,7 @@ __all__ = [
     'faults_of',
     'strange_frames',
     'Checked',
+    'left_out_in_words',
     'check_clip',
     'usable',
 ]
@@ -275,7 +276,10 @@ class Checked(NamedTuple):
     left_out: dict  # name of a frame -> a key of FAULTS
 
 
-def _left_out_in_words(clip, faults):
+def left_out_in_words(
+    clip: Clip,
+    faults: dict,  # from faults_of
+):  # yields sentences
     "A sentence for each kind of fault."
     for kind, why in FAULTS.items():
         names = [frame_name(clip, i) for i, fault in faults.items() if fault == kind]
@@ -294,7 +298,7 @@ def check_clip(
 ) -> Checked:
     "Leave out frames that cannot be used, and say so; one clear error if that is all of them."
     faults = faults_of(clip, head, most, show)
-    notes = list(_left_out_in_words(clip, faults))
+    notes = list(left_out_in_words(clip, faults))
     if len(faults) == len(clip):
         raise InputError(
             f'{what} has no frame that can be used: {"; ".join(notes) or "it is empty"}'
