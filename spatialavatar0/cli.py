@@ -165,6 +165,35 @@ _Clip = Annotated[
 ]
 _Resolution = Annotated[int, typer.Option(min=8, help='Texels per side of a new avatar.')]
 
+# %% ../nbs/cli.ipynb #b2bd58b8
+_LINKS = os.environ.get('SPATIALAVATAR0_FOLLOW_LINKS', '0')
+
+
+def _follow(links: bool):
+    "Whether links of single files are followed, in this process and in those it starts."
+    os.environ['SPATIALAVATAR0_FOLLOW_LINKS'] = '1' if links else _LINKS
+
+
+_FollowLinks = Annotated[
+    bool,
+    typer.Option(
+        '--follow-links',
+        callback=_follow,
+        help='Read single files that are links to elsewhere; folders that are links always are.',
+    ),
+]
+_NumShape = Annotated[
+    int, typer.Option(min=0, help='Shape directions of --head, if its file has not 300 + 100.')
+]
+_NumExpr = Annotated[int, typer.Option(min=0, help='Expressions of --head, the same.')]
+
+
+def _model(head, num_shape, num_expr):
+    "The head model that a command is told; None is the open head."
+    from spatialavatar0.head.flame_files import head_file
+
+    return head_file(head, num_shape, num_expr)
+
 
 # %% ../nbs/cli.ipynb #0edc4394
 def check_device(
@@ -200,15 +229,15 @@ _THING_HEAD = 'FLAME model its codes belong to; default: the open head.'
 def _run_inspect(
     path: Annotated[Path, typer.Argument(help=_THING)],
     head: Annotated[Path, typer.Option(help=_THING_HEAD)] = None,
-    num_shape: Annotated[int, typer.Option(min=0, help='Shape directions of that model.')] = None,
-    num_expr: Annotated[int, typer.Option(min=0, help='Expressions of that model.')] = None,
+    num_shape: _NumShape = None,
+    num_expr: _NumExpr = None,
+    follow_links: _FollowLinks = False,
     as_json: Annotated[bool, typer.Option('--json', help='For programs.')] = False,
 ):
     "Say what PATH is, what is wrong with it, and the exact command that comes next."
-    from spatialavatar0.head.flame_files import head_file
     from spatialavatar0.inspection import inspect_path, report_json, report_text
 
-    report = inspect_path(path, head_file(head, num_shape, num_expr))
+    report = inspect_path(path, _model(head, num_shape, num_expr))
     typer.echo(report_json(report) if as_json else report_text(report))
 
 
@@ -308,9 +337,8 @@ def _run_track(
 def _load(avatar, head):
     "An avatar from its file, on its head model."
     from spatialavatar0.avatar.avatar import load_avatar
-    from spatialavatar0.head.flame_files import load_flame
 
-    return load_avatar(avatar, load_flame(head) if head else None)
+    return load_avatar(avatar, head)
 
 
 # %% ../nbs/cli.ipynb #7c18cf94
@@ -325,6 +353,8 @@ def _run_view(
     ),
     live: Annotated[bool, typer.Option(help=_LIVE)] = False,
     head: _AvatarHead = None,
+    num_shape: _NumShape = None,
+    num_expr: _NumExpr = None,
     device: _Device = Device.cpu,
 ):
     "Write one file that shows an AVATAR in any browser, with sliders."
@@ -332,7 +362,7 @@ def _run_view(
     from spatialavatar0.use.viewer import write_page
 
     check_device(device.value)
-    shown = _load(avatar, head)
+    shown = _load(avatar, _model(head, num_shape, num_expr))
     if live:
         return _serve(shown)
     sweep(out.parent)
@@ -363,10 +393,9 @@ _Driver = Annotated[
 
 
 def _motion_options(seconds, fps, seed, driver):
-    from spatialavatar0.head.flame_files import load_flame
     from spatialavatar0.pipeline import MotionOptions
 
-    return MotionOptions(seconds, fps, seed, load_flame(driver) if driver else None)
+    return MotionOptions(seconds, fps, seed, driver)
 
 
 # %% ../nbs/cli.ipynb #ce2558e2
@@ -388,6 +417,9 @@ def _run_animate(
     fps: _Fps = 25.0,
     driver: _Driver = None,
     head: _AvatarHead = None,
+    num_shape: _NumShape = None,
+    num_expr: _NumExpr = None,
+    follow_links: _FollowLinks = False,
     seed: _Seed = 0,
     device: _Device = Device.cpu,
 ):
@@ -395,8 +427,9 @@ def _run_animate(
     from spatialavatar0.pipeline import animate_avatar
 
     check_device(device.value)
-    shown = _load(avatar, head)
-    how = dict(size=size, sway=sway, options=_motion_options(seconds, fps, seed, driver))
+    model = _model(head, num_shape, num_expr)
+    shown = _load(avatar, model)
+    how = dict(size=size, sway=sway, options=_motion_options(seconds, fps, seed, driver or model))
     typer.echo(animate_avatar(shown, motion, out, **how, say=typer.echo).resolve())
 
 
@@ -420,6 +453,9 @@ def _run_export(
     fps: _Fps = 25.0,
     driver: _Driver = None,
     head: _AvatarHead = None,
+    num_shape: _NumShape = None,
+    num_expr: _NumExpr = None,
+    follow_links: _FollowLinks = False,
     seed: _Seed = 0,
     device: _Device = Device.cpu,
 ):
@@ -427,8 +463,9 @@ def _run_export(
     from spatialavatar0.pipeline import export_avatar
 
     check_device(device.value)
-    shown = _load(avatar, head)
-    options = _motion_options(seconds, fps, seed, driver)
+    model = _model(head, num_shape, num_expr)
+    shown = _load(avatar, model)
+    options = _motion_options(seconds, fps, seed, driver or model)
     how = dict(gaussian_avatars=gaussian_avatars, form=form, options=options)
     typer.echo(export_avatar(shown, out, motion, **how, say=typer.echo).resolve())
 
@@ -446,6 +483,9 @@ def _run_refine(
     out: _Out = Path('out'),
     iters: Annotated[int, typer.Option(min=1, help='Steps.')] = 10_000,
     head: Annotated[Path, typer.Option(help=_CLIP_HEAD)] = None,
+    num_shape: _NumShape = None,
+    num_expr: _NumExpr = None,
+    follow_links: _FollowLinks = False,
     resolution: _Resolution = 128,
     paper: Annotated[bool, typer.Option(help=_PAPER)] = False,
     seed: _Seed = 0,
@@ -456,7 +496,8 @@ def _run_refine(
     from spatialavatar0.pipeline import RefineOptions, refine_clip
 
     where = check_device(device.value, True)
-    options = RefineOptions(iters, head, resolution, paper, seed, where)
+    model = _model(head, num_shape, num_expr)
+    options = RefineOptions(iters, model, resolution, paper, seed, where)
     refine_clip(avatar, clip, out, options, typer.echo, restart)
 
 
@@ -478,6 +519,9 @@ def _run_train(
     mono: Annotated[Path, typer.Option(help=_MONO)] = None,
     multi: Annotated[Path, typer.Option(help='Folder of clips of several cameras.')] = None,
     head: Annotated[Path, typer.Option(help='FLAME model of those clips.')] = None,
+    num_shape: _NumShape = None,
+    num_expr: _NumExpr = None,
+    follow_links: _FollowLinks = False,
     batch: Annotated[
         int, typer.Option(min=1, help="Targets per step; default: the preset's.")
     ] = None,
@@ -489,7 +533,8 @@ def _run_train(
     from spatialavatar0.pipeline import TrainOptions, train_generator
 
     where = check_device(device.value, True)
-    data = dict(people=people, subjects=subjects, mono=mono, multi=multi, head=head)
+    model = _model(head, num_shape, num_expr)
+    data = dict(people=people, subjects=subjects, mono=mono, multi=multi, head=model)
     options = TrainOptions(preset.value, steps, **data, batch=batch, seed=seed, device=where)
     train_generator(out, options, typer.echo, restart)
 
@@ -513,6 +558,9 @@ def _run_evaluate(
     method: Annotated[str, typer.Option(help="Name in the table; default: the file's.")] = None,
     subject: Annotated[str, typer.Option(help="Name of the person; default: the folder's.")] = None,
     head: Annotated[Path, typer.Option(help=_BOTH_HEAD)] = None,
+    num_shape: _NumShape = None,
+    num_expr: _NumExpr = None,
+    follow_links: _FollowLinks = False,
     seed: _Seed = 0,
     restart: _Restart = False,
     device: _Device = Device.cpu,
@@ -521,7 +569,8 @@ def _run_evaluate(
     from spatialavatar0.pipeline import evaluate_avatar
 
     check_device(device.value)
-    names = dict(head=head, method=method, subject=subject, seed=seed)
+    model = _model(head, num_shape, num_expr)
+    names = dict(head=model, method=method, subject=subject, seed=seed)
     evaluate_avatar(avatar, clip, protocol, out, **names, restart=restart, say=typer.echo)
 
 
@@ -544,6 +593,9 @@ def _run_benchmark(
     iters: Annotated[int, typer.Option(min=1, help='Of a refinement.')] = 10_000,
     resolution: Annotated[int, _WARPED] = 128,
     head: Annotated[Path, typer.Option(help=_CLIP_HEAD)] = None,
+    num_shape: _NumShape = None,
+    num_expr: _NumExpr = None,
+    follow_links: _FollowLinks = False,
     restart: _Restart = False,
     device: _Device = Device.cpu,
 ):
@@ -551,7 +603,8 @@ def _run_benchmark(
     from spatialavatar0.pipeline import BenchmarkOptions, benchmark_people
 
     where = check_device(device.value, True)
-    options = BenchmarkOptions(jobs, seeds, iters, resolution, head, where)
+    model = _model(head, num_shape, num_expr)
+    options = BenchmarkOptions(jobs, seeds, iters, resolution, model, where)
     benchmark_people(folder, protocol, method, out, options, typer.echo, restart)
 
 

@@ -200,7 +200,8 @@ def _own_parts(path, head, p):
             f'{path} has no frame of the cameras that {p.id} holds out: its transforms_{name}.json '
             'is empty'
         )
-    return dict(train=train, test=test, source=train[0])
+    cut = f'transforms_train.json, transforms_{name}.json'
+    return dict(train=train, test=test, source=train[0], cut=cut)
 
 
 def parts_of_folder(
@@ -419,8 +420,8 @@ def job_content(
 def left_out_of(
     part: dict,  # from usable_parts
 ) -> dict:  # what a line of results says of frames that were not judged; as a rule nothing
-    "Frames that were left out of a test, for its line."
-    return dict(left_out=part['left_out']) if part['left_out'] else {}
+    "Frames that were left out of a test, and whose cut it is, for its line."
+    return {name: part[name] for name in ('left_out', 'cut') if part.get(name)}
 
 
 def _parts_of(name, path, p, head):
