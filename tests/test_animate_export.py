@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 from typing import NamedTuple
 
 import imageio.v2 as imageio
@@ -424,8 +425,11 @@ def test_not_a_ply(tmp_path, name):
 
 
 HEADERS = [
-    ('binary_little_endian', 'ascii', 'binary little-endian'),
-    ('binary_little_endian', 'binary_big_endian', 'binary little-endian'),
+    ('binary_little_endian', 'ascii', 'should be rows of numbers'),
+    ('binary_little_endian', 'binary_big_endian', 'damaged: .* of 20 splats are bad'),
+    ('binary_little_endian', 'binary_middle_endian', 'the format should be .* got binary_middle'),
+    ('binary_little_endian 1.0', 'binary_little_endian 2.0', 'the format should be'),
+    ('format binary_little_endian 1.0', 'form binary', 'the format should be .* got none'),
     ('vertex 20', 'vertex -20', 'cannot use'),
     ('vertex 20', 'vertex many', 'cannot use'),
     ('vertex 20', 'vertex 20.5', 'cannot use'),
@@ -462,14 +466,168 @@ def test_malformed_rows(tmp_path, raw):
     rows, _ = raw
     path = tmp_path / 'a.ply'
     types = ['uchar' if column == 'opacity' else 'float' for column in PLY_COLUMNS]
-    with_inf = rows.copy()
-    with_inf[3, 10] = np.inf
     faces = 'element face 2|property list uchar int vertex_indices'
     refuses(path, ply(rows)[:-1], 'cut short.*20 rows of "vertex", there are 19')
     refuses(path, ply(rows, types=types), 'opacity should be float or double; got uint8')
-    refuses(path, ply(with_inf), 'damaged: scales hold nan or inf in 1 ')
-    refuses(path, ply(rows * np.nan), 'damaged')
+    refuses(path, ply(rows * np.nan), 'damaged: 20 of 20 splats are bad')
     refuses(path, ply(rows, before=faces), 'cannot use')
+
+
+SPOILT = dict(  # column, value -> what is said of it
+    place=(0, np.nan, 'nan or inf'),
+    endless=(2, -np.inf, 'nan or inf'),
+    far=(1, 1e9, 'an absurd place'),
+    color=(7, np.nan, 'nan or inf'),
+    bright=(6, 1e20, 'an absurd size or colour'),
+    unsure=(9, np.nan, 'nan or inf'),
+    huge=(10, 1e3, 'nan or inf'),
+    large=(12, 40.0, 'an absurd size or colour'),
+    unturned=(slice(13, 17), 0.0, 'no rotation'),
+    turned_away=(16, np.nan, 'nan or inf'),
+)
+
+
+@pytest.mark.parametrize('name', SPOILT)
+@pytest.mark.parametrize('form', ('little', 'big', 'ascii'))
+def test_bad_rows_are_left_out_and_counted(tmp_path, raw, name, form):
+    column, value, words = SPOILT[name]
+    rows = raw[0].copy()
+    rows[[3, 11], column] = value
+    (tmp_path / 'a.ply').write_bytes(in_form(rows, form))
+    with pytest.warns(UserWarning, match=f'left out 2 of 20 splats .2 with {words}') as said:
+        found = read_ply(tmp_path / 'a.ply')
+    assert len(said) == 1
+    keep = [i for i in range(20) if i not in (3, 11)]
+    for got, want in zip(found, raw[1], strict=True):
+        assert torch.allclose(got, want[keep], rtol=1e-6)
+
+
+def test_full_and_empty_splats_are_kept(tmp_path, raw):
+    "Some programs write a logit of inf for opaque, and a log size of -inf for flat."
+    rows = raw[0].copy()
+    rows[0, 9], rows[1, 9], rows[2, 12] = np.inf, -np.inf, -np.inf
+    (tmp_path / 'a.ply').write_bytes(ply(rows))
+    found = Splats(*read_ply(tmp_path / 'a.ply'))
+    assert found.opacities[:2].tolist() == [1, 0]
+    assert found.scales[2, 2] == 0
+    assert len(found.means) == 20
+
+
+def text_of(rows, sep=' ', nl='\n'):
+    return nl.join(sep.join(f'{value:.9g}' for value in row) for row in rows.tolist()).encode()
+
+
+def in_form(rows, form, **how):
+    "A PLY in one of the three forms of the format."
+    data = ply(rows, **how)
+    start = data.index(b'end_header') + len('end_header') + len(how.get('nl', '\n'))
+    header = data[:start].decode()
+    if form == 'little':
+        return data
+    if form == 'ascii':
+        return header.replace('binary_little_endian', 'ascii').encode() + text_of(rows)
+    types = [(column, '>f4') for column in how.get('columns', PLY_COLUMNS)]
+    turned = np.array([tuple(row) for row in rows], types)
+    return header.replace('little', 'big').encode() + turned.tobytes()
+
+
+@pytest.mark.parametrize('form', ('big', 'ascii'))
+@pytest.mark.parametrize('nl', ('\n', '\r\n', '\r'))
+def test_other_byte_orders_and_text(tmp_path, raw, form, nl):
+    (tmp_path / 'a.ply').write_bytes(in_form(raw[0], form, nl=nl))
+    for got, want in zip(read_ply(tmp_path / 'a.ply'), raw[1], strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize('text', (True, False), ids=('text', 'big'))
+@pytest.mark.parametrize('degree', (0, 1, 2, 3, 4))
+def test_files_by_plyfile(tmp_path, raw, text, degree):
+    "An independent writer: colours of any degree, unknown columns and tables around."
+    plyfile = pytest.importorskip('plyfile')
+    rest = [f'f_rest_{i}' for i in range(3 * ((degree + 1) ** 2 - 1))]
+    names = [*PLY_COLUMNS[:9], *rest, *PLY_COLUMNS[9:], 'confidence']
+    table = np.zeros(20, [(name, 'f8' if name in ('x', 'confidence') else 'f4') for name in names])
+    for i, name in enumerate(PLY_COLUMNS):
+        table[name] = raw[0][:, i]
+    cameras = np.ones(3, [('fov', 'f4'), ('number', 'u2')])
+    tables = [plyfile.PlyElement.describe(cameras, 'camera')]
+    tables.append(plyfile.PlyElement.describe(table, 'vertex'))
+    order = '=' if text else '>'
+    path = tmp_path / 'a.ply'
+    plyfile.PlyData(tables, text=text, byte_order=order).write(str(path))
+    for got, want in zip(read_ply(path), raw[1], strict=True):
+        assert torch.allclose(got, want, rtol=1e-6, atol=1e-7)
+
+
+TEXTS = {
+    'a word': (lambda text: text.replace(b' ', b' word ', 1), 'rows of numbers'),
+    'a comma': (lambda text: text.replace(b' ', b',', 1), 'rows of numbers'),
+    'a number more': (lambda text: text.replace(b' ', b' 7 ', 1), 'rows of numbers'),
+    'one row less': (lambda text: text[: text.rindex(b'\n')], 'got 19 of 17'),
+    'nothing': (lambda text: b'', 'cut short'),
+    'bytes': (lambda text: bytes(range(256)) * 8, 'rows of numbers'),
+    'blank lines': (lambda text: b'\n' * 1000, 'should be 20 rows of 17 numbers'),
+}
+
+
+@pytest.mark.parametrize('name', TEXTS)
+@pytest.mark.filterwarnings('error')
+def test_malformed_text(tmp_path, raw, name):
+    change, words = TEXTS[name]
+    header = in_form(raw[0], 'ascii')[: -len(text_of(raw[0]))]
+    refuses(tmp_path / 'a.ply', header + change(text_of(raw[0])), words)
+
+
+@pytest.mark.parametrize('form', ('little', 'big', 'ascii'))
+def test_counts_that_lie_cost_nothing(tmp_path, raw, form):
+    good = in_form(raw[0], form)
+    for count in (21, 10**6, 10**12, 10**15 - 1):
+        lying = good.replace(b'vertex 20', f'vertex {count}'.encode(), 1)
+        start = time.perf_counter()
+        refuses(tmp_path / 'a.ply', lying, 'cut short|got 20 of 17')
+        assert time.perf_counter() - start < 1
+
+
+def test_tables_without_columns(tmp_path, raw):
+    empty = b'ply\nformat binary_little_endian 1.0\nelement vertex 1000000000000\nend_header\n'
+    refuses(tmp_path / 'a.ply', empty, 'lacks x, y, z')
+    before = 'element nothing 1000000000000'
+    (tmp_path / 'a.ply').write_bytes(ply(raw[0], before=before))
+    assert len(read_ply(tmp_path / 'a.ply')[0]) == 20
+
+
+@pytest.mark.parametrize('end', ('.compressed.ply', '.splat', '.npz'))
+def test_bad_rows_of_small_files(tmp_path, end):
+    path = write_splats(tmp_path / f'a{end}', *splats(600))
+    data = bytearray(path.read_bytes())
+    nan = np.float32('nan').tobytes()
+    if end == '.compressed.ply':  # a chunk is 18 ranges of 256 splats
+        start = data.index(b'end_header\n') + 11
+        data[start : start + 4] = nan
+        lost = 256
+    elif end == '.splat':
+        data[0:4], data[32 * 5 + 28 : 32 * 6] = nan, bytes([128] * 4)
+        lost = 2
+    else:
+        arrays = dict(zip(Splats._fields, (x.numpy().copy() for x in splats(600))))
+        arrays['scales'][7] = 1e30
+        arrays['opacities'] = arrays['opacities'].astype('f8')
+        arrays['opacities'][9] = -0.5
+        np.savez(path, **arrays)
+        data, lost = path.read_bytes(), 2
+    path.write_bytes(data)
+    with pytest.warns(UserWarning, match=f'left out {lost} of 600 splats') as said:
+        assert len(read_splats(path)[0]) == 600 - lost
+    assert len(said) == 1
+
+
+def test_a_packed_npz_that_unfolds_is_refused(tmp_path, monkeypatch):
+    "Ten kilobytes on disk, ten megabytes in memory; the limit stands lower here than in use."
+    monkeypatch.setattr(export, '_NPZ_MOST', 5_000_000)
+    np.savez_compressed(tmp_path / 'a.npz', **dict.fromkeys(Splats._fields, np.zeros((99_999, 4))))
+    assert (tmp_path / 'a.npz').stat().st_size < 100_000
+    with pytest.raises(InputError, match='unfolds to'):
+        read_splats(tmp_path / 'a.npz')
 
 
 def test_damaged_headers_never_crash(tmp_path, raw):

@@ -8,7 +8,7 @@ import torch
 from test_viewer import flame_like
 from torch.nn.functional import normalize
 
-from spatialavatar0.avatar.avatar import new_avatar
+from spatialavatar0.avatar.avatar import load_avatar, new_avatar
 from spatialavatar0.ground.core import InputError
 from spatialavatar0.head.head import open_head
 from spatialavatar0.use.animate import pose_of, talk
@@ -91,6 +91,81 @@ def test_damaged_files_never_crash(avatar, tmp_path):
         except InputError:
             pass
         file.write_bytes(sound[file])
+
+
+def bound_rows(avatar, folder):
+    "Header and rows of a file of ours."
+    data = (write_gaussian_avatar(avatar, folder) / 'point_cloud.ply').read_bytes()
+    start = data.index(b'end_header\n') + 11
+    return data[:start], np.frombuffer(data[start:], '<f4').reshape(-1, 63).copy()
+
+
+SPOILT = dict(  # column of the row -> value, words
+    offsets=('x', np.nan, 'nan or inf'),
+    far=('y', 1e6, 'offsets out of range'),
+    unturned=('rot', 0.0, 'quats out of range'),
+    huge=('scale_1', 50.0, 'log_scales out of range'),
+    bright=('f_dc_0', 1e20, 'sh0 out of range'),
+    unbound=('binding_0', np.nan, 'nan or inf'),
+)
+
+
+@pytest.mark.parametrize('name', SPOILT)
+def test_bad_rows_are_left_out_and_counted(avatar, tmp_path, name):
+    column, value, words = SPOILT[name]
+    header, rows = bound_rows(avatar, tmp_path)
+    rows[5, [i for i, x in enumerate(BOUND_PLY_COLUMNS) if x.startswith(column)]] = value
+    (tmp_path / 'point_cloud.ply').write_bytes(header + rows.tobytes())
+    with pytest.warns(UserWarning, match=f'left out 1 of {len(rows):,} splats .1 with {words}'):
+        back, _ = read_gaussian_avatar(tmp_path)
+    assert len(back) == len(avatar) - 1
+    back.save(tmp_path / 'a.safetensors')
+    assert len(load_avatar(tmp_path / 'a.safetensors')) == len(back)
+
+
+def test_opaque_and_flat_rows_are_kept(avatar, tmp_path):
+    header, rows = bound_rows(avatar, tmp_path)
+    rows[5, BOUND_PLY_COLUMNS.index('opacity')] = np.inf
+    rows[6, BOUND_PLY_COLUMNS.index('scale_2')] = -np.inf
+    (tmp_path / 'point_cloud.ply').write_bytes(header + rows.tobytes())
+    back, _ = read_gaussian_avatar(tmp_path)
+    back.save(tmp_path / 'a.safetensors')
+    assert load_avatar(tmp_path / 'a.safetensors').world()[3][5] == 1
+
+
+def test_big_endian_and_text(avatar, tmp_path):
+    header, rows = bound_rows(avatar, tmp_path)
+    whole, _ = read_gaussian_avatar(tmp_path)
+    lines = '\n'.join(' '.join(f'{value:.9g}' for value in row) for row in rows.tolist())
+    forms = dict(binary_big_endian=rows.astype('>f4').tobytes(), ascii=lines.encode())
+    for form, data in forms.items():
+        changed = header.replace(b'binary_little_endian', form.encode()) + data
+        (tmp_path / 'point_cloud.ply').write_bytes(changed)
+        back, _ = read_gaussian_avatar(tmp_path)
+        assert torch.equal(back.binding.face_ids, whole.binding.face_ids)
+        assert all(torch.equal(x, whole.splats[name]) for name, x in back.splats.items())
+
+
+PARAMS = {
+    'nan': (dict(expr=np.full((1, 100), np.nan)), 'frame 0'),
+    'a giant': (dict(shape=np.full(100, 1e10)), 'shape should lie in'),
+    'a tail': (dict(static_offset=np.full((1, 5065, 3), 50.0)), 'static_offset should lie in'),
+    'words': (dict(neck_pose=np.array([['left'] * 3])), 'numbers'),
+    'no frame': (dict(expr=np.zeros((0, 100))), 'expr'),
+    'a number': (dict(expr=np.float32(3)), 'expr'),
+    'three axes': (dict(expr=np.zeros((1, 100, 1))), 'expr'),
+}
+
+
+@pytest.mark.parametrize('name', PARAMS)
+def test_parameters_that_are_none(avatar, tmp_path, name):
+    change, words = PARAMS[name]
+    write_gaussian_avatar(avatar, tmp_path)
+    with np.load(tmp_path / 'flame_param.npz') as params:
+        changed = dict(params) | change
+    np.savez(tmp_path / 'flame_param.npz', **changed)
+    with pytest.raises(InputError, match=words):
+        read_gaussian_avatar(tmp_path)
 
 
 def test_nothing_is_written_for_a_broken_avatar(avatar, tmp_path):

@@ -21,12 +21,15 @@ from spatialavatar0.use.export import (
     _ply_tables,
     _raw_splats,
     _write_table,
+    sound_rows,
 )
 
 # %% ../../nbs/use/85_gaussian_avatars.ipynb #16e00004
-from ..avatar.avatar import Avatar
-from ..ground.core import InputError, atomic_path
+from ..avatar.avatar import AVATAR_TENSORS, Avatar
+from ..ground.core import InputError, atomic_path, printable
+from ..ground.files import ROWS
 from ..ground.geometry import quat_rotate
+from ..ground.pickles import read_arrays
 from ..head.head import Head, open_head
 from ..pictures.clips import from_flame_param, to_flame_param
 from ..splats.binding import Binding
@@ -114,6 +117,7 @@ def write_gaussian_avatar(
 
 # %% ../../nbs/use/85_gaussian_avatars.ipynb #16e00013
 _WHO = 'shape', 'static_offset'
+_MOST = 500_000_000  # bytes, unfolded: a film of eight hours
 
 
 class _Motion(NamedTuple):
@@ -126,18 +130,25 @@ class _Motion(NamedTuple):
 
 def _arrays(path):
     "The arrays of the file; one clear error for a file that is something else."
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file}
-    except Exception as error:
-        why = str(error)[:80]
-        raise InputError(f'{path} is not a readable npz file of numbers ({why})') from error
-    if 'expr' not in arrays or arrays['expr'].ndim != 2 or not len(arrays['expr']):
+    arrays = read_arrays(path, _MOST)
+    if not isinstance(arrays, dict) or 'expr' not in arrays:
         raise InputError(f'{path} should hold expr (T,100) and its like; it lacks them')
+    for name, x in arrays.items():
+        if getattr(getattr(x, 'dtype', None), 'kind', 'O') not in 'biuf':
+            raise InputError(f'{path}: {printable(name, 40)} should be an array of numbers')
+    if arrays['expr'].ndim != 2 or not len(arrays['expr']):
+        raise InputError(f'{path}: expr should be (T,n); got {arrays["expr"].shape}')
     return arrays
 
 
 # %% ../../nbs/use/85_gaussian_avatars.ipynb #43110408
+def _need_range(path, name, x):
+    "InputError for an identity that no head has (the table of page 40)."
+    wanted = AVATAR_TENSORS[name]
+    if x is not None and not (wanted.low <= x.min() <= x.max() <= wanted.high):
+        raise InputError(f'{path}: {name} should lie in {wanted.low}..{wanted.high}')
+
+
 def _motion(path, head):
     "Identity and poses of a flame_param.npz."
     arrays = _arrays(path)
@@ -156,32 +167,47 @@ def _motion(path, head):
     poses = []
     for t in range(frames):
         row = {name: arrays[name][t] for name in moving}
-        poses.append(from_flame_param(row | who, head, path))
-    identity = [poses[0].get(name) for name in _WHO]
+        poses.append(from_flame_param(row | who, head, f'{path}, frame {t}'))
+    identity = {name: poses[0].get(name) for name in _WHO}
+    for name, x in identity.items():
+        _need_range(path, name, x)
     moves = [{name: x for name, x in pose.items() if name not in _WHO} for pose in poses]
-    return _Motion(*identity, moves)
+    return _Motion(*identity.values(), moves)
 
 
 # %% ../../nbs/use/85_gaussian_avatars.ipynb #16e00014
 _NEEDED = [column for column in PLY_COLUMNS if column[0] != 'n'] + ['binding_0']
 
 
+def _is_outside(name, x):
+    "(N,) whether a row holds what no avatar may hold (the table of page 40)."
+    wanted, x = AVATAR_TENSORS[name], x.reshape(len(x), -1)
+    inside = ((x >= wanted.low) & (x <= wanted.high)).all(1)
+    if wanted.rows:
+        inside &= ROWS[wanted.rows](x)
+    return ~inside
+
+
 def _bound_splats(path):
-    "Raw splats, and the triangle under each as the file has it: a float."
+    "Raw splats that can be used, and the triangle under each as the file has it: a float."
     rows = _ply_tables(path)['vertex']
     _need_columns(rows, _NEEDED, path, 'an avatar of GaussianAvatars')
     raw = _raw_splats(rows)
+    raw['log_scales'] = raw['log_scales'].clamp_min(-50)  # -inf is a size of 0
+    raw['logit_opacities'] = raw['logit_opacities'].clamp(-1e3, 1e3)  # inf: opaque
     splats = dict(offsets=raw.pop('means'), **raw)
-    if bad := [name for name, x in splats.items() if not torch.isfinite(x).all()]:
-        raise InputError(f'{path} is damaged: {bad[0]} hold nan or inf')
-    return splats, rows['binding_0']
+    triangles = torch.from_numpy(rows['binding_0'].astype('f8'))
+    columns = [triangles, *splats.values()]
+    finite = torch.stack([torch.isfinite(x).reshape(len(x), -1).all(1) for x in columns]).all(0)
+    faults = {f'{name} out of range': finite & _is_outside(name, x) for name, x in splats.items()}
+    keep = sound_rows(path, {'nan or inf': ~finite} | faults)
+    return {name: x[keep] for name, x in splats.items()}, triangles[keep].numpy()
 
 
 def _are_triangles(numbers, count):
     "Whether all are whole numbers from 0 to below count."
-    if not np.isfinite(numbers).all() or (numbers != np.round(numbers)).any():
-        return False
-    return ((numbers >= 0) & (numbers < count)).all()
+    whole = (numbers == np.round(numbers)).all()
+    return whole and ((numbers >= 0) & (numbers < count)).all()
 
 
 # %% ../../nbs/use/85_gaussian_avatars.ipynb #0d9f2102
