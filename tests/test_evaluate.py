@@ -350,6 +350,16 @@ def test_results_resume_and_refuse(tmp_path, monkeypatch):
         Results(book.path)
 
 
+def test_names_in_a_table_are_text():
+    "A method or a data set is called what somebody called it: that is no Markdown and no HTML."
+    odd = dict(method='a|b<img src=x>\n# c', protocol='\x1b[2J', data='`x`\u202e')
+    text = result_table([dataclasses.replace(line(), **odd)])
+    rows = text.split('\n')
+    assert r'| a\|b\<img src=x>?# c |' in rows[2]
+    assert rows[4].startswith(r'?[2J: \`x\`?, ')
+    assert all(row.isprintable() for row in rows)
+
+
 def test_tables_do_not_mix():
     one, other = line(), line(seed=1)
     text = result_table([one, other])

@@ -528,14 +528,25 @@ def _cell(lines, metric):
     return f'{np.mean(means):{form}}{spread}'
 
 
+# %% ../../nbs/judge/91_results.ipynb #f6299c34
+_ESCAPED = str.maketrans({sign: f'\\{sign}' for sign in '\\|<`'})
+
+
+def _plain(name):
+    "A name out of a file on one line of Markdown, as text."
+    letters = ''.join(letter if letter.isprintable() else '?' for letter in str(name))
+    return letters.translate(_ESCAPED)
+
+
 # %% ../../nbs/judge/91_results.ipynb #f57f5126
 def _notes(lines):
     "Below the table: what it is about, and who judged."
     first = lines[0]
-    code = ', '.join(sorted({line.code for line in lines}))
+    code = ', '.join(sorted({line.code or 'not noted' for line in lines}))
+    preset = (first.preset or {}).get('name')
+    protocol, data, split, preset = map(_plain, (first.protocol, first.data, first.split, preset))
     about = (
-        f'{first.protocol}: {first.data}, {first.split}; preset {first.preset["name"]}; '
-        f'background {first.background}; code {code}'
+        f'{protocol}: {data}, {split}; preset {preset}; background {first.background}; code {code}'
     )
     judged = {name: _judges_of(lines, metric) for metric, (name, _) in METRICS.items()}
     networks = sorted({line.scores.get('lpips_from') for line in lines} - {None})
@@ -559,5 +570,5 @@ def result_table(
         mine = [line for line in lines if line.method == method]
         cells = ' | '.join(_cell(mine, metric) for metric in shown)
         subjects, seeds = {line.subject for line in mine}, {line.seed for line in mine}
-        rows.append(f'| {method} | {cells} | {len(subjects)} | {len(seeds)} |')
+        rows.append(f'| {_plain(method)} | {cells} | {len(subjects)} | {len(seeds)} |')
     return '\n'.join(rows) + '\n\n' + '\n'.join(_notes(lines))
