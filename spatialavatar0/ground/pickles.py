@@ -9,21 +9,28 @@ __all__ = [
     'TORCH',
     'NAMES',
     'LIMIT',
+    'TEXT_LIMIT',
     'Name',
     'Thing',
     'Refused',
     'Reader',
     'unpickle',
+    'file_bytes',
+    'file_text',
+    'parse_json',
+    'file_json',
     'read_arrays',
 ]
 
 # %% ../../nbs/ground/03_pickles.ipynb #6eb3401a
 import io
+import json
 import math
+import os
 import pickle
 import re
+import stat
 import zipfile
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -268,6 +275,14 @@ def _bytearray8(self):
     self.append(self.read(int.from_bytes(self.read(8), 'little')))
 
 
+@_does(pickle.FRAME)
+def _frame(self):
+    size = int.from_bytes(self.read(8), 'little')
+    if size > self.size:
+        raise pickle.UnpicklingError('a frame is longer than the file')
+    self._unframer.load_frame(size)
+
+
 # %% ../../nbs/ground/03_pickles.ipynb #49cadc39
 def _is_plain(code, state):
     "Whether numpy's code and state are those of a plain number or text."
@@ -436,6 +451,82 @@ def unpickle(
         ) from None
 
 
+# %% ../../nbs/ground/03_pickles.ipynb #eb6109f3
+def _need_plain(path, about, limit):
+    "Refuse what is no plain file, and one that is too large."
+    kinds = (
+        (stat.S_ISDIR, 'a folder'),
+        (stat.S_ISFIFO, 'a pipe'),
+        (stat.S_ISCHR, 'a device'),
+        (stat.S_ISBLK, 'a device'),
+        (stat.S_ISSOCK, 'a socket'),
+    )
+    for is_kind, name in kinds:
+        if is_kind(about.st_mode):
+            raise InputError(f'{path} is {name}; a file was expected')
+    if about.st_size > limit:
+        raise InputError(f'{path} has {about.st_size:,} bytes; at most {limit:,} were expected')
+
+
+# %% ../../nbs/ground/03_pickles.ipynb #5caecafc
+def file_bytes(
+    path,  # a file of whoever
+    limit: int = LIMIT,  # bytes it may have
+) -> bytes:
+    "The bytes of a plain file; one clear error for a folder, a pipe, a device or a bomb."
+    how = os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0)
+    try:
+        with open(os.open(path, how), 'rb') as file:
+            about = os.fstat(file.fileno())
+            _need_plain(path, about, limit)
+            return file.read(about.st_size)
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f'{path}: there is no such file') from None
+    except (OSError, ValueError) as e:
+        why = printable(getattr(e, 'strerror', None) or e)
+        raise InputError(f'{path} cannot be read ({why}); a file was expected') from None
+
+
+# %% ../../nbs/ground/03_pickles.ipynb #10a50354
+TEXT_LIMIT = 64_000_000  # bytes of a text; 2,000 frames with landmarks take 10 MB
+
+
+def file_text(
+    path,  # a file of whoever
+    limit: int = TEXT_LIMIT,  # bytes it may have
+) -> str:
+    "A file of UTF-8, without a byte order mark."
+    data = file_bytes(path, limit)
+    try:
+        return data.decode('utf-8-sig')
+    except UnicodeDecodeError:
+        is_wide = data.startswith((b'\xff\xfe', b'\xfe\xff'))
+        what = 'is UTF-16 text' if is_wide else 'is not text'
+        raise InputError(f'{path} {what}; expected UTF-8: save it so, or get it again') from None
+
+
+def parse_json(
+    text: str,
+    where,  # what to call it in an error
+):  # whatever it holds
+    "JSON of a stranger; one clear error for what is none, too deep or too long."
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError, MemoryError) as e:
+        why = printable(e, 80)
+        raise InputError(f'{where} is not readable JSON ({why}); get or make it again') from None
+
+
+def file_json(
+    path,  # a file of whoever
+    limit: int = TEXT_LIMIT,  # bytes it may have
+):  # whatever it holds
+    "A JSON file of a stranger."
+    return parse_json(file_text(path, limit), path)
+
+
 # %% ../../nbs/ground/03_pickles.ipynb #ca9b011e
 def _instead(data):
     "What a file's first bytes say it is instead, and what to do; '' for a file that may be right."
@@ -454,12 +545,7 @@ def _instead(data):
 # %% ../../nbs/ground/03_pickles.ipynb #417ece52
 def _bytes_of(path, limit):
     "A file's bytes, or one sentence about what it is instead."
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f'{path}: there is no such file')
-    if (size := path.stat().st_size) > limit:
-        raise InputError(f'{path} has {size:,} bytes; at most {limit:,} were expected')
-    data = path.read_bytes()
+    data = file_bytes(path, limit)
     if trouble := _instead(data):
         raise InputError(f'{path} {trouble}')
     return data
@@ -493,6 +579,9 @@ def _npy(f, size, where, limit):
 
 
 # %% ../../nbs/ground/03_pickles.ipynb #1c72f0f9
+_MEMBERS = 10_000  # arrays in one file
+
+
 def _is_wanted(name, keys):
     "Whether a file of the zip is an array that was asked for."
     return name.endswith('.npy') and (keys is None or name[:-4] in keys)
@@ -505,11 +594,13 @@ def _npz(data, where, limit, keys):
         if not members:
             wanted = 'arrays' if keys is None else ' or '.join(keys)
             raise InputError(f'{where} is a zip without {wanted}; an .npz of numpy was expected')
+        if len(members) > _MEMBERS:
+            raise InputError(f'{where} holds {len(members):,} arrays; at most {_MEMBERS:,} can be')
         if total > limit:
             raise InputError(f'{where} unfolds to {total:,} bytes; at most {limit:,} were expected')
         arrays = {}
         for m in members:
-            name = m.filename[:-4]
+            name = printable(m.filename[:-4])
             arrays[name] = _npy(package.open(m), m.file_size, f'{where}: {name}', limit)
         return arrays
 
