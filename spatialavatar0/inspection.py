@@ -7,7 +7,6 @@ __all__ = [
     'FORMATS',
     'COMMAND',
     'AVATAR',
-    'RECORDINGS',
     'OTHERS',
     'KINDS',
     'Report',
@@ -21,6 +20,7 @@ __all__ = [
     'film_facts',
     'check_pictures',
     'head_options',
+    'data_options',
     'keep_command',
     'kept_command',
     'Kind',
@@ -52,6 +52,7 @@ from spatialavatar0.head.flame_files import (
     read_flame,
 )
 from spatialavatar0.pictures.clips import (
+    FOLLOW_LINKS,
     blank_pictures,
     is_half_written,
     is_joined,
@@ -59,12 +60,12 @@ from spatialavatar0.pictures.clips import (
     sequences_of,
 )
 
-from .avatar.avatar import AVATAR_FILE, head_id
+from .avatar.avatar import AVATAR_FILE, load_avatar
 from .capture.footage import ROW, Film, _ask, _pace, _video_stream, open_film
 from .capture.landmarks import MIN_SIDE
 from .ground.content import file_hash, file_hashes, hash_of
 from .ground.core import InputError, atomic_path, progress
-from .ground.files import read_header, read_tensors
+from .ground.files import read_header
 from .ground.lease import LEASE
 from .ground.media import is_film, is_picture, open_picture, pictures_in
 from .ground.pickles import printable
@@ -74,10 +75,11 @@ from .judge.results import Results, protocol_of, result_table
 from .pictures.checks import check_clip, frame_name, in_words, shares_of
 from .pictures.formats import detect, head_for, load_clip, train_test
 from .stage1.generator import _CHECKPOINT as GENERATOR
+from .stage1.generator import from_pretrained
 from .stage1.trainer import _STATE as TRAINING
 from .stage2.loop import STATE
 from .use.export import read_splats
-from .use.retarget import read_arkit
+from .use.performances import RECORDINGS, read_arkit
 
 
 # %% ../nbs/inspection.ipynb #5c83a42d
@@ -371,12 +373,22 @@ FORMATS = dict(
 _USUAL = dict.fromkeys(FORMATS, 'flame2020') | dict(vhap='flame2023')  # head of each format
 
 
-def head_options(head):
+def head_options(
+    head,  # a path, a HeadFile, or nothing
+) -> dict:  # as for command
     "Options of a command that name a head model."
     file = head_file(head)
     if file is None:
         return {}
     return dict(head=Path(file.path), num_shape=file.num_shape, num_expr=file.num_expr)
+
+
+def data_options(
+    head,  # as for head_options
+) -> dict:  # as for command
+    "Options of a command that reads data: the head model, and whether links are followed."
+    links = os.environ.get(FOLLOW_LINKS) == '1'
+    return head_options(head) | (dict(follow_links=True) if links else {})
 
 
 def _counts(frames):
@@ -475,11 +487,11 @@ def _clip(path, head):
     return _read_clip(report, format, head)
 
 
-# %% ../nbs/inspection.ipynb #7476c42e
+# %% ../nbs/inspection.ipynb #8ae13757
 def _read_clip(report, format, head):
     "The report of a clip with all its frames, or what is needed to read them."
     path = report.path
-    options = head_options(head)
+    options = data_options(head)
     try:
         report.facts['head needed'] = _needs(path, format)
         model = head_for(path, head)
@@ -490,7 +502,7 @@ def _read_clip(report, format, head):
             report.facts['splits'] = _splits(path, model, format)
     except InputError as error:
         report.note(str(error))
-        again = options or dict(head=_USUAL[format])
+        again = dict(head=_USUAL[format]) | options
         report.commands = [command('inspect', path, **again)]
         return report
     report.commands = [command('refine', 'new', path, out=free_name('out'), **options)]
@@ -519,7 +531,7 @@ def _people_facts(clips, head):
 def _people(path, head):
     "A folder of people: benchmark runs over them."
     report = Report('people', path, 'a folder of people: clips, one or more of each')
-    options = head_options(head)
+    options = data_options(head)
     with warnings_as_notes(report):
         clips = subjects(path, lambda text: report.note(text.removeprefix('note: ')))
         facts, notes = _people_facts(clips, head)
@@ -527,7 +539,7 @@ def _people(path, head):
     report.notes += notes[:5] + [f'{len(notes) - 5} more cannot be read'] * (len(notes) > 5)
     if len(notes) == len(clips):
         first = _in_list(next(iter(clips.values())))[0]
-        report.commands = [command('inspect', path, **options or dict(head=_USUAL[detect(first)]))]
+        report.commands = [command('inspect', path, **dict(head=_USUAL[detect(first)]) | options)]
         return report
     how = dict(protocol=_fitting_protocol(clips, head), out=free_name('results.jsonl'))
     report.commands = [command('benchmark', path, **how, **options)]
@@ -569,29 +581,31 @@ def _made_from(info):
     return {name: info[name] for name in names if isinstance(info, dict) and info.get(name)}
 
 
-def _on_head(meta, head):
-    "What a file says of its head model, and a note if it is not the given one."
-    mine = fitting_head(head)
-    about = f'{printable(meta.get("head_name", "not named"))}'
-    if meta.get('head') == head_id(mine):
-        return about, None
-    return about, f'it was made on another head model, {about}: give it as --head'
+def _name_in(meta):
+    "The head model that a file's header names."
+    return printable(meta.get('head_name', 'its name was not kept'))
 
 
-# %% ../nbs/inspection.ipynb #068bc608
+def _shape_in(path, name):
+    "The shape of a tensor in a safetensors file."
+    with safe_open(path, 'pt') as file:
+        return file.get_slice(name).get_shape()
+
+
+# %% ../nbs/inspection.ipynb #88d5946a
 def _avatar(path, head):
     "An avatar: view shows it."
-    tensors, meta = read_tensors(path, AVATAR_FILE)
+    meta = read_header(path, AVATAR_FILE)
     report = Report('avatar', path, 'an avatar')
-    report.facts = dict(
-        gaussians=len(tensors.get('face_ids', ())), resolution=meta.get('resolution')
-    )
-    report.facts['head'], other = _on_head(meta, head)
-    report.facts |= _made_from(meta.get('info'))
+    report.facts = dict(gaussians=_shape_in(path, 'face_ids')[0], resolution=meta['resolution'])
+    report.facts['head'] = _name_in(meta)
+    report.facts |= _made_from(meta['info'])
     report.fingerprint = dict(start=file_hash(path))
-    if other:
-        report.note(other)
-        report.commands = [command('inspect', path, head=_USUAL['imavatar'])]
+    try:
+        load_avatar(path, head)
+    except InputError as error:
+        report.note(str(error))
+        report.commands = [command('inspect', path, **head_options(head) or dict(head='flame2020'))]
         return report
     shown = free_name(f'{path.stem}.html')
     report.commands = [command('view', path, out=shown, **head_options(head))]
@@ -600,18 +614,19 @@ def _avatar(path, head):
 
 def _generator(path, head):
     "A generator: benchmark makes avatars with it."
-    tensors, meta = read_tensors(path, GENERATOR)
+    meta = read_header(path, GENERATOR)
     report = Report('generator', path, 'a generator: photos to an avatar in one pass')
-    config = meta.get('config', {})
-    report.facts = dict(weights=sum(x.numel() for x in tensors.values()))
-    report.facts |= {name: config[name] for name in ('image_size', 'resolution') if name in config}
-    report.facts['head'], other = _on_head(meta, head)
+    config = meta['config']
+    report.facts = {name: config[name] for name in ('image_size', 'resolution') if name in config}
+    report.facts['head'] = _name_in(meta)
     report.facts |= {k: v for k, v in meta.get('info', {}).items() if v}
     report.fingerprint = dict(start=file_hash(path))
-    if other:
-        report.note(other)
+    try:
+        from_pretrained(path, fitting_head(head))
+    except InputError as error:
+        report.note(str(error))
     report.note('words in capitals stand for files of yours')
-    words = dict(method=path, out=free_name('results.jsonl'), **head_options(head))
+    words = dict(method=path, out=free_name('results.jsonl'), **data_options(head))
     report.commands = [command('benchmark', 'PEOPLE', **words)]
     return report
 
@@ -913,12 +928,15 @@ def _is_splats(path):
     return is_npz or _ends('.ply', '.splat', '.spz', '.sog')(path)
 
 
+def _is_flame(path):
+    return _ends('.pkl', '.npz')(path) or (path.is_dir() and _answers(find_model, path))
+
+
 def _are_results(path):
     return _ends('.jsonl')(path) and _answers(lambda path: Results(path).lines, path)
 
 
-# %% ../nbs/inspection.ipynb #9a01970e
-RECORDINGS = '.csv', '.tsv', '.txt', '.json', '.jsonl', '.ndjson'
+# %% ../nbs/inspection.ipynb #6858fb9c
 OTHERS = {  # files that belong to something larger
     'transforms.json': 'a clip',
     'transforms_train.json': 'a clip',
@@ -976,7 +994,7 @@ KINDS = dict(
     results=Kind('lines of results (.jsonl)', _are_results, _results),
     recording=Kind('an ARKit recording (.csv, .json)', _ends(*RECORDINGS), _recording),
     splats=Kind('splats (.ply, .splat ...)', _is_splats, _splats),
-    head=Kind('a FLAME model', lambda path: _answers(find_model, path), _flame),
+    head=Kind('a FLAME model (.pkl, .npz)', _is_flame, _flame),
 )
 
 

@@ -78,7 +78,7 @@ from spatialavatar0.capture.photo import (
 from spatialavatar0.inspection import (
     COMMAND,
     check_pictures,
-    head_options,
+    data_options,
     keep_command,
     kept_command,
 )
@@ -146,7 +146,8 @@ from .stage2.refine import RefineConfig, paper_config, start_frame
 from .use.export import write_ply, write_sequence, write_splats
 from .use.gaussian_avatars import write_gaussian_avatar
 from .use.gltf import write_glb
-from .use.retarget import performance, read_arkit, retarget, retarget_across
+from .use.performances import RECORDINGS, read_arkit
+from .use.retarget import performance, retarget, retarget_across
 from .use.viewer import home_view, write_page
 from .use.viewer import view_of as controls_view
 
@@ -598,7 +599,7 @@ def _given(options):
     said = {f.name: getattr(options, f.name) for f in fields(options)}
     said = {k: v for k, v in said.items() if v != getattr(usual, k) and k != 'restart'}
     places = {k: Path(said[k]) for k in ('mono', 'multi') if k in said}
-    return said | places | head_options(said.pop('head', None))
+    return said | places | data_options(said.pop('head', None))
 
 
 def _preset_of(cfg):
@@ -1126,9 +1127,6 @@ def _watched(clip, head, say):
 
 
 # %% ../nbs/pipeline.ipynb #57609116
-_RECORDINGS = '.csv', '.json'
-
-
 def _is_clip(path):
     "A folder that is no folder of pictures."
     return path.is_dir() and not any(map(is_picture, path.iterdir()))
@@ -1141,7 +1139,7 @@ def _performed(path, driver, say):
             f'no motion {path}: expected talk, look, nod, blink; or a .csv or .json recording, a '
             'film, a clip or a folder of pictures'
         )
-    if path.suffix.lower() in _RECORDINGS:
+    if path.suffix.lower() in RECORDINGS:
         controls, fps = read_arkit(path)
         return _Performance([pose_of(open_head(), c) for c in controls], fps, open_head())
     if _is_clip(path):
@@ -1184,7 +1182,7 @@ def _retargeted(avatar, path, options, say):
     if options.seconds:
         poses = poses[: max(1, round(options.seconds * fps))]
     # a phone has subtracted the face at rest already
-    neutral = {} if path.suffix.lower() in _RECORDINGS else 'low'
+    neutral = {} if path.suffix.lower() in RECORDINGS else 'low'
     if _same_codes(performer, head):
         return retarget(poses, head, neutral), fps
     shown = dict(shape=avatar.shape, static_offset=avatar.static_offset[None])

@@ -1,6 +1,5 @@
-"""Retargeting: bounds, neutrals, heads without names, recordings."""
+"""Retargeting: bounds, neutrals, heads without names."""
 
-import json
 import math
 
 import pytest
@@ -18,7 +17,6 @@ from spatialavatar0.use.retarget import (
     MOVES,
     face_points,
     performance,
-    read_arkit,
     retarget,
     retarget_across,
     stacked,
@@ -125,37 +123,3 @@ def test_motions_of_a_head_without_names():
     for motion in made.values():
         assert all(set(controls) <= set(TURNS) for controls in motion)
         pose_of(nameless, motion[10])
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.binary(max_size=300), st.sampled_from(['csv', 'json']))
-def test_recordings_never_crash(tmp_path_factory, data, kind):
-    path = tmp_path_factory.mktemp('fuzz', numbered=True) / f'a.{kind}'
-    path.write_bytes(data)
-    try:
-        read_arkit(path)
-    except InputError:
-        pass
-
-
-KEYS = ['frames', 'names', 'fps', 'facsNames', 'weightMat', 'jawOpen']
-LEAVES = st.none() | st.booleans() | st.floats() | st.text(max_size=3)
-
-
-def branches(inner):
-    "Lists and dicts of what is inside, with keys that the reader knows."
-    keys = st.sampled_from(KEYS)
-    return st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=4)
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.recursive(LEAVES, branches))
-def test_any_json_is_refused_or_read(tmp_path_factory, content):
-    path = tmp_path_factory.mktemp('fuzz', numbered=True) / 'a.json'
-    path.write_text(json.dumps(content))
-    try:
-        motion, fps = read_arkit(path)
-    except InputError:
-        return
-    assert motion
-    assert fps > 0

@@ -12,16 +12,11 @@ __all__ = [
     'performance',
     'face_points',
     'retarget_across',
-    'read_arkit',
 ]
 
 # %% ../../nbs/use/81_retarget.ipynb #15b00003
-import csv
-import json
 import math
-import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -33,7 +28,7 @@ from torch import Tensor
 from ..capture.landmarks import landmark_table
 from ..ground.core import InputError
 from ..ground.geometry import axis_angle_to_mat, mat_to_quat, quat_mul
-from ..head.head import Head, Lacks, open_head
+from ..head.head import Head, Lacks
 from ..head.teeth import LANDMARKS_51
 from .animate import TURNS
 
@@ -305,147 +300,3 @@ def retarget_across(
     turns = [_only(pose, 'eyes', 'neck') for pose in poses]
     turned = retarget(turns, driver, _only(rest, 'eyes', 'neck'))
     return unstacked(moved | stacked(turned))
-
-
-# %% ../../nbs/use/81_retarget.ipynb #77700e0a
-_HEAD = dict(headYaw='neckYaw', headPitch='neckPitch', headRoll='neckRoll')
-_SIDES = dict(L='Left', R='Right', Left='Left', Right='Right')
-
-
-def _control(name):
-    "Our name for a column, or None for one that says nothing new."
-    sided = re.sub(r'_(Left|Right|L|R)$', lambda m: _SIDES[m[1]], name.strip())
-    ours = sided[:1].lower() + sided[1:]
-    return ours if ours in open_head().arkit_names else _HEAD.get(ours)
-
-
-# %% ../../nbs/use/81_retarget.ipynb #15b00041
-def _controls(names, path):
-    "Our names of the columns; None for a column that is not used."
-    known = [_control(name) for name in names]
-    used = [name for name in known if name]
-    if not used:
-        raise InputError(
-            f'{path}: expected columns named after ARKit weights, such as jawOpen or '
-            'EyeBlinkLeft; found none'
-        )
-    if twice := {name for name in used if used.count(name) > 1}:
-        raise InputError(f'{path}: {min(twice)} comes twice')
-    return known
-
-
-# %% ../../nbs/use/81_retarget.ipynb #e46cf914
-def _numbers(known, row, frame, path):
-    "Control -> number of one row."
-    if len(row) != len(known):
-        raise InputError(f'{path}: frame {frame} should have {len(known)} values; got {len(row)}')
-    try:
-        values = {name: float(value) for name, value in zip(known, row) if name}
-    except (TypeError, ValueError):
-        raise InputError(f'{path}: frame {frame} holds something that is not a number') from None
-    if bad := [name for name, value in values.items() if not math.isfinite(value)]:
-        raise InputError(f'{path}: frame {frame}: {bad[0]} is nan or inf')
-    return values
-
-
-# %% ../../nbs/use/81_retarget.ipynb #8f5142fe
-def _limited(name, value, flip):
-    "A control within its limits; turns of the head come in radians."
-    if name in TURNS:
-        value = math.degrees(value) * (-1 if name in flip else 1)
-    return float(np.clip(value, *TURNS.get(name, (0, 1))))
-
-
-def _table(names, rows, path, flip):
-    "Rows of numbers as dicts of controls."
-    known = _controls(names, path)
-    if not rows:
-        raise InputError(f'{path}: expected at least one frame; got none')
-    frames = [_numbers(known, row, i, path) for i, row in enumerate(rows)]
-    return [{name: _limited(name, x, flip) for name, x in frame.items()} for frame in frames]
-
-
-# %% ../../nbs/use/81_retarget.ipynb #31ae716e
-def _timecode_rate(names, rows):
-    "Frames per second, from how far the timecode counts within a second; None if it is unclear."
-    columns = [i for i, name in enumerate(names) if name.lower() == 'timecode']
-    stamps = [row[i].strip() for row in rows for i in columns if i < len(row)]
-    matches = [re.fullmatch(r'\d+:\d+:\d+[:;](\d{1,3})(\.\d+)?', stamp) for stamp in stamps]
-    counts = [int(match[1]) for match in matches if match]
-    if len(counts) <= 20:
-        return None
-    return min((fps for fps in (24, 25, 30, 50, 60, 120) if fps > max(counts)), default=None)
-
-
-# %% ../../nbs/use/81_retarget.ipynb #27fdccee
-def _read_csv(text, path):
-    "Column names, rows, frames per second or None."
-    try:
-        rows = list(csv.reader(text.splitlines(), strict=True))
-    except csv.Error as e:
-        raise InputError(f'{path} is not a table ({e})') from e
-    rows = [row for row in rows if any(cell.strip() for cell in row)]
-    if not rows:
-        raise InputError(f'{path} is empty')
-    names = [cell.strip() for cell in rows[0]]
-    return names, rows[1:], _timecode_rate(names, rows[1:])
-
-
-# %% ../../nbs/use/81_retarget.ipynb #15b00042
-def _is_list_of(kind, values):
-    return isinstance(values, list) and all(isinstance(value, kind) for value in values)
-
-
-def _is_rate(fps):
-    return isinstance(fps, (int, float)) and 0 < fps <= 1000
-
-
-def _parsed(text, path):
-    "The file as a dict; a bare list counts as its frames."
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as e:
-        raise InputError(f'{path} is not JSON ({str(e)[:80]})') from e
-    if isinstance(found, list):
-        return dict(frames=found)
-    return found if isinstance(found, dict) else {}
-
-
-# %% ../../nbs/use/81_retarget.ipynb #8f8d38cd
-def _read_json(text, path):
-    "Names, rows, frames per second or None."
-    found = _parsed(text, path)
-    rows = found.get('weightMat', found.get('frames'))
-    names = found.get('facsNames', found.get('names'))
-    fps = found.get('exportFps', found.get('fps'))
-    if rows and _is_list_of(dict, rows):
-        names = list(dict.fromkeys(name for row in rows for name in row))
-        rows = [[row.get(name, 0) for name in names] for row in rows]
-    if not _is_list_of(list, rows) or not isinstance(names, list):
-        raise InputError(
-            f'{path}: expected a list of frames, each a dict of weights; or names and rows, as '
-            'facsNames and weightMat'
-        )
-    if fps is not None and not _is_rate(fps):
-        raise InputError(f'{path}: frames per second should be above 0; got {str(fps)[:20]}')
-    return [str(name) for name in names], rows, fps
-
-
-# %% ../../nbs/use/81_retarget.ipynb #15b00043
-def read_arkit(
-    path,  # .csv of Live Link Face, or .json
-    flip=(),  # of neckYaw, neckPitch, neckRoll: those with the other sign
-) -> tuple:  # list of dicts of controls; frames per second, 60 where the file does not say
-    "A recorded performance."
-    path = Path(path)
-    read = {'.csv': _read_csv, '.json': _read_json}.get(path.suffix.lower())
-    if read is None:
-        raise InputError(f'ARKit weights come as .csv or .json; got {path.name}')
-    try:
-        text = path.read_text(encoding='utf-8-sig')
-    except OSError as e:
-        raise InputError(f'cannot read {path}: {e.strerror}') from e
-    except UnicodeDecodeError as e:
-        raise InputError(f'{path} is not text') from e
-    names, rows, fps = read(text, path)
-    return _table(names, rows, path, flip), fps or 60
