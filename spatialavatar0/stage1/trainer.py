@@ -522,7 +522,7 @@ _STATE = FileKind(
         seconds=Field(float, 0, 1e9),
         log=Field(list, inside=Field(dict, inside=dict(step=Field(int, 0)))),
         rows=Field(list, inside=Field(dict, inside=dict(loss=Field(float)))),
-        made_of=Field(dict, needed=False),  # refuse_other has words of its own for that
+        made_of=Field(dict),
     ),
     most=1 << 26,
 )

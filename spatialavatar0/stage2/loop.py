@@ -547,7 +547,7 @@ STATE = FileKind(
     fields=dict(
         step=Field(int, 0),
         log=Field(list, inside=Field(dict, inside=_LINE)),
-        made_of=Field(dict, needed=False),  # refuse_other has words of its own for that
+        made_of=Field(dict),
     ),
     most=1 << 26,
 )
