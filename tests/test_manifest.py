@@ -570,6 +570,15 @@ def test_zips_of_strangers(tmp_path, name):
     assert not out.exists() or out.stat().st_size <= 4
 
 
+def test_the_tool_stays_inside_the_package():
+    import manifest as tool
+
+    text = (ROOT / 'data_manifest.yaml').read_text()
+    assert tool.refresh(text) == text
+    with pytest.raises(InputError, match='no path inside the package'):
+        tool.refresh(text.replace('assets/toy.safetensors', '../../../etc/passwd'))
+
+
 # a stranger's folder
 
 
@@ -594,6 +603,17 @@ def test_pip_is_ended(data, tmp_path):
     (tmp_path / 'got').unlink()
     with manifest._Clock(1) as clock, pytest.raises(manifest._Miss, match='more than 1 s'):
         manifest._run_pip(wait, tmp_path, 1000, clock)
+
+
+def test_no_link_is_written_through(data, tmp_path):
+    "In a folder that others write to, a link may lie where an unfinished file will."
+    other = tmp_path / 'other'
+    other.write_bytes(b'precious')
+    (data / 'sub').mkdir(parents=True)
+    (data / 'sub' / f'.toy.{os.getpid()}.part.txt').symlink_to(other)
+    with contextlib.suppress(InputError):
+        manifest.fetch(toy(tmp_path, {'toy.txt': 'head'}))
+    assert other.read_bytes() == b'precious'
 
 
 @pytest.mark.parametrize('how', ['out', 'circle'])

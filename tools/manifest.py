@@ -5,6 +5,9 @@ import hashlib
 import re
 from pathlib import Path
 
+from spatialavatar0.ground.assets import is_confined, load_manifest
+from spatialavatar0.ground.core import InputError
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -16,6 +19,8 @@ def refresh(text):
         found = re.search(r'- package: (\S+)', entry)
         if not found:
             continue
+        if not is_confined(found[1]):
+            raise InputError(f'{found[1]!r} is no path inside the package')
         path = ROOT / 'spatialavatar0' / found[1]
         if not path.exists():
             print(f'{found[1]} is not built yet')
@@ -32,4 +37,5 @@ if __name__ == '__main__':
     before = path.read_text(encoding='utf-8')
     after = refresh(before)
     path.write_text(after, encoding='utf-8')
+    load_manifest(path)  # strict: it says what does not fit
     print('nothing changed' if after == before else f'{path.name} changed')

