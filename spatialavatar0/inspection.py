@@ -571,7 +571,7 @@ def _header_keys(path):
     try:
         with safe_open(path, 'pt') as file:
             return set(file.metadata() or {})
-    except (SafetensorError, OSError):
+    except (SafetensorError, OSError, RuntimeError):
         return set()
 
 

@@ -53,6 +53,7 @@ from spatialavatar0.judge.evaluate import (
 from ..ground.assets import asset
 from ..ground.core import InputError, atomic_path, to_uint8
 from ..ground.lease import locked
+from ..ground.pickles import file_text
 from ..pictures.scores import PRESETS
 
 # %% ../../nbs/judge/91_results.ipynb #5c211643
@@ -459,7 +460,7 @@ class Results:
 def _read_lines(path):
     "Lines of a file; the last one may be unfinished."
     found = []
-    rows = path.read_text().split('\n')
+    rows = file_text(path).split('\n')
     for number, row in enumerate(rows, 1):
         if not row.strip():
             continue
