@@ -595,23 +595,30 @@ def is_written_here(
     return path.is_file() and 'content' in read_frames(path)
 
 
+def _belongs(path, folder, more):
+    "Whether a file of a folder is one that `write_vhap` makes."
+    if path.parent != folder:
+        return path.match(_WRITTEN.get(path.parent.name, '')) and path.parent.parent == folder
+    tops = 'canonical_flame_param.npz', 'transforms*.json', _JOURNAL, *more
+    return any(path.match(pattern) for pattern in tops)
+
+
 def remove_clip(
     folder,  # written by `write_vhap`, whole or half
-    *more: str,  # names of further files in it
+    *more: str,  # names of further files of ours in it
 ):
-    "Remove a clip of ours, file by file; what else lies in the folder stays."
+    "Remove a clip of ours, file by file; a folder with other files in it is refused as it is."
     folder = Path(folder)
     if not is_written_here(folder):
         return
-    for name, pattern in _WRITTEN.items():
-        for path in (folder / name).glob(pattern):
-            path.unlink()
-    tops = (f'transforms{part}.json' for part in ('_train', '_val', '_test', ''))
-    for name in ('canonical_flame_param.npz', *more, *tops, _JOURNAL):
-        (folder / name).unlink(missing_ok=True)
-    for path in (*(folder / name for name in _WRITTEN), folder):
-        if path.is_dir() and not any(path.iterdir()):
-            path.rmdir()
+    files = [p for p in sorted(folder.rglob('*')) if p.is_file() and not p.name.startswith('.')]
+    if foreign := [path for path in files if not _belongs(path, folder, more)]:
+        raise InputError(f'{foreign[0]} is not part of the clip there; move it away first')
+    for path in sorted(files, key=lambda path: path.name == _JOURNAL):  # what says ours goes last
+        path.unlink()
+    for name in _WRITTEN:
+        if (folder / name).is_dir():
+            (folder / name).rmdir()
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #d5a35a9f
