@@ -18,6 +18,7 @@ __all__ = [
     'read_flame',
     'load_flame',
     'write_flame_folder',
+    'open_marks',
     'HeadFile',
     'head_file',
     'fitting_head',
@@ -32,7 +33,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ..ground.assets import asset, data_dir
@@ -628,19 +628,6 @@ def _model_file(head):
     )
 
 
-# %% ../../nbs/head/12_flame_files.ipynb #6eb8c968
-def _marks_for(head):
-    "Triangles and weights of 51 landmarks: the head's own, the open head's, or placeholders."
-    if hasattr(head, 'lmk_faces'):
-        return to_numpy(head.lmk_faces), to_numpy(head.lmk_bary)
-    if torch.equal(head.faces.cpu(), open_head().faces):
-        file = importlib.resources.files('spatialavatar0').joinpath('assets/open_landmarks.npz')
-        with np.load(file) as found:  # 478 of MediaPipe's
-            some = list(LANDMARKS_51)
-            return found['face_ids'][some], found['bary'][some]
-    return np.zeros(51, np.int64), np.full((51, 3), 1 / 3)
-
-
 # %% ../../nbs/head/12_flame_files.ipynb #e825cd4f
 def write_flame_folder(
     head: Head,  # any head with five joints
@@ -656,9 +643,13 @@ def write_flame_folder(
             f'FLAME has room for 300 + 100 directions; this head has {head.num_shape} + '
             f'{head.num_expr}'
         )
-    if lmk_faces is None:
-        lmk_faces, lmk_bary = _marks_for(head)
-    marks = dict(lmk_face_idx=np.asarray(lmk_faces), lmk_b_coords=np.asarray(lmk_bary))
+    if lmk_faces is None and hasattr(head, 'lmk_faces'):
+        lmk_faces = to_numpy(head.lmk_faces)
+        lmk_bary = to_numpy(head.lmk_bary)
+    marks = dict(
+        lmk_face_idx=np.zeros(51, np.int64) if lmk_faces is None else np.asarray(lmk_faces),
+        lmk_b_coords=np.full((51, 3), 1 / 3) if lmk_bary is None else np.asarray(lmk_bary),
+    )
     masks = {name: to_numpy(mask > 0.5).nonzero()[0] for name, mask in head.masks.items()}
     files = dict(FLAME_NEUTRAL=_model_file(head), flame_static_embedding=marks, FLAME_masks=masks)
     for name, content in files.items():
@@ -666,6 +657,15 @@ def write_flame_folder(
     if hasattr(head, 'uv'):
         write_obj(folder / 'head_template_mesh.obj', head, head.template)
     return folder
+
+
+# %% ../../nbs/head/12_flame_files.ipynb #3b4c92ff
+def open_marks() -> dict:  # (51,) triangles and (51,3) weights
+    "Where the 51 landmarks are on the open head, for who has its triangles and no marks."
+    file = importlib.resources.files('spatialavatar0').joinpath('assets/open_landmarks.npz')
+    with np.load(file) as found:  # 478 of MediaPipe's
+        some = list(LANDMARKS_51)
+        return dict(lmk_faces=found['face_ids'][some], lmk_bary=found['bary'][some])
 
 
 # %% ../../nbs/head/12_flame_files.ipynb #2bb6153d
@@ -693,13 +693,16 @@ def head_file(
 # %% ../../nbs/head/12_flame_files.ipynb #1d009a73
 def _with_teeth(arrays, where):
     "The arrays of a head, with the teeth that a data set needs."
+    is_open = np.array_equal(arrays['faces'], to_numpy(open_head().faces))
+    marks = open_marks() if is_open and 'lmk_faces' not in arrays else {}
     try:
-        return add_teeth(arrays)
+        grown = add_teeth(arrays | marks)
     except InputError as e:
         raise InputError(
             f'{where} was tracked with teeth, and they cannot be added: {e}. Put '
             'flame_static_embedding.pkl or landmark_embedding.npy beside the model'
         ) from e
+    return {name: x for name, x in grown.items() if name not in marks}
 
 
 def _refuse_counts(where, counts, head, more=''):
