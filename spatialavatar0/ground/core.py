@@ -7,7 +7,6 @@ __all__ = [
     'set_seed',
     'InputError',
     'printable',
-    'without_codes',
     'expect_tensor',
     'atomic_path',
     'progress',
@@ -62,14 +61,6 @@ def printable(
 ) -> str:  # ASCII, one line
     "Text of a stranger without line breaks and terminal codes."
     return re.sub(r'[^ -~]', '?', str(text)[:n])
-
-
-def without_codes(
-    text,  # a message that may quote a stranger
-) -> str:  # safe to print
-    "Text without terminal codes; letters of all languages and line breaks stay."
-    kept = (c if c.isprintable() or c in '\n\t' else '?' for c in str(text))
-    return ''.join(kept)
 
 
 # %% ../../nbs/ground/00_core.ipynb #a57d69c1
