@@ -13,7 +13,7 @@ __all__ = [
     'refuse_other',
 ]
 
-# %% ../../nbs/ground/05_content.ipynb #5dce82dc
+# %% ../../nbs/ground/05_content.ipynb #6afa3fe6
 import hashlib
 import json
 import os
@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import fields, is_dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ from .core import InputError
 from .pickles import printable
 
 
-# %% ../../nbs/ground/05_content.ipynb #f4bc93ca
+# %% ../../nbs/ground/05_content.ipynb #20cb6483
 def file_hash(
     path,  # a file
 ) -> str:  # 16 hex digits
@@ -48,7 +49,7 @@ def _read_hash(path):
         return hashlib.file_digest(file, 'sha256').hexdigest()[:16]
 
 
-# %% ../../nbs/ground/05_content.ipynb #d31dc71e
+# %% ../../nbs/ground/05_content.ipynb #66730e7e
 _FRESH = 2.0  # seconds; a younger file may still change within one tick of the clock
 _KEPT = 400_000  # files at most
 
@@ -64,7 +65,7 @@ def _is_settled(stamp):
     return time.time() - max(stamp[1], stamp[2]) / 1e9 > _FRESH
 
 
-# %% ../../nbs/ground/05_content.ipynb #fc46e3d9
+# %% ../../nbs/ground/05_content.ipynb #38160896
 def _database():
     "The database of hashes, made if missing."
     folder = data_dir()
@@ -79,13 +80,13 @@ def _database():
 
 def _kept(paths):
     "Path -> (stamp, hash), of those that are kept."
-    rows = {}
+    rows, paths = [], list(paths)
     with closing(_database()) as base:
-        for path in paths:
-            found = base.execute('SELECT * FROM hashes WHERE path = ?', (path,)).fetchone()
-            if found:
-                rows[path] = found[1:5], found[5]
-    return rows
+        for start in range(0, len(paths), 500):
+            some = paths[start : start + 500]
+            marks = ', '.join('?' * len(some))
+            rows += base.execute(f'SELECT * FROM hashes WHERE path IN ({marks})', some)
+    return {row[0]: (row[1:5], row[5]) for row in rows}
 
 
 def _keep(rows):
@@ -96,13 +97,20 @@ def _keep(rows):
         base.executemany('INSERT OR REPLACE INTO hashes VALUES (?, ?, ?, ?, ?, ?)', rows)
 
 
-# %% ../../nbs/ground/05_content.ipynb #c6a1205b
+# %% ../../nbs/ground/05_content.ipynb #86237dd4
 def _or_nothing(function, argument):
     "What the database says; an empty answer where it cannot be used."
     try:
         return function(argument) or {}
     except (sqlite3.Error, OSError):
         return {}
+
+
+def _full_names(paths):
+    "Absolute names without links to folders; every folder is asked for once."
+    real = lru_cache(None)(os.path.realpath)
+    split = map(os.path.split, map(os.fspath, paths))
+    return [os.path.join(real(folder), name) for folder, name in split]
 
 
 def _hash_new(paths):
@@ -115,7 +123,7 @@ def file_hashes(
     paths,  # files
 ) -> list:  # 16 hex digits each
     "Names for the bytes of files; a file that did not change is not read again."
-    paths = [os.path.realpath(path) for path in paths]
+    paths = _full_names(paths)
     try:
         stamps = {path: _stamp(path) for path in paths}
         kept = _or_nothing(_kept, stamps)
@@ -130,7 +138,10 @@ def file_hashes(
     return [known[path] for path in paths]
 
 
-# %% ../../nbs/ground/05_content.ipynb #4ec4cdb1
+# %% ../../nbs/ground/05_content.ipynb #2faf28cb
+_NUMBERS = bool, int, float, bytes
+
+
 def _bytes_of(x):
     "Kind and bytes of a value that has no parts."
     if isinstance(x, Tensor):
@@ -142,7 +153,7 @@ def _bytes_of(x):
         return f'array {array.dtype.str} {array.shape}', flat.data
     if isinstance(x, (str, os.PathLike)):
         return 'text', os.fsencode(os.fspath(x))
-    if x is None or isinstance(x, (bool, int, float, bytes)):
+    if x is None or isinstance(x, _NUMBERS):
         return type(x).__name__, repr(x).encode()
     raise TypeError(f'hash_of knows tensors, arrays, texts, numbers and what holds them; got {x!r}')
 
@@ -159,10 +170,11 @@ def _parts_of(x):
     return None
 
 
-# %% ../../nbs/ground/05_content.ipynb #bffc04a1
+# %% ../../nbs/ground/05_content.ipynb #df193c0b
 def _feed(digest, x):
     "A value into a running hash: its kind, its length, then what it holds."
-    if parts := _parts_of(x):
+    is_plain = isinstance(x, (str, Tensor, *_NUMBERS))
+    if not is_plain and (parts := _parts_of(x)):
         kind, values = parts
         digest.update(f'{kind} {len(values)}\n'.encode())
         for value in values:
@@ -182,7 +194,7 @@ def hash_of(
     return digest.hexdigest()[:16]
 
 
-# %% ../../nbs/ground/05_content.ipynb #b6986372
+# %% ../../nbs/ground/05_content.ipynb #7c5a2178
 def _paths_in(x):
     "All paths in a value."
     if isinstance(x, Path):
@@ -210,12 +222,13 @@ def branches(
     parts = {}
     for number, leaf in enumerate(leaves):
         for part, value in leaf.items():
-            named = hash_of(_without_paths(value, known))
-            parts.setdefault(part, []).append((number, named))
-    return {part: hash_of(named) for part, named in parts.items()}
+            is_file = isinstance(value, Path)
+            named = known[value] if is_file else hash_of(_without_paths(value, known))
+            parts.setdefault(part, []).append(f'{number} {named}')
+    return {part: hash_of('\n'.join(lines)) for part, lines in parts.items()}
 
 
-# %% ../../nbs/ground/05_content.ipynb #f0c1bfd0
+# %% ../../nbs/ground/05_content.ipynb #0374cc3a
 _WORDS = dict(
     pictures='the pictures',
     mattes='the mattes',
@@ -264,7 +277,7 @@ def what_changed(
     return [_change(n, old.get(n), new.get(n)) for n in names if old.get(n) != new.get(n)]
 
 
-# %% ../../nbs/ground/05_content.ipynb #18cd61a7
+# %% ../../nbs/ground/05_content.ipynb #36a22140
 WAYS = 'give another --out, or --restart to begin anew'
 
 
