@@ -242,6 +242,9 @@ def _is_inside_out(frame, head):
     return bool(at_head < 0.5 and (corners > 0.5).sum() >= 3)
 
 
+_BLACK = 'the picture is black where the person is'
+
+
 def _is_black(frame):
     "Whether there is nothing to see inside the matte."
     inside = frame.mask > 0.5
@@ -262,8 +265,10 @@ def strange_frames(
         frame = clip[i]
         if _is_inside_out(frame, head):
             found.setdefault('the matte is inside out, white around the person', []).append(i)
+        if frame.mask.min() > 0.5 and clip.leaf(i).get('mattes'):
+            found.setdefault('the matte is white all over: all counts as the person', []).append(i)
         if _is_black(frame):
-            found.setdefault('the picture is black where the person is', []).append(i)
+            found.setdefault(_BLACK, []).append(i)
     return {words: [frame_name(clip, i) for i in some] for words, some in found.items()}
 
 
@@ -305,6 +310,10 @@ def check_clip(
         )
     kept = clip[[i for i in range(len(clip)) if i not in faults]] if faults else clip
     strange = strange_frames(kept, head)
+    if _BLACK in strange and all(map(_is_black, kept)):  # ends at the first picture with colours
+        raise InputError(
+            f'{what}: all {len(kept)} pictures are black where the person is; export them again'
+        )
     notes += [f'{in_words(names)}: {words}' for words, names in strange.items()]
     return Checked(kept, notes, {frame_name(clip, i): why for i, why in faults.items()})
 
