@@ -18,8 +18,11 @@ from spatialavatar0.ground.core import InputError
 from spatialavatar0.ground.files import Field, check_fields
 from spatialavatar0.head.head import open_head
 from spatialavatar0.pictures.clips import Clip
+from spatialavatar0.pictures.domains import mono, multi, people
 from spatialavatar0.pictures.people import make_person, mono_clip
 from spatialavatar0.stage1.generator import Generator
+from spatialavatar0.stage1.schedule import laptop_schedule
+from spatialavatar0.stage1.trainer import Shelf, Trainer
 from spatialavatar0.stage2.loop import Refinement
 from spatialavatar0.stage2.refine import RefineConfig
 
@@ -433,6 +436,61 @@ def refinement(tmp_path_factory):
 def test_states_of_refinements(refinement, tmp_path, name):
     sound, run = refinement
     path = sound.changed(tmp_path / 's.safetensors', STATES[name])
+    refused(run.load, path)
+
+
+def last_row(name, value, tensors, meta):
+    meta['rows'] = [{'loss': 0.5, name: value}]
+
+
+TRAININGS = {
+    'no rng': partial(drop, 'rng'),
+    'rng of zeros': partial(fill, 'rng', 0),
+    'no weights': partial(drop, 'weights.base'),
+    'weights as half': partial(cast, 'weights.base', torch.float16),
+    'weights 1e30': partial(fill, 'weights.base', 1e30),
+    'weights nan': partial(fill, 'weights.mean', math.nan),
+    'weights too short': partial(shorten, 'weights.base'),
+    'moment too short': partial(shorten, 'exp_avg.base'),
+    'moment as double': partial(cast, 'exp_avg.base', torch.float64),
+    'negative square': partial(fill, 'exp_avg_sq.base', -1.0),
+    'another tensor': partial(add, 'other'),
+    'phase -1': partial(say, 'phase', -1),
+    'phase 7': partial(say, 'phase', 7),
+    'phase as text': partial(say, 'phase', 'first'),
+    'step past the end': partial(say, 'step', 99),
+    'step 1.0': partial(say, 'step', 1.0),
+    'seconds of nan': partial(say, 'seconds', math.nan),
+    'seconds as text': partial(say, 'seconds', 'long'),
+    'log as text': partial(say, 'log', 'long'),
+    'log of numbers': partial(say, 'log', [1, 2]),
+    'rows of words': partial(last_row, 'loss', 'small'),
+    'rows of nan': partial(last_row, 'loss', math.nan),
+    'no rows': partial(hush, 'rows'),
+    'made of nothing': partial(hush, 'made_of'),
+    'schema 2': partial(say, 'schema', 2),
+    'header: deep': partial(write, TEXTS['deep']),
+    'no tensors': clear,
+}
+
+
+@pytest.fixture(scope='module')
+def training(tmp_path_factory):
+    generator = Generator.from_preset('tiny', HEAD, **SMALL)
+    many, few = people(mono(64, instants=6), 2), people(multi(64, instants=5, cameras=5), 1)
+    data = [Shelf(many, generator), Shelf(few, generator)]
+    run = Trainer(generator, laptop_schedule(2, 1, 2), data)
+    run.run(1, show=False)
+    path = tmp_path_factory.mktemp('sound') / 's.safetensors'
+    run.save(path)
+    run.load(path)
+    return Sound(path, 'training'), run
+
+
+@pytest.mark.parametrize('name', TRAININGS)
+def test_states_of_trainings(training, tmp_path, name):
+    sound, run = training
+    path = sound.changed(tmp_path / 's.safetensors', TRAININGS[name])
     refused(run.load, path)
 
 
