@@ -24,6 +24,7 @@ DOOR = {
     'Frame': 'pictures.clips.Frame',  # a picture with its camera and the head's pose
     'Clip': 'pictures.clips.Clip',  # frames of one person
     'crop': 'pictures.clips.crop',  # a square of a frame, its camera adjusted
+    'inspect': 'inspection.inspect_path',  # what a file or folder is, and what comes next
     'load_clip': 'pictures.formats.load_clip',  # a clip in one of the field's formats
     'make_person': 'pictures.people.make_person',  # a painted person, whose truth is known
     'mono_clip': 'pictures.people.mono_clip',  # a clip of such a person
@@ -60,6 +61,7 @@ CHAPTERS = (
     'capture',
     'use',
     'judge',
+    'inspection',  # what is in a file or folder
     'pipeline',  # what the commands do
 )
 __all__ = ['__version__', *DOOR]
