@@ -50,8 +50,18 @@ def set_seed(
 
 
 # %% ../../nbs/ground/00_core.ipynb #adcc677c
+_LONGEST = 500  # characters of an error
+
+
 class InputError(ValueError):
     "Something the user gave cannot be used: says what was expected, what came, what to do."
+
+    def __str__(self):
+        text = ''.join(c if c.isprintable() else '?' for c in super().__str__())
+        if len(text) <= _LONGEST:
+            return text
+        half = _LONGEST // 2 - 3
+        return f'{text[:half]} ... {text[-half:]}'
 
 
 # %% ../../nbs/ground/00_core.ipynb #c3b51c5a
