@@ -10,6 +10,7 @@ import json
 import os
 import re
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -726,6 +727,25 @@ def test_sockets(live):
         with pytest.raises(InvalidStatus) as e:
             open_socket(port, path, origin)
         assert e.value.response.status_code == 403
+
+
+def test_view_live_on_the_command_line(small, tmp_path):
+    "It prints the address, answers there and nowhere else, and ends with Ctrl-C."
+    pytest.importorskip('viser')
+    small.save(tmp_path / 'a.safetensors')
+    code = 'import sys; from spatialavatar0.cli import main; sys.exit(main())'
+    command = [sys.executable, '-c', code, 'view', tmp_path / 'a.safetensors', '--live']
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    try:
+        line = running.stdout.readline()
+        port, token = re.search(r'http://127\.0\.0\.1:(\d+)/\?token=([\w-]{43}) ', line).groups()
+        assert ask(int(port))[0] == 403
+        assert ask(int(port), f'/{token}/')[0] == 200
+        running.send_signal(signal.SIGINT)
+        assert running.wait(30) == 130
+    finally:
+        running.kill()
+        running.wait()
 
 
 def test_a_viser_that_does_not_ask_us_is_stopped(small, monkeypatch):

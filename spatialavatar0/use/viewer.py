@@ -882,7 +882,8 @@ def serve(
             'the live viewer needs viser: pip install "spatialavatar0[viewer]"'
         ) from error
     token = secrets.token_urlsafe(32)
-    with _guarded(token):
+    # viser prints its address without the token: nobody is served there
+    with _guarded(token), contextlib.redirect_stdout(io.StringIO()):
         server = viser.ViserServer(host='127.0.0.1', port=port or _free_port(), verbose=False)
     _check_guard(server)
     server.url = f'http://127.0.0.1:{server.get_port()}/?token={token}'
