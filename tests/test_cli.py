@@ -739,6 +739,6 @@ def test_train(tmp_path, capfd):
     assert code == 0
     assert 'going on from step 10' in said
     assert (out / 'generator.safetensors').read_bytes() == first
-    assert 'another run' in refused(capfd, *args, '--steps', 11, *whom)
+    assert 'other work: steps of' in refused(capfd, *args, '--steps', 11, *whom)
     others = ('--people', 3, '--subjects', 1)
-    assert 'looks of another data set' in refused(capfd, *args, *ten, *others)
+    assert 'the painted people changed' in refused(capfd, *args, *ten, *others)
