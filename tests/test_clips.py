@@ -344,6 +344,107 @@ def test_matte_from_alpha_or_nowhere(tmp_path, head):
     assert f.mask[:10].max() == 0
 
 
+# ---- links inside of a data set
+
+
+def moved_out(folder, name, home):
+    "What lies in a data set, on another disk, and a link in its place."
+    target = home / 'disk' / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).rename(target)
+    (folder / name).symlink_to(target)
+    return target
+
+
+@pytest.mark.parametrize('name', ['images', 'fg_masks', 'flame_param'])
+def test_a_folder_on_another_disk(tmp_path, head, name):
+    "It is read, and one note says where it leads."
+    by_hand(tmp_path / 'sets/film', head)
+    expected = load_vhap(tmp_path / 'sets/film').frames
+    target = moved_out(tmp_path / 'sets/film', name, tmp_path)
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter('default')
+        read = load_vhap(tmp_path / 'sets/film').frames
+    assert len(notes) == 1
+    assert str(notes[0].message).endswith(f'{name} links to {target}, read there')
+    for ours, theirs in zip(expected, read, strict=True):
+        same(ours, theirs)
+
+
+def test_a_whole_set_on_another_disk(tmp_path, head):
+    "No note: the path that was given is the link."
+    by_hand(tmp_path / 'disk/film', head)
+    (tmp_path / 'sets').mkdir()
+    (tmp_path / 'sets/film').symlink_to(tmp_path / 'disk/film')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert len(load_vhap(tmp_path / 'sets/film').frames) == 4
+
+
+def test_a_neighbour_on_another_disk(tmp_path, head):
+    by_hand(tmp_path / 'disk/EMO-1', head, steps=2)
+    by_hand(tmp_path / 'sets/union', head, steps=2, up='../EMO-1/')
+    (tmp_path / 'sets/EMO-1').symlink_to(tmp_path / 'disk/EMO-1')
+    with pytest.warns(UserWarning, match='EMO-1 links to .*disk/EMO-1'):
+        assert len(load_vhap(tmp_path / 'sets/union').frames) == 2
+
+
+@pytest.mark.parametrize('inside', [False, True])
+def test_a_file_somewhere_else(tmp_path, head, monkeypatch, inside):
+    "Refused, naming its target and the option; the option reads it. Behind a link, the same."
+    by_hand(tmp_path / 'sets/film', head, steps=2)
+    place = tmp_path / 'sets/film'
+    if inside:
+        moved_out(place, 'images', tmp_path)
+    name = 'images/00001_00.png'
+    secret = tmp_path / 'private/me.png'
+    secret.parent.mkdir()
+    (place / name).rename(secret)
+    (place / name).symlink_to(secret)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        with pytest.raises(
+            InputError, match='link that leads out of the data set, to .*--follow-links'
+        ):
+            load_vhap(place)
+    monkeypatch.setenv('SPATIALAVATAR0_FOLLOW_LINKS', '1')
+    with pytest.warns(UserWarning, match='files of .*link to .*private'):
+        assert len(load_vhap(place).frames) == 2
+
+
+@pytest.mark.parametrize('target', ['/', '/proc', '/proc/self', '/sys'])
+def test_links_that_are_never_followed(tmp_path, head, monkeypatch, target):
+    monkeypatch.setenv('SPATIALAVATAR0_FOLLOW_LINKS', '1')
+    by_hand(tmp_path / 'sets/film', head, steps=1, file_path='all/etc/hostname')
+    (tmp_path / 'sets/film/all').symlink_to(target)
+    with pytest.raises(InputError, match='a link that leads out of the data set, to /'):
+        load_vhap(tmp_path / 'sets/film')[0]
+
+
+@pytest.mark.parametrize('kind', ['text', 'pipe', 'folder', 'nothing', 'device'])
+def test_a_link_to_what_is_no_picture(tmp_path, head, kind):
+    "One clear error in time; what stands in a foreign file is never quoted."
+    by_hand(tmp_path / 'sets/film', head, steps=1)
+    target = moved_out(tmp_path / 'sets/film', 'images', tmp_path)
+    picture = target / '00000_00.png'
+    picture.unlink()
+    if kind == 'text':
+        picture.write_text('password: swordfish')
+    elif kind == 'pipe':
+        os.mkfifo(picture)
+    elif kind == 'folder':
+        picture.mkdir()
+    elif kind == 'device':
+        (tmp_path / 'sets/film/images').unlink()
+        (tmp_path / 'sets/film/images').symlink_to('/dev')
+        edit(tmp_path / 'sets/film', lambda top: top['frames'][0].update(file_path='images/zero'))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        with pytest.raises(InputError, match='not a readable picture|files are missing') as error:
+            load_vhap(tmp_path / 'sets/film')[0]
+    assert 'swordfish' not in str(error.value)
+
+
 # ---- damage: what is done to a folder, and what the error must say
 
 

@@ -244,6 +244,62 @@ def test_columns(tmp_path):
         load_flame(ff.write_original(tmp_path / 'y.pkl', SMALL), num_shape=301)
 
 
+TOLD = dict(
+    numbers=lambda m: dict(m, num_shape=110, num_expr=np.array(40)),
+    smplx=lambda m: dict(m, num_betas=np.int64(110), num_expression_coeffs=40),
+    apart=lambda m: dict(
+        m, shapedirs=m['shapedirs'][..., :110], exprdirs=m['shapedirs'][..., 110:]
+    ),
+    twice=lambda m: dict(m, expressiondirs=m['shapedirs'][..., 110:]),
+)
+
+
+@pytest.mark.parametrize('how', TOLD)
+@pytest.mark.parametrize('kind', ['pkl', 'npz'])
+def test_a_file_tells_its_split(tmp_path, how, kind):
+    m = ff.model(columns=150)
+    told = TOLD[how](m)
+    p = tmp_path / f'model.{kind}'
+    if kind == 'pkl':
+        p.write_bytes(pickle.dumps(told))
+    else:
+        np.savez(p, **told)
+    h = load_flame(p)
+    assert (h.num_shape, h.num_expr) == (110, 40)
+    assert np.allclose(h.expr_basis[0], m['shapedirs'][..., 110])
+    assert load_flame(p, num_expr=10).num_expr == 10
+    with pytest.raises(InputError, match='ask for more'):
+        load_flame(p, num_shape=111)
+
+
+def test_splits_that_do_not_add_up(tmp_path):
+    m = ff.model(columns=150)
+    for wrong, says in (
+        (dict(num_shape=110, num_expr=41), 'says that it has 110 . 41 directions'),
+        (dict(num_shape=-1, num_expr=151), 'should be whole numbers'),
+        (dict(num_shape=110.5, num_expr=39.5), 'should be whole numbers'),
+        (dict(num_shape='110', num_expr='40'), 'should hold numbers'),
+        (dict(exprdirs=np.zeros((3, 3, 9))), 'as many vertices as shapedirs'),
+        (dict(exprdirs=[[1], [1, 2]]), 'exprdirs should hold numbers'),
+    ):
+        p = tmp_path / 'model.pkl'
+        p.write_bytes(pickle.dumps(dict(m, **wrong)))
+        with pytest.raises(InputError, match=says) as error:
+            load_flame(p)
+        assert '\n' not in str(error.value)
+
+
+def test_all_columns_in_another_split(tmp_path):
+    "400 columns are 300 + 100, unless both numbers say otherwise."
+    p = ff.write_original(tmp_path / 'x.pkl', SMALL)
+    assert np.allclose(
+        load_flame(p, num_shape=350, num_expr=50).expr_basis[0], SMALL['shapedirs'][..., 350]
+    )
+    assert np.allclose(
+        load_flame(p, num_shape=200, num_expr=50).expr_basis[0], SMALL['shapedirs'][..., 300]
+    )
+
+
 # ---- what lies beside the model
 
 

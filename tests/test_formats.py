@@ -286,6 +286,75 @@ def test_union_and_cameras_of_vhap(tmp_path):
     assert clip[11].params['jaw'][0, 0] == pytest.approx(0.1)
 
 
+# ---- the order of time, whatever the file's
+
+
+def test_imavatar_in_the_order_of_time(tmp_path):
+    imavatar(tmp_path, 12)
+
+    def mix(top):
+        top['frames'] = [top['frames'][i] for i in (7, 3, 11, 0, 1, 2, 10, 9, 8, 6, 5, 4)]
+
+    edit(tmp_path / 'flame_params.json', mix)
+    clip = load_clip(tmp_path)
+    assert [frame.time for frame in clip] == list(range(1, 13))
+    assert clip[11].image[..., 0].max() == pytest.approx(110 / 255)
+
+
+@pytest.mark.parametrize('prefix', ['frame_', 'cam2_f', 'x'])
+def test_names_that_end_in_numbers(tmp_path, prefix):
+    "img_9 comes before img_10, and is moment 9."
+    imavatar(tmp_path, 12)
+
+    def rename(top):
+        for t, frame in enumerate(top['frames'], 1):
+            (tmp_path / f'image/{t}.png').rename(tmp_path / f'image/{prefix}{t}.png')
+            frame['file_path'] = f'./image/{prefix}{t}'
+        top['frames'].sort(key=lambda frame: frame['file_path'])  # 1, 10, 11, 12, 2 ...
+
+    edit(tmp_path / 'flame_params.json', rename)
+    clip = load_clip(tmp_path)
+    assert [frame.time for frame in clip] == list(range(1, 13))
+    reds = [frame.image[..., 0].max().item() * 25.5 for frame in clip]
+    assert np.allclose(reds, range(12), atol=1e-3)
+
+
+def test_names_without_numbers(tmp_path):
+    "Then the order of the file is all there is."
+    imavatar(tmp_path, 3)
+
+    def rename(top):
+        for name, t in zip('cab', (1, 2, 3)):
+            (tmp_path / f'image/{t}.png').rename(tmp_path / f'image/{name}.png')
+            top['frames'][t - 1]['file_path'] = f'./image/{name}'
+
+    edit(tmp_path / 'flame_params.json', rename)
+    clip = load_clip(tmp_path)
+    assert [frame.time for frame in clip] == [0, 1, 2]
+    assert clip[2].image[..., 0].max() == pytest.approx(20 / 255)
+
+
+def test_insta_in_the_order_of_time(tmp_path):
+    insta(tmp_path, 5)
+    path = tmp_path / 'transforms_train.json'
+    edit(path, lambda top: top['frames'].reverse())
+    assert [frame.time for frame in load_clip(tmp_path)] == list(range(5))
+    assert [frame.time for frame in load_clip(tmp_path, split='train')] == list(range(4))
+
+
+def test_gagavatar_in_the_order_of_time(tmp_path):
+    gaga(tmp_path, keys=[f'img_{t}' for t in (10, 9, 100, 1)])
+    assert [frame.time for frame in load_clip(tmp_path)] == [1, 9, 10, 100]
+
+
+@pytest.mark.parametrize('ending', ['.JPG', '.Jpeg', '.PNG'])
+def test_endings_in_capitals(tmp_path, ending):
+    made('flashavatar', tmp_path / 'f', T=2)
+    for path in [*tmp_path.glob('f/imgs/*'), *tmp_path.glob('f/alpha/*')]:
+        path.rename(path.with_suffix(ending))
+    assert [frame.time for frame in load_clip(tmp_path / 'f')] == [0, 1]
+
+
 def test_splits_of_the_papers(tmp_path):
     imavatar(tmp_path, 360)
     train, test = (load_clip(tmp_path, split=name) for name in ('train', 'test'))

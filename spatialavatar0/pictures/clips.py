@@ -59,7 +59,7 @@ from ..ground.content import branches, hash_of
 from ..ground.core import InputError, atomic_path, expect_tensor, progress, to_uint8
 from ..ground.geometry import crop_intrinsics, opengl_to_viewmat, viewmat_to_opengl
 from ..ground.media import open_picture, to_srgb
-from ..ground.pickles import printable
+from ..ground.pickles import file_json, printable, read_arrays
 from ..head.head import Head, open_head
 
 
@@ -465,10 +465,13 @@ def _write_png(path, image):
 def _read_npz(path):
     "Arrays of an npz file; nothing in it is ever run."
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return dict(arrays)
-    except Exception as e:
-        raise InputError(f'{path} is not a readable npz file of numbers ({e})') from e
+        arrays = read_arrays(path, 500_000_000)
+    except InputError as e:
+        why = str(e).removeprefix(str(path)).strip(': ')
+        raise InputError(f'{path} is not a readable npz file of numbers ({why})') from e
+    if isinstance(arrays, dict) and all(isinstance(x, np.ndarray) for x in arrays.values()):
+        return arrays
+    raise InputError(f'{path} is not a readable npz file of numbers; it holds something else')
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #82a8c745
@@ -707,16 +710,18 @@ def _is_below(path, folder):
 # %% ../../nbs/pictures/32_clips.ipynb #dd82a617
 def _check_link(full, base, where):
     "A link that leads out: followed, with a note where it leads, or refused."
-    link = _way_out(full, base)
-    target, true = os.path.realpath(link), os.path.realpath(full)
-    name, leads = printable(os.path.relpath(link, base), 100), printable(target, 300)
-    if target in _NEVER or any(_is_below(true, system) for system in _NEVER[1:]):
-        raise InputError(f'{where}: {name} is a link that leads out of the data set, to {leads}')
+    link, true = _way_out(full, base), os.path.realpath(full)
+    target = os.path.realpath(link)
+    is_never = target in _NEVER or any(_is_below(true, system) for system in _NEVER[1:])
     is_folder = link != full and _is_below(true, target)
-    if not is_folder and os.environ.get(FOLLOW_LINKS) != '1':
+    if not is_folder and not is_never:  # perhaps a second link, behind the first
+        link, target = full, true
+    name, leads = printable(os.path.relpath(link, base), 100), printable(target, 300)
+    if is_never or not (is_folder or os.environ.get(FOLLOW_LINKS) == '1'):
+        way = '' if is_never else f'; --follow-links (or {FOLLOW_LINKS}=1) reads it'
         raise InputError(
-            f'{where}: {name} is a link that leads out of the data set, to {leads}; '
-            f'--follow-links (or {FOLLOW_LINKS}=1) reads it, or put a copy in its place'
+            f'{where}: {name} is a link that leads out of the data set, to {leads}{way}; or put a '
+            'copy in its place'
         )
     if not is_folder:
         name, leads = f'files of {os.path.dirname(name) or "it"}', os.path.dirname(leads)
@@ -724,13 +729,22 @@ def _check_link(full, base, where):
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #730f303d
+def _is_path(path):
+    "Whether something can be the name of a file."
+    try:
+        name = os.fsencode(path) if isinstance(path, str) else b''
+    except UnicodeError:
+        return False
+    return 0 < len(name) < 2000 and b'\0' not in name and max(map(len, name.split(b'/'))) < 256
+
+
 def inside(
     folder,  # of the data set
     path,  # as an entry of it has it
     where,  # the entry, for the error
 ) -> Path:  # absolute
     "A path of an entry; it may not leave the parent of the folder, but for links that are told."
-    if not isinstance(path, str) or '\0' in path:
+    if not _is_path(path):
         raise InputError(f'{where}: expected a path, got {printable(repr(path), 80)}')
     base = os.path.abspath(folder)
     full = os.path.normpath(os.path.join(base, path.replace('\\', '/')))
@@ -757,15 +771,23 @@ def is_rigid(
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #2aea628c
+def _number(entry, name, default=None):
+    "A number of an entry; text and truth values are none."
+    x = entry[name] if default is None else entry.get(name, default)
+    if type(x) not in (int, float):
+        raise TypeError(f'{name} should be a number; got {printable(repr(x), 40)}')
+    return float(x)
+
+
 def _intrinsics(entry):
     "K of an entry; what it does not say is the field's default."
-    width, height = int(entry['w']), int(entry['h'])
+    width, height = int(_number(entry, 'w')), int(_number(entry, 'h'))
     if 'fl_x' in entry:
-        fx = float(entry['fl_x'])
+        fx = _number(entry, 'fl_x')
     else:
-        fx = width / 2 / math.tan(entry['camera_angle_x'] / 2)
-    fy = float(entry.get('fl_y', fx))
-    cx, cy = float(entry.get('cx', width / 2)), float(entry.get('cy', height / 2))
+        fx = width / 2 / math.tan(_number(entry, 'camera_angle_x') / 2)
+    fy = _number(entry, 'fl_y', fx)
+    cx, cy = _number(entry, 'cx', width / 2), _number(entry, 'cy', height / 2)
     return torch.tensor([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]])
 
 
@@ -774,14 +796,14 @@ def _camera(entry, where):
     try:
         c2w = torch.tensor(entry['transform_matrix'], dtype=torch.float64)
         K = _intrinsics(entry)
-    except (KeyError, TypeError, ValueError, ArithmeticError) as x:
+    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as x:
         raise InputError(
             f'{where}: its camera cannot be read ({type(x).__name__}: {x}); it needs '
             'transform_matrix, w, h, fl_x'
         ) from x
     if not K.isfinite().all() or K[0, 0] <= 0 or K[1, 1] <= 0:
         raise InputError(f'{where}: fl_x and fl_y should be positive and cx, cy finite')
-    if not is_rigid(c2w):
+    if c2w.shape != (4, 4) or not is_rigid(c2w):
         raise InputError(
             f'{where}: transform_matrix should be 4 x 4, camera to world, with a rotation in it'
         )
@@ -815,8 +837,9 @@ def _shot(folder, top, entry, i):
         raise InputError(f'{where} should be an object, got {entry!r}')
     entry = {name: top[name] for name in _SHARED if name in top} | entry
     time = entry.get('timestep_index', i)
-    if not isinstance(time, int):
-        raise InputError(f'{where}: timestep_index should be a whole number; got {time!r}')
+    if type(time) is not int or abs(time) >= 2**31:
+        got = printable(repr(time), 40) if type(time) is not int else 'one beyond 32 bits'
+        raise InputError(f'{where}: timestep_index should be a whole number; got {got}')
     if gone := [name for name in ('file_path', 'flame_param_path') if not entry.get(name)]:
         raise InputError(f'{where} has no {gone[0]}; that is not a VHAP data set')
     names = ('file_path', 'fg_mask_path', 'flame_param_path')
@@ -952,17 +975,12 @@ def _load_shot(shot, head):
 # %% ../../nbs/pictures/32_clips.ipynb #b02f2f6d
 def read_frames(
     path,  # a JSON file
-    limit: int = 500_000_000,  # bytes; 2,000 frames with landmarks take 10 MB
+    limit: int = 120_000_000,  # bytes; 2,000 frames with landmarks take 10 MB
 ) -> dict:  # its object, which has a list of frames
     "What a data set says about its frames."
-    try:
-        if (size := path.stat().st_size) > limit:
-            raise InputError(f'{path} has {size:,} bytes; at most {limit:,} were expected')
-        top = json.loads(path.read_text(encoding='utf-8'))
-    except InputError:
-        raise
-    except (ValueError, OSError, RecursionError, MemoryError) as e:
-        raise InputError(f'{path} is not readable JSON ({printable(e)})') from e
+    if not os.path.exists(path):
+        raise InputError(f'{path} is not readable JSON (there is no such file); copy it again')
+    top = file_json(path, limit)
     if not isinstance(top, dict) or not isinstance(top.get('frames'), list):
         raise InputError(f'{path} should hold an object with a list of frames')
     return top
@@ -972,7 +990,7 @@ def read_frames(
 def _open_transforms(folder, split):
     "Contents of a transforms file."
     path = folder / f'transforms{"_" + split if split else ""}.json'
-    if path.is_file():
+    if os.path.lexists(path):
         return read_frames(path)
     if (folder / _JOURNAL).is_file():
         raise InputError(
