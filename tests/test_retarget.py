@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_viewer import flame_like
 
-from spatialavatar0.ground.core import InputError
 from spatialavatar0.ground.geometry import axis_angle_to_mat
 from spatialavatar0.head.head import open_head
 from spatialavatar0.pictures.clips import Frame

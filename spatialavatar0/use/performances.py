@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-# %% ../../nbs/use/86_performances.ipynb #779d24e3
+# %% ../../nbs/use/86_performances.ipynb #5b4671f9
 from ..ground.core import InputError
 from ..ground.pickles import printable
 from ..head.head import open_head
@@ -93,7 +93,7 @@ def _control(name):
     return None
 
 
-# %% ../../nbs/use/86_performances.ipynb #0071694a
+# %% ../../nbs/use/86_performances.ipynb #46ffe4dc
 _CLOCK_UNITS = dict(s=1, sec=1, second=1, seconds=1, ms=1e-3, msec=1e-3, millis=1e-3)
 _CLOCK_UNITS |= dict(milliseconds=1e-3, us=1e-6, microseconds=1e-6, ns=1e-9, nanoseconds=1e-9)
 
@@ -105,21 +105,26 @@ def _clock(name):
     unit = _CLOCK_UNITS.get(words[-1], 0) if words else 0
     if unit:
         words = words[:-1]
-    is_time = re.search(r'(time|stamp|timecode)s?$', ''.join(words)) and 'delta' not in words
+    is_time = (
+        re.search(r'(time|stamp|timecode|elapsed)s?$', ''.join(words)) and 'delta' not in words
+    )
     return unit if is_time or words in (['t'], ['ts']) or (unit and not words) else None
 
 
-# %% ../../nbs/use/86_performances.ipynb #c6477882
+# %% ../../nbs/use/86_performances.ipynb #1841726b
 # what says nothing that the other columns do not say
 _SAID = r'blendshapecount|neutral|frame(number|index|id|count)?|index|id|(left|right)eye'
 _SAID = rf'({_SAID})(yaw|pitch|roll)?$'
+
+
+_RATED = 'fps|framespersec(ond)?|(frame|sampl(e|ing)|captur(e|ing)|video|recording)rate'
 
 
 @functools.lru_cache(20_000)
 def _is_rate(name):
     "Whether a key or column holds frames per second."
     letters = ''.join(_words(name))
-    return bool(re.search(r'(fps|framerate|framespersecond)$|^(hz|rate|samplerate)$', letters))
+    return bool(re.search(rf'({_RATED})$|^(hz|rate|frequency)$', letters))
 
 
 def _is_said(name):
@@ -178,7 +183,7 @@ def _encoding(data):
     return 'utf-16-le' if data[1:200:2].count(0) else 'utf-16-be'
 
 
-# %% ../../nbs/use/86_performances.ipynb #e5cd9bfc
+# %% ../../nbs/use/86_performances.ipynb #56386fa3
 def _decoded(data):
     "Bytes as text; a spreadsheet may write its own letters."
     try:
@@ -207,22 +212,28 @@ def _text(path):
         raise InputError(f'{path} is not text') from e
 
 
-# %% ../../nbs/use/86_performances.ipynb #c78a4dcf
-_SEPARATORS = ',;\t|'
+# %% ../../nbs/use/86_performances.ipynb #81d46f37
+_SEPARATORS = ',;\t| '
 _MOST_COLUMNS = 10_000
 
 
+def _cells(lines, separator):
+    "Rows of cells."
+    return csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=True)
+
+
 def _names_in(line, separator):
-    "How many cells of a line name a control."
+    "How many cells of a line name a control, and how many there are."
     if line.count(separator) > _MOST_COLUMNS:
-        return 0
+        return 0, 0
     try:
-        cells = next(csv.reader([line], delimiter=separator))
+        cells = next(_cells([line.strip()], separator))
     except csv.Error:
-        return 0
-    return sum(_control(cell) is not None for cell in cells)
+        return 0, 0
+    return sum(_control(cell) is not None for cell in cells), len(cells)
 
 
+# %% ../../nbs/use/86_performances.ipynb #5016498e
 def _header(lines, path):
     "Where a table's header stands, and its separator: there most cells name a control."
     counts = {
@@ -233,7 +244,7 @@ def _header(lines, path):
     best = max(counts, key=counts.get, default=None)
     if best is None:
         raise InputError(f'{path} is empty')
-    if not counts[best]:
+    if not counts[best][0]:
         raise InputError(
             f'{path}: expected columns named after ARKit weights, such as jawOpen or '
             'EyeBlinkLeft; found none'
@@ -241,14 +252,14 @@ def _header(lines, path):
     return best
 
 
-# %% ../../nbs/use/86_performances.ipynb #4904fcc3
+# %% ../../nbs/use/86_performances.ipynb #de5f309e
 def _rows(lines, separator, names, path):
     "Rows of cells; a row that is too short is one without a face, if it holds no weight at all."
     used = [i for i, name in enumerate(names) if _control(name)]
     if separator != ',':
         lines = (line.replace(',', '.') for line in lines)  # the decimal comma
     try:
-        for i, row in enumerate(csv.reader(lines, delimiter=separator, strict=True)):
+        for i, row in enumerate(_cells(lines, separator)):
             row = [cell.strip(' %') for cell in row]
             while len(row) > len(names) and not row[-1]:
                 row.pop()
@@ -265,12 +276,12 @@ def _rows(lines, separator, names, path):
 
 def _marked(names, first, separator):
     "Names of columns; one whose first value is written with a % says so."
-    cells = next(csv.reader([first], delimiter=separator), [])
+    cells = next(_cells([first], separator), [])
     marks = [' %' if cell.strip().endswith('%') else '' for cell in cells]
     return [name.strip() + mark for name, mark in zip(names, marks + [''] * len(names))]
 
 
-# %% ../../nbs/use/86_performances.ipynb #69646d64
+# %% ../../nbs/use/86_performances.ipynb #ca596fe2
 def _noted(line):
     "(name, text) of a line above a table, such as `# fps: 30` or `Frame rate;29,97`."
     found = re.fullmatch(r'\W*([\w ]{1,40}?)\s*[:=,;\t|]\s*(.{1,40}?)[\s,;|]*', line)
@@ -279,11 +290,11 @@ def _noted(line):
 
 def _read_csv(text, path):
     "A table with a header."
-    lines = [line for line in text.splitlines() if line.strip(' ,;|\t\0')]
+    lines = [line.rstrip() for line in text.splitlines() if line.strip(' ,;|\t\0')]
     start, separator = _header(lines, path)
     body = [line for line in lines[start + 1 :] if not line.lstrip().startswith('#')]
-    header = next(csv.reader([lines[start]], delimiter=separator))
     try:
+        header = next(_cells([lines[start].strip()], separator))
         names = _marked(header, body[0] if body else '', separator)
     except csv.Error as e:
         raise InputError(f'{path} is not a table ({e})') from e
@@ -330,7 +341,7 @@ def _is_flat(node):
     return isinstance(node, list) and {list, dict}.isdisjoint(map(type, node))
 
 
-# %% ../../nbs/use/86_performances.ipynb #d5f02a8b
+# %% ../../nbs/use/86_performances.ipynb #f290ae04
 class _Said(NamedTuple):
     "What is said of the rows elsewhere in a JSON file."
 
@@ -359,15 +370,17 @@ def _scan(node, said, depth=0):
             _scan(child, said, depth + 1)
 
 
+# %% ../../nbs/use/86_performances.ipynb #71b2e3ec
 def _keep_names(node, said):
     "A plain list, if it holds names."
-    if node and isinstance(node[0], str) and any(_control(str(x)) for x in node):
-        names = [str(x) for x in node]
+    is_text = bool(node) and all(isinstance(x, str) for x in node)
+    if is_text and any(map(_control, node)):
+        names = list(node)
         if said.lists.setdefault(len(names), names) != names:
             said.notes.append(f'its lists of {len(names)} names differ: the first is taken')
 
 
-# %% ../../nbs/use/86_performances.ipynb #80c7336e
+# %% ../../nbs/use/86_performances.ipynb #72885b52
 def _has_control(frame):
     "Whether a frame holds a weight."
     return isinstance(frame, dict) and any(_control(name) for name in frame)
@@ -394,35 +407,52 @@ def _node(node, said, prefix=''):
 def _named(values, said, prefix):
     "A plain list of as many numbers as there are names."
     names = said.lists.get(len(values))
-    if names and isinstance(values[0], str) and _control(values[0]):
+    if names and any(isinstance(x, str) and _control(x) for x in values):
         return None  # the names themselves
     said.lengths.setdefault(prefix, []).append(len(values))
     return dict(zip(names, values)) if names else None
 
 
-# %% ../../nbs/use/86_performances.ipynb #5278931f
+# %% ../../nbs/use/86_performances.ipynb #04c9a4a9
 @functools.lru_cache(1000)
 def _is_score(key):
     return bool(re.search(r'(score|values?|weights?|keys)$', key.lower()))
 
 
+def _value(item):
+    "The number that stands beside a name."
+    keys = [key for key in item if _is_score(key)]
+    keys += [k for k, x in item.items() if isinstance(x, (int, float)) and not _is_said(k)]
+    return item[keys[0]] if keys else None
+
+
 def _pairs(node):
     "A list of {name, score} as one dict, or None."
-    if not all(isinstance(item, dict) for item in node):
+    if all(isinstance(item, list) and len(item) == 2 and _is_flat(item) for item in node):
+        return _distinct([(str(name), x) for name, x in node if _control(str(name))]) or None
+    if not all(isinstance(item, dict) for item in node) or any(map(_control, node[0])):
         return None
-    keys = [k for item in node[:60] for k, v in item.items() if isinstance(v, str) and _control(v)]
-    if not keys:
-        return None
-    name_key = keys[0]
-    pairs = []
-    for item in node:
-        values = [key for key in item if _is_score(key)]
-        if values and name_key in item:
-            pairs.append((str(item[name_key]), item[values[0]]))
-    return _distinct(pairs) or None
+    some = [pair for item in node[:60] for pair in item.items()]
+    key = next((k for k, x in some if isinstance(x, str) and _control(x)), None)
+    pairs = [(str(item[key]), _value(item)) for item in node if key in item] if key else []
+    return _distinct([pair for pair in pairs if pair[1] is not None]) or None
 
 
-# %% ../../nbs/use/86_performances.ipynb #c85d57e5
+# %% ../../nbs/use/86_performances.ipynb #e3170697
+def _last_number(key):
+    found = re.search(r'\d{1,18}$', key)
+    return int(found[0]) if found else None
+
+
+def _listed(node):
+    "What is an object whose keys are numbers, as a list."
+    is_list = isinstance(node, dict) and node and all(key.isdecimal() for key in node)
+    if not is_list or any(isinstance(x, (list, dict)) for x in node.values()):
+        return node
+    return [node[key] for key in sorted(node, key=_last_number)]
+
+
+# %% ../../nbs/use/86_performances.ipynb #39521976
 class _Parts(NamedTuple):
     "What lies in an object."
 
@@ -436,7 +466,7 @@ def _parts(node, said, prefix):
     "An object, sorted."
     parts = _Parts({}, {}, {}, {})
     for key, child in node.items():
-        name = _at(prefix, key)
+        name, child = _at(prefix, key), _listed(child)
         if not isinstance(child, (list, dict)):
             parts.cells[name] = child
         elif _is_flat(child) and (_control(name) or _clock(name) is not None):
@@ -485,12 +515,7 @@ def _turned(columns):
     return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
 
-# %% ../../nbs/use/86_performances.ipynb #6d63803b
-def _last_number(key):
-    found = re.search(r'\d{1,18}$', key)
-    return int(found[0]) if found else None
-
-
+# %% ../../nbs/use/86_performances.ipynb #81526b3b
 def _of_dict(node, said, prefix):
     "A frame, or the frames that lie in it."
     parts = _parts(node, said, prefix)
@@ -500,7 +525,7 @@ def _of_dict(node, said, prefix):
         takes = parts.tables | {key: [found] for key, found in faces.items()}
         return _joined(_chosen(takes, said), parts.columns, stamps)
     if any(_control(name) for name in parts.columns):
-        return _turned(parts.columns)
+        return _turned(parts.columns) or {}
     numbered = [key for key in faces if _last_number(key) is not None]
     if len(numbered) > 1 and len(numbered) == len(faces):
         return [faces[key] for key in sorted(numbered, key=_last_number)]
@@ -645,7 +670,7 @@ def _gathered(table, columns, path):
     return np.array(values), dict(zip(clocks, zip(*stamps))), list(told)
 
 
-# %% ../../nbs/use/86_performances.ipynb #6cb5d48c
+# %% ../../nbs/use/86_performances.ipynb #c9bead65
 def _is_percent(weights):  # (T,n) as written
     "Whether weights run to 100: then the frames that move at all hold one well above 1."
     largest = np.max(weights, axis=1, initial=0)
@@ -659,7 +684,8 @@ def _scales(values, columns, flip):  # (T,n) without NaN
     plain = np.array([not column.unit for column in columns])
     unit = {'percent': 0.01, 'degrees': 1.0, 'radians': 180 / math.pi}
     percent = 0.01 if _is_percent(values[:, plain & ~turns]) else 1.0
-    beyond = np.abs(values[:, plain & turns]).max(initial=0) > math.pi
+    most = [math.pi / (1 if column.control == 'neckRoll' else 2) for column in columns]
+    beyond = (np.abs(values) > most)[:, plain & turns].any()
     turn = unit['degrees' if beyond else 'radians']
     rest = [turn if is_turn else percent for is_turn in turns]
     scales = [unit.get(column.unit, scale) for column, scale in zip(columns, rest)]
@@ -692,7 +718,7 @@ def _limited(values, columns, path):  # (T,n), NaN where there is no face
     return np.clip(values, low, high)
 
 
-# %% ../../nbs/use/86_performances.ipynb #f3a4d926
+# %% ../../nbs/use/86_performances.ipynb #bfab8920
 def _rate(name, value, path):
     "Frames per second from a number, or from a text such as 30, 29.97 fps or 30000/1001."
     if isinstance(value, dict) and len(value) == 2:
@@ -713,7 +739,7 @@ def _stated(rates, path):
     "Frames per second as the file states them; None where it does not."
     told = {}
     for name, value in rates:
-        is_sound = re.search('sample', name.lower()) and _is_big(value)
+        is_sound = re.search('sampl', name.lower()) and _is_big(value)
         if not is_sound:
             told.setdefault(round(_rate(name, value, path), 3), name)
     if len(told) > 1 and max(told) > 1.005 * min(told):
@@ -726,7 +752,7 @@ def _is_big(value):
     return isinstance(value, (int, float)) and value > 1000
 
 
-# %% ../../nbs/use/86_performances.ipynb #0fc9e945
+# %% ../../nbs/use/86_performances.ipynb #1de6a7ce
 RATE = 60  # frames per second, where nothing tells
 
 
@@ -735,7 +761,8 @@ class _Clock(NamedTuple):
 
     name: str  # of the column
     times: np.ndarray  # (T,) seconds
-    sure: bool  # False: counted in a rate that is assumed
+    assumed: float = 0  # frames a second in which its codes are counted without a proof
+    grid: float = 0  # frames a second that its codes are made for, where they tell
 
 
 _DAY = 86_400
@@ -743,6 +770,7 @@ _CODE = re.compile(r'(\d{1,3})[:;](\d\d?)[:;](\d\d?)([:;])(\d{1,4}(?:[.,]\d{1,9}
 _DATE, _ZONE = r'(?:\d{4}-\d\d-\d\d[T ])?', r'(?:Z|[+-]\d\d:?\d\d)?'
 _OF_DAY = re.compile(_DATE + r'(?:(\d{1,3}):)?(\d{1,3}):(\d\d?(?:[.,]\d{1,9})?)' + _ZONE)
 _BASES = 24, 25, 30, 48, 50, 60, 100, 120, 240
+_USUAL = 24, 25, 30, 60, 120, 240
 
 
 def _through_midnight(seconds):
@@ -771,7 +799,7 @@ def _array(groups):
     return np.array([[float((x or '0').replace(',', '.')) for x in group] for group in groups])
 
 
-# %% ../../nbs/use/86_performances.ipynb #e5571949
+# %% ../../nbs/use/86_performances.ipynb #178a4ffe
 def _base(seconds, counts, stated):  # (T,) whole seconds, (T,) frames within them
     "How many frames a second a timecode counts, and whether that is sure."
     most = int(counts.max())
@@ -783,27 +811,34 @@ def _base(seconds, counts, stated):  # (T,) whole seconds, (T,) frames within th
     ends = np.flatnonzero(whole == 1)
     inside = steps[(whole == 0) & (steps > 0)]
     if len(ends) and len(inside):
-        turned = np.median(np.median(inside) - steps[ends])
-        return min(possible, key=lambda base: abs(base - turned)), True
+        step = np.median(inside)
+        turned = np.median(step - steps[ends])
+        base = min(possible, key=lambda base: abs(base - turned))
+        if abs(base - turned) <= max(0.75 * step, 1):
+            return base, True
     if stated and round(stated) > most:
         return round(stated), True
-    return (RATE if RATE > most else possible[0]), False
+    many = len(counts) > 20 and whole.any()
+    usual = _USUAL if many else (RATE, 2 * RATE, 4 * RATE)
+    return next(base for base in usual if base > most), False
 
 
-# %% ../../nbs/use/86_performances.ipynb #6d311407
+# %% ../../nbs/use/86_performances.ipynb #951a8b9c
 def _timecoded(groups, name, stated):
     "HH:MM:SS:FF, FF with a fraction or not; a ; before FF: drop-frame, the count of 29.97."
     hours, minutes, seconds, frames = _array([(*group[:3], group[4]) for group in groups]).T
     whole = _through_midnight(hours * 3600 + minutes * 60 + seconds)
     base, sure = _base(whole, frames, stated)
+    assumed = 0 if sure else base
     if groups[0][3] == ':' or base % 30:
-        return _Clock(printable(name, 40), whole + frames / base, sure)
+        return _Clock(printable(name, 40), whole + frames / base, assumed)
     minute = whole // 60
     dropped = base / 15 * (minute - minute // 10)  # two numbers a minute, but for each tenth
-    return _Clock(printable(name, 40), (whole * base + frames - dropped) * 1.001 / base, sure)
+    times = (whole * base + frames - dropped) * 1.001 / base
+    return _Clock(printable(name, 40), times, assumed, base / 1.001)
 
 
-# %% ../../nbs/use/86_performances.ipynb #cf9f8b59
+# %% ../../nbs/use/86_performances.ipynb #4628e753
 _NUMBER = re.compile(r'([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)', re.I)
 
 
@@ -825,26 +860,24 @@ def _counted(numbers, name, path):
         return None  # it counts frames, or who knows
     if told and unit != told:
         _say(path, f'{printable(name, 40)} advances by {step:g} a frame: read as {unit:g} s each')
-    return _Clock(printable(name, 40), (times - times[0]) * unit, True)
+    return _Clock(printable(name, 40), (times - times[0]) * unit)
 
 
-# %% ../../nbs/use/86_performances.ipynb #473ea07b
+# %% ../../nbs/use/86_performances.ipynb #45b603da
 def _clock_of(name, cells, stated, path):
     "What a column of times tells; None where it tells nothing."
     if codes := _matched(cells, _CODE, name, path):
         return _timecoded(codes, name, stated)
     if parts := _matched(cells, _OF_DAY, name, path):
         hours, minutes, seconds = _array(parts).T
-        return _Clock(
-            printable(name, 40), _through_midnight(hours * 3600 + minutes * 60 + seconds), True
-        )
+        return _Clock(printable(name, 40), _through_midnight(hours * 3600 + minutes * 60 + seconds))
     if parts := _matched(cells, _NUMBER, name, path):
         return _counted([float(part[0]) for part in parts], name, path)
     return None
 
 
-# %% ../../nbs/use/86_performances.ipynb #07e5c561
-_ASSUMED = f'{RATE} frames a second are assumed; a column "time" in seconds or a key "fps" tells'
+# %% ../../nbs/use/86_performances.ipynb #1418995b
+_TELL = 'frames a second are assumed; a column "time" in seconds or a key "fps" tells'
 
 
 def _clocks(stamps, stated, path):
@@ -856,17 +889,17 @@ def _clocks(stamps, stated, path):
 def _clock_for(stamps, stated, count, path):
     "The clock to go by; None: frames are as far apart as stated, or as assumed."
     clocks = _clocks(stamps, stated, path) if count > 1 else []
-    sure = [clock for clock in clocks if clock.sure]
+    sure = [clock for clock in clocks if not clock.assumed]
     if sure or (clocks and not stated):
         clock = (sure or clocks)[0]
         if not sure:
-            _say(path, f'no second ends in its {clock.name}: {_ASSUMED}')
+            _say(path, f'no second ends in its {clock.name}: {clock.assumed} {_TELL}')
         return clock
     if clocks:
         clock = clocks[0].name
         _say(path, f'its {clock} counts beyond the {stated:g} frames a second it states: left out')
     elif not stated and count > 1:
-        _say(path, f'it does not tell its rate: {_ASSUMED}')
+        _say(path, f'it does not tell its rate: {RATE} {_TELL}')
     return None
 
 
@@ -905,10 +938,9 @@ def _on_grid(times, rates, slack):  # slack: of a frame
     return None
 
 
-# %% ../../nbs/use/86_performances.ipynb #0da786ff
-def _even(times, stated):  # (T,) seconds from 0, growing
+# %% ../../nbs/use/86_performances.ipynb #5aaddd99
+def _even(times, first=()):  # (T,) seconds from 0, growing; rates to try first
     "Frames per second; times, exact where they lie on its grid."
-    first = [stated] if stated else []
     whole = (len(times) - 1) / times[-1]
     tries = (first, 0.01), (_RATES, 0.01), (first, 0.1), (_RATES, 0.1), ([*_NTSC, whole], 0.1)
     for rates, slack in tries:
@@ -917,7 +949,7 @@ def _even(times, stated):  # (T,) seconds from 0, growing
             rate, places = found
             return rate, (places - places[0]) / rate
     rate = 1 / float(np.median(np.diff(times)))
-    near = min(_RATES, key=lambda known: abs(math.log(known / rate)))
+    near = min([*first, *_RATES], key=lambda known: abs(math.log(known / rate)))
     is_near = abs(near / rate - 1) < 0.15 or rate < _SLOWEST
     return (near if is_near else round(rate)), times
 
@@ -945,12 +977,13 @@ def _resampled(times, values, rate):  # (T,) seconds, (T,n) with rows of NaN
     return np.stack([np.interp(even, known, column) for column in rows.T], 1)
 
 
-# %% ../../nbs/use/86_performances.ipynb #576d967b
+# %% ../../nbs/use/86_performances.ipynb #7b8f4624
 def _say_uneven(times, rate, clock, path):
     "One line about gaps, or about steps that are not alike."
     steps = np.diff(times)
     longest = int(steps.argmax())
-    gaps = int((steps > 1.5 / rate).sum())
+    is_steady = np.allclose(times * rate, np.round(times * rate), atol=1e-6)
+    gaps = int((steps > (1.5 / rate if is_steady else 2.5 * np.median(steps))).sum())
     if gaps:
         _say(
             path,
@@ -976,11 +1009,11 @@ def _check_span(times, rate, clock, path):
         )
 
 
-# %% ../../nbs/use/86_performances.ipynb #b63be28c
+# %% ../../nbs/use/86_performances.ipynb #51bdee02
 def _on_clock(clock, values, stated, path):
     "Frames as a clock has them: their rate, times on its grid where they fit, values."
     times, values = _in_order(clock, values, path)
-    rate, times = _even(times, stated)
+    rate, times = _even(times, [known for known in (clock.grid, stated) if known])
     _check_span(times, rate, clock, path)
     if stated and abs(rate / stated - 1) > 0.02:
         _say(
