@@ -555,13 +555,21 @@ _PROTOCOLS = dict(  # of the papers that work with a format
 )
 
 
+def _has_held_out_camera(frames):
+    "Whether there are several cameras, and among them the one that NeRSemble's protocol holds out."
+    (held_out,) = protocol_of('vhap_camera').test['cameras']
+    return {held_out} < {frame.camera_index for frame in frames}
+
+
 def _fitting_protocol(clips, head):
     "The protocol of the papers that use such data; a share, where a clip is too short for it."
     first = next(iter(clips.values()))
     name = _PROTOCOLS[detect(_in_list(first)[0])]
     with blank_pictures():
-        clip = load_clip(first, head_for(first, head))
-        steps = len({clip[i].time for i in range(len(clip))})
+        frames = list(load_clip(first, head_for(first, head)))
+    steps = len({frame.time for frame in frames})
+    if name == 'vhap_time' and _has_held_out_camera(frames):
+        name = 'vhap_camera'
     return name if _answers(lambda n: frames_of(protocol_of(name), n), steps) else 'share:.7'
 
 
