@@ -9,6 +9,7 @@ import http.server
 import io
 import json
 import os
+import shutil
 import socket
 import stat
 import sys
@@ -590,6 +591,25 @@ def test_pip_is_not_looked_for_in_this_folder(data, tmp_path, monkeypatch):
     got, _ = manifest.fetch(toy(tmp_path, {'toy.txt': 'head'}))
     assert got.read_bytes() == b'head'
     assert not trace.exists()
+
+
+def test_files_that_come_and_go_are_weighed(tmp_path):
+    "pip removes folders while we look."
+    stop = threading.Event()
+
+    def come_and_go():
+        while not stop.is_set():
+            (tmp_path / 'a/b').mkdir(parents=True)
+            (tmp_path / 'a/b/c').write_bytes(b'x')
+            shutil.rmtree(tmp_path / 'a')
+
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    try:
+        assert all(manifest._weight(tmp_path) <= 1 for _ in range(2000))
+    finally:
+        stop.set()
+        thread.join()
 
 
 def test_pip_is_ended(data, tmp_path):

@@ -575,11 +575,12 @@ def _pip_command(source, folder):
 
 # %% ../../nbs/ground/04_assets.ipynb #dd643040
 def _weight(folder):
-    "Bytes in a folder that is being written to."
+    "Bytes in a folder that is being written to; what is gone meanwhile weighs nothing."
     total = 0
-    for path in folder.rglob('*'):
-        with contextlib.suppress(OSError):
-            total += path.stat().st_size
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(parent, name)).st_size
     return total
 
 
