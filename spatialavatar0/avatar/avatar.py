@@ -194,6 +194,8 @@ AVATAR_TENSORS = dict(
     shape=Wanted('float32', (1, 'S'), -100, 100),
     static_offset=Wanted('float32', ('V', 3), -2, 2),
 )
+
+# %% ../../nbs/avatar/40_avatar.ipynb #fad24284
 AVATAR_FILE = FileKind(
     key='spatialavatar0',
     readable='a readable avatar file',

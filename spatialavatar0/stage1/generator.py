@@ -594,10 +594,7 @@ _CHECKPOINT = FileKind(
     readable='a readable checkpoint',
     remedy='copy or train it again',
     ours='a generator of this kit',
-    missing=(
-        'no generator at {path}: expected a .safetensors file written by Generator.save, or the '
-        'name of a shipped one'
-    ),
+    missing='no generator at {path}: expected a file of Generator.save, or a name of a shipped one',
     fields=dict(
         config=Field(dict, inside=CONFIG_FIELDS),
         head=Field(str, 16, 16),

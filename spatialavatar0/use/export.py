@@ -33,7 +33,7 @@ from torch import Tensor
 from ..avatar.avatar import Avatar
 from ..ground.core import InputError, atomic_path, printable, progress
 from ..ground.geometry import rgb_to_sh0, sh0_to_rgb
-from ..ground.pickles import read_arrays
+from ..ground.pickles import read_arrays, refuse_odd_file
 
 # %% ../../nbs/use/83_export.ipynb #0de5c554
 _NAMES = 'means', 'quats', 'scales', 'opacities', 'colors'
@@ -141,6 +141,7 @@ class _Header(NamedTuple):
     size: int  # bytes of the header
 
 
+# %% ../../nbs/use/83_export.ipynb #c75d0062
 def _tables_of(lines, path):
     "Tables before and up to `vertex`."
     tables = []
@@ -229,8 +230,10 @@ def _text_tables(path, header):
     return arrays
 
 
+# %% ../../nbs/use/83_export.ipynb #ce402773
 def _ply_tables(path):
     "All tables of a PLY up to its vertices, as structured arrays by name."
+    refuse_odd_file(path)
     try:
         with path.open('rb') as f:
             header = _ply_header(f.read(1 << 16), path)
@@ -311,6 +314,7 @@ def _faults(means, quats, scales, opacities, colors):
     }
 
 
+# %% ../../nbs/use/83_export.ipynb #a8041dfb
 def sound_rows(
     path,  # for the messages
     faults: dict,  # what is wrong -> (N,) bool, per row
