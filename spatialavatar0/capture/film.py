@@ -707,6 +707,8 @@ def _fresh(work, made_of):
 
 def _forget(work, made_of):
     "Remove the folder, which a finished clip has no need of; what says whose it is goes last."
+    if work.is_dir() and not any(work.iterdir()):  # killed before the last step of all
+        return work.rmdir()
     if _told(work / 'about.json') != made_of:
         return
     for path in work.iterdir():
