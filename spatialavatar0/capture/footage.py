@@ -117,17 +117,20 @@ _SAYS_NOTHING = (
     'Terminating thread',
     'Last message repeated',
     'Press [q]',
+    'Could not open encoder',
+    'Input #',
+    'Output #',
+    'Stream',
     'frame=',
     'Cannot determine',
 )
 
 
 def _cause(lines):
-    "The last line of ffmpeg that says why, without the names of its parts."
+    "The last line of ffmpeg that says why, without the names of its parts; or nothing."
     said = [re.sub(r'^(\[[^\]]*\] )+', '', line).strip() for line in lines]
-    said = [line for line in said if line]
-    telling = [line for line in said if not line.startswith(_SAYS_NOTHING)]
-    return printable((telling or said or ['it gave no reason'])[-1])
+    telling = [line for line in said if line and not line.startswith(_SAYS_NOTHING)]
+    return printable(telling[-1]) if telling else ''
 
 
 # %% ../../nbs/capture/74_footage.ipynb #1b5f099f
@@ -190,8 +193,10 @@ def _video_stream(path, words):
         if 'Audio:' in words:
             raise InputError(f'{path} has sound but no pictures; expected a film of a face')
         remedy = 'if it plays elsewhere, save it as .mp4'
-        why = _cause(words.splitlines()) if path.stat().st_size else 'the file is empty'
-        raise InputError(f'{path} is not a film that ffmpeg can read: {why}; {remedy}')
+        why = 'the file is empty' if not path.stat().st_size else _cause(words.splitlines())
+        raise InputError(
+            f'{path} is not a film that ffmpeg can read ({why or "no pictures in it"}); {remedy}'
+        )
     size = re.search(r', (\d+)x(\d+)\b', streams[0])
     if not size or int(size[1]) * int(size[2]) > _MOST_PIXELS:
         has = f'{size[1]} x {size[2]} pixels' if size else 'pictures of a size that is not told'
@@ -244,6 +249,25 @@ def _film_colours(path, line, words):
 
 
 # %% ../../nbs/capture/74_footage.ipynb #a66e8ae0
+_TOP_BYTE = 255 * 256 / 65535  # white, where ffmpeg goes between 8 bits and 16
+
+
+def _is_narrow(line):
+    "Whether black is 16 and white 235 of 255, as in television."
+    form = re.search(r', (yuv\w+)(?:\(([^()]*)\))?', line)
+    return bool(form) and not form[1].startswith('yuvj') and 'pc' not in (form[2] or '').split(', ')
+
+
+def _to_srgb(line, colours):
+    "ffmpeg's filters behind the scaling, and how to scale, for colours that are not sRGB."
+    exact = ':flags=bicubic+accurate_rnd+full_chroma_int+full_chroma_inp'
+    if _tags(line)[0] == 'unknown' and colours.primaries == 'bt2020':
+        exact += ':in_color_matrix=bt2020'
+    white = ':'.join(f'{c}imax={_TOP_BYTE:.5f}' for c in 'rgb')
+    levels = [f'colorlevels={white}'] if _is_narrow(line) else []
+    return exact, ['format=gbrp16le', *levels, 'lut3d=file=colours.cube', 'format=rgb24']
+
+
 def _filters(line, colours, beat):
     "ffmpeg's filters: whole pictures, an even beat, square pixels, colours of sRGB."
     chain = []
@@ -251,13 +275,8 @@ def _filters(line, colours, beat):
         chain.append('yadif=deint=interlaced')
     if beat:
         chain.append(f'fps={beat:.4f}')
-    if colours.are_srgb:
-        return ','.join([*chain, _square_pixels()])
-    exact = ':flags=bicubic+accurate_rnd+full_chroma_int+full_chroma_inp'
-    if _tags(line)[0] == 'unknown':
-        exact += ':in_color_matrix=bt2020' if colours.primaries == 'bt2020' else ''
-    table = 'format=gbrp16le,lut3d=file=colours.cube'
-    return ','.join([*chain, _square_pixels(exact), table, 'format=rgb24'])
+    how, behind = ('', []) if colours.are_srgb else _to_srgb(line, colours)
+    return ','.join([*chain, _square_pixels(how), *behind])
 
 
 # %% ../../nbs/capture/74_footage.ipynb #88f0833a
@@ -267,6 +286,9 @@ def _open_folder(path):
         kinds = 'PNG, JPEG, WebP, TIFF, BMP, AVIF or HEIC'
         raise InputError(f'{path}: expected pictures ({kinds}); the folder has none')
     return Film(path, 25.0, count)
+
+
+_EVEN = r'Input #0, (mov|avi)\b'  # other files state a pace that may not be theirs
 
 
 def open_film(
@@ -284,7 +306,7 @@ def open_film(
     colours = _film_colours(path, line, words)
     fps, uneven = _pace(line)
     fps = fps or _true_pace(path)
-    beat = uneven or fps > most
+    beat = uneven or fps > most or not re.search(_EVEN, words)
     fps = min(fps, most)
     about = max(1, round(_seconds(words) * fps))
     options = ('-vf', _filters(line, colours, fps if beat else 0))
@@ -316,6 +338,11 @@ class _Watch(threading.Thread):
                 self.late = True
                 self.process.kill()
                 return
+
+    def end(self):
+        "Wait for the end of the program: what it returns."
+        self.since = time.monotonic()
+        return self.process.wait()
 
 
 # %% ../../nbs/capture/74_footage.ipynb #9f63137f
@@ -363,23 +390,24 @@ def _check_end(film, code, said, seen):
         remedy = 'pip install --force-reinstall imageio-ffmpeg, and unset IMAGEIO_FFMPEG_EXE'
         lacks = 'this ffmpeg lacks the filter lut3d, which makes them sRGB'
         raise InputError(f'{film.path}: its colours are {film.colours}; {lacks}; {remedy}')
-    if code:
-        raise InputError(f'{film.path} cannot be decoded: {_cause(said)}; save it again')
-    if not seen:
-        raise InputError(f'{film.path} holds no picture: {_cause(said)}; save it again')
-    if said:
-        words = f'ffmpeg says: {_cause(said)}'
-        warnings.warn(f'{film.path}: some pictures are damaged; {words}', stacklevel=4)
+    cause = _cause(said)
+    if not seen and not cause:
+        raise InputError(f'{film.path} holds no picture; expected a film of a face')
+    if code or not seen:
+        why = cause or 'ffmpeg gave no reason'
+        raise InputError(f'{film.path} cannot be decoded: {why}; save it again')
+    if cause:
+        warnings.warn(f'{film.path}: some pictures may be damaged: {cause}', stacklevel=4)
 
 
 # %% ../../nbs/capture/74_footage.ipynb #bc3f9961
 def _decode(film, seconds):
     "Pictures of a film file, one after the other."
-    output = ['-map', '0:V:0', *film.options, '-an', '-sn', '-f', 'image2pipe', '-c:v', 'ppm', '-']
-    command = [_ffmpeg(film.path)[0], '-v', 'error', *_ffmpeg(film.path, *output)[1:]]
+    output = ['-map', '0:V:0', *film.options, '-noautoscale', '-pix_fmt', 'rgb24']
+    command = _ffmpeg(film.path, *output, '-f', 'image2pipe', '-c:v', 'ppm', '-v', 'error', '-')
     with tempfile.TemporaryDirectory() as folder:
         if not film.colours.are_srgb:
-            Path(folder, 'colours.cube').write_text(cube_of(film.colours))
+            Path(folder, 'colours.cube').write_text(cube_of(film.colours, white=_TOP_BYTE))
         pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         process = subprocess.Popen(command, cwd=folder, **pipes)
         said = deque(maxlen=20)
@@ -389,7 +417,7 @@ def _decode(film, seconds):
         watch.start()
         try:
             seen = yield from _watched(film, process, watch)
-            code = process.wait()
+            code = watch.end()
             listener.join()
             if watch.late:
                 raise _Late

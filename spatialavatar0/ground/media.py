@@ -33,6 +33,7 @@ from pathlib import Path
 import numpy as np
 
 from .core import InputError, printable
+from .pickles import refuse_odd_file
 
 # %% ../../nbs/ground/07_media.ipynb #a071de78
 PICTURE_ENDINGS = tuple(
@@ -249,17 +250,19 @@ def srgb_of(
     return _srgb_codes(light)
 
 
-# %% ../../nbs/ground/07_media.ipynb #fba3e16f
+# %% ../../nbs/ground/07_media.ipynb #7f174a39
 @lru_cache(8)
 def cube_of(
     colours: Colours,
     side: int = 33,  # steps of each colour
+    white: float = 1.0,  # how the number 1 is written
 ) -> str:  # a file in the form .cube, for ffmpeg's lut3d
     "A table of colours by their tag -> sRGB."
     steps = np.linspace(0, 1, side)
     blue, green, red = np.meshgrid(steps, steps, steps, indexing='ij')
     codes = np.stack([red, green, blue], -1).reshape(-1, 3)
-    rows = [f'{r:.5f} {g:.5f} {b:.5f}' for r, g, b in srgb_of(codes, colours).tolist()]
+    shown = white * srgb_of(codes, colours)
+    rows = [f'{r:.5f} {g:.5f} {b:.5f}' for r, g, b in shown.tolist()]
     return '\n'.join([f'LUT_3D_SIZE {side}', *rows, ''])
 
 
@@ -361,6 +364,7 @@ def _first_bytes(path):
         beginning = path.read(1 << 16)
         path.seek(0)
         return beginning
+    refuse_odd_file(path)
     with open(path, 'rb') as file:
         return file.read(1 << 16)
 
