@@ -139,7 +139,7 @@ FORMS = st.tuples(
 
 
 @pytest.mark.parametrize('clock', CLOCKS)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(FORMS, st.sampled_from(ENCODINGS), st.sampled_from(['\n', '\r\n']))
 def test_tables_of_one_take(tmp_path_factory, clock, form, code, end):
     path = tmp_path_factory.mktemp('take', numbered=True) / 'take.csv'
@@ -507,7 +507,7 @@ def test_size_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(performances, 'MOST_BYTES', 1000)
     path = tmp_path / 'a.csv'
     path.write_text('jawOpen\n' + '0\n' * 1000)
-    with pytest.raises(InputError, match='cut it up'):
+    with pytest.raises(InputError, match='at most 1,000 were expected'):
         read_arkit(path)
     monkeypatch.setattr(performances, 'MOST_FRAMES', 100)
     path.write_text('jawOpen\n' + '0\n' * 101)
@@ -520,10 +520,10 @@ def test_not_text(tmp_path):
     path.write_bytes(b'jawOpen\n' + bytes(range(256)))
     with pytest.raises(InputError, match='is not text'):
         read_arkit(path)
-    with pytest.raises(InputError, match='cannot read'):
+    with pytest.raises(InputError, match='no such file'):
         read_arkit(tmp_path / 'gone.csv')
     (tmp_path / 'folder.csv').mkdir()
-    with pytest.raises(InputError, match='cannot read'):
+    with pytest.raises(InputError, match='a file was expected'):
         read_arkit(tmp_path / 'folder.csv')
 
 

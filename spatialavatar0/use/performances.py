@@ -20,7 +20,7 @@ import numpy as np
 
 # %% ../../nbs/use/86_performances.ipynb #5b4671f9
 from ..ground.core import InputError
-from ..ground.pickles import printable
+from ..ground.pickles import file_bytes, printable
 from ..head.head import open_head
 from .animate import TURNS
 
@@ -199,15 +199,7 @@ def _text(path):
     if path.suffix.lower() not in RECORDINGS:
         raise InputError(f'ARKit weights come as .csv or .json; got {printable(path.name)}')
     try:
-        with open(path, 'rb') as f:
-            data = f.read(MOST_BYTES + 1)
-        if len(data) > MOST_BYTES:
-            raise InputError(
-                f'{path} is larger than {MOST_BYTES >> 20} MB, about ten minutes; cut it up'
-            )
-        return _decoded(data)
-    except OSError as e:
-        raise InputError(f'cannot read {path}: {e.strerror}') from e
+        return _decoded(file_bytes(path, MOST_BYTES))
     except UnicodeDecodeError as e:
         raise InputError(f'{path} is not text') from e
 
