@@ -68,7 +68,7 @@ from .ground.core import InputError, atomic_path, progress
 from .ground.files import read_header
 from .ground.lease import LEASE
 from .ground.media import is_film, is_picture, open_picture, pictures_in
-from .ground.pickles import printable
+from .ground.pickles import file_json, printable
 from .judge.benchmark import method_of, subjects
 from .judge.evaluate import frames_of
 from .judge.results import Results, protocol_of, result_table
@@ -217,6 +217,15 @@ def _answers(function, thing):
         return bool(function(thing))
     except (InputError, OSError):
         return False
+
+
+def _told(path):
+    "What a JSON file of ours says; nothing if it cannot be read."
+    try:
+        found = file_json(path)
+    except (InputError, OSError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 @contextmanager
@@ -476,12 +485,29 @@ def _half_written(report):
     return report
 
 
+def _film_of(path):
+    "What the tracking of a clip of ours says of its film."
+    told = _told(path / 'tracking.json')
+    pictures = told.get('pictures')
+    if not isinstance(pictures, list):
+        return {}
+    used = sum(bool(picture.get('use')) for picture in pictures if isinstance(picture, dict))
+    lost = Counter(
+        str(picture.get('reason')).partition(' ')[0]
+        for picture in pictures
+        if isinstance(picture, dict) and not picture.get('use')
+    )
+    facts = {'tracked from': str(told.get('film')), 'of its pictures': f'{used} of {len(pictures)}'}
+    return facts | ({'left out for': dict(lost)} if lost else {})
+
+
 def _clip(path, head):
     "A clip: refine makes an avatar of it."
     format = detect(path)
     report = Report('clip', path, f'a clip in the format of {FORMATS[format]}')
     if format == 'vhap' and is_half_written(path):
         return _half_written(report)
+    report.facts |= _film_of(path)
     if format == 'vhap' and is_joined(path):
         report.facts['joins'] = [folder.name for folder in sequences_of(path)]
     return _read_clip(report, format, head)
@@ -675,11 +701,13 @@ def kept_command(
 ) -> list:  # words; None without a note
     "The command that writes, or wrote, into a folder."
     try:
-        kept = json.loads((Path(out) / COMMAND).read_text())
+        kept = file_json(Path(out) / COMMAND)
+        if not str(kept['name']).isalpha():
+            return None
         things = [_from_here(word) for word in kept['things']]
         options = {k: v if v is True else _from_here(v) for k, v in kept['options'].items()}
         return command(kept['name'], *things, **options)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
 
@@ -832,11 +860,9 @@ def _is_run(path):
 
 def _writer(path):
     "Who is writing to a folder, in words; None if nobody says so."
-    try:
-        about = json.loads((path / LEASE).read_text())
-        return printable(f'process {about["pid"]} on {about["host"]}: {about["command"]}', 200)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    about = _told(path / LEASE)
+    words = {name: printable(about.get(name, '?'), 200) for name in ('pid', 'host', 'command')}
+    return 'process {pid} on {host}: {command}'.format(**words) if about else None
 
 
 def _step_of(path):
@@ -862,6 +888,9 @@ def _run(path, head):
     report.facts['finished'] = done
     if writer := _writer(path):
         report.facts['being written by'] = writer
+    numbers = _told(path / 'metrics.json')
+    if isinstance(refined := numbers.get('refined'), dict) and 'psnr' in refined:
+        report.facts['held out, dB'] = refined['psnr']
     if not done:
         report.commands = [words] if words else []
         report.note('it is not finished: the command that began it goes on with it')
@@ -896,7 +925,7 @@ def _tracking(path, head):
 
 def _sequence(path, head):
     "Splats of a motion, a file for each frame."
-    about = json.loads((path / 'sequence.json').read_text())
+    about = _told(path / 'sequence.json')
     report = Report('sequence', path, 'splats of a motion, a file for each frame')
     there = len(list(path.glob('frame_*')))
     report.facts = dict(frames=about.get('frames'), there=there, rate=about.get('fps'))
@@ -962,7 +991,7 @@ OTHERS = {  # files that belong to something larger
 
 
 def _are_states(path):
-    files = list(path.glob('*.safetensors')) if path.is_dir() else []
+    files = list(path.glob('*_*.safetensors')) if path.is_dir() else []
     return bool(files) and all(STATE.key in _header_keys(file) for file in files)
 
 
@@ -980,12 +1009,10 @@ def _states(path, head):
 
 # %% ../nbs/inspection.ipynb #01104337
 KINDS = dict(
-    run=Kind('a folder of results of ours', _is_run, _run),
-    tracking=Kind(
-        'the work of a tracking', lambda path: (path / 'about.json').is_file(), _tracking
-    ),
-    sequence=Kind('a folder of splats', lambda path: (path / 'sequence.json').is_file(), _sequence),
     states=Kind('the states of a benchmark', _are_states, _states),
+    tracking=Kind('the work of a tracking', lambda path: path.suffix == '.tracking', _tracking),
+    run=Kind('a folder of results of ours', _is_run, _run),
+    sequence=Kind('a folder of splats', lambda path: (path / 'sequence.json').is_file(), _sequence),
     clip=Kind('a clip', lambda path: path.is_dir() and _answers(detect, path), _clip),
     people=Kind('a folder of clips', lambda path: _answers(subjects, path), _people),
     pictures=Kind(
@@ -1022,12 +1049,20 @@ def _what_else(path):
     return ''
 
 
+def _at_home(path):
+    "A path whose ~ is the home folder, as a shell would have made of it."
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # nobody has that name
+        return Path(path)
+
+
 def inspect_path(
     path,  # a file or a folder
     head=None,  # a FLAME model its codes belong to: path, HeadFile; default: the open head
 ) -> Report:
     "What a thing is, what is wrong with it, and the exact command that comes next."
-    path = Path(path).expanduser()
+    path = _at_home(path)
     if not path.exists():
         raise InputError(f'no file or folder {printable(path, 200)}; check the name')
     belongs = path.is_file() and path.name in OTHERS

@@ -46,6 +46,7 @@ __all__ = [
 
 # %% ../nbs/pipeline.ipynb #0db2e701
 import json
+import math
 import os
 import shutil
 import time
@@ -132,6 +133,7 @@ from .ground.files import read_header
 from .ground.geometry import crop_intrinsics
 from .ground.lease import check_writable, interruption, lease, one_writer, sweep
 from .ground.media import is_picture
+from .ground.pickles import file_json
 from .head.head import Head, Lacks, open_head
 from .judge.evaluate import DlibJudge, renderer
 from .judge.results import Results, evaluate, judges_here, protocol_of, result_table
@@ -805,7 +807,15 @@ FILM_UNITS = dict(
 
 def _tracking_numbers(clip):  # folder of a clip from track_clip
     kept = 'landmarks', 'held_out', 'fps', 'cuts'
-    report = json.loads((clip / 'tracking.json').read_text())
+    path = clip / 'tracking.json'
+    report = file_json(path)
+    wrong = f'{path} should hold the numbers {", ".join(kept)}; track the film again'
+    if not isinstance(report, dict):
+        raise InputError(wrong)
+    numbers = {k: v for k, v in report.items() if k in kept}
+    flat = [*numbers.pop('cuts', []), *numbers.values()]
+    if not all(type(x) in (int, float) and math.isfinite(x) for x in flat):
+        raise InputError(wrong)
     return {k: v for k, v in report.items() if k in kept}
 
 
@@ -1420,6 +1430,8 @@ def benchmark_people(
         if restart:
             _forget_states(state)
         failed = run_all(jobs, out, options.processes, say, restart)
+        if not any(Path(state).glob('*.safetensors')):  # nothing to go on with
+            (Path(state) / COMMAND).unlink()
     lines = [line for line in Results(out).lines if line.protocol == p.id]
     if not lines:
         why = next(iter(failed.values()), 'there is no clip')

@@ -264,7 +264,9 @@ def test_assets(capfd):
 def test_help_lists_the_commands(capfd):
     code, out, _ = run(capfd, '--help')
     assert code == 0
-    listed = 'demo build track view animate export refine evaluate benchmark train doctor assets'
+    listed = (
+        'inspect demo build track view animate export refine evaluate benchmark train doctor assets'
+    )
     assert all(command in out for command in listed.split())
     for command in ('animate', 'export'):
         said = run(capfd, command, '--help')[1]

@@ -346,7 +346,10 @@ def test_faults_of_all_frames(here, frames):
     inverted = [replace(frame, mask=1 - frame.mask) for frame in frames]
     black = [replace(frame, image=torch.zeros_like(frame.image)) for frame in frames]
     assert any('inside out' in note for note in check_clip(Clip(inverted), HEAD).notes)
-    assert any('is black' in note for note in check_clip(Clip(black), HEAD).notes)
+    some = [*black[:1], *frames[1:]]
+    assert any('is black' in note for note in check_clip(Clip(some), HEAD).notes)
+    with pytest.raises(InputError, match='all 12 pictures are black'):
+        check_clip(Clip(black), HEAD)
     assert not check_clip(Clip(frames), HEAD).notes
 
 
@@ -456,14 +459,15 @@ def test_evaluate_notes_what_it_leaves_out(here, frames, capfd):
 
 
 def test_benchmark_notes_what_it_leaves_out(here, frames, capfd):
-    written(here / 'people/anna', frames)
     written(here / 'people/bert', frames, _10=without_person(frames[10]))
     words = ['--protocol', 'last:4', '--method', 'warp', '--resolution', 16]
     code, out, err = run(capfd, 'benchmark', here / 'people', *words, '--out', here / 'r.jsonl')
     assert code == 0, err
-    lines = {line.subject: line for line in Results(here / 'r.jsonl').lines}
-    assert lines['bert'].more['left_out'] == ['images/00010_00.png']
-    assert 'left_out' not in lines['anna'].more
+    (line,) = Results(here / 'r.jsonl').lines
+    assert line.more['left_out'] == ['images/00010_00.png']
+    assert not (here / 'r_states').exists(), (
+        'nothing was refined, so there is nothing to go on with'
+    )
 
 
 def test_a_driver_without_a_person_is_bridged(here, frames, avatar, capfd):
@@ -515,6 +519,13 @@ def test_a_run_says_how_to_go_on(here, frames, capfd):
     state = inspect_path(here / 'my run/state.safetensors')
     assert (state.kind, state.facts['seed']) == ('refinement', 4)
     assert state.fingerprint['clip']['frames'] == 9
+    states = here / 'r_states'
+    states.mkdir()
+    (here / 'my run/state.safetensors').rename(states / 'anna_0.safetensors')
+    inspection.keep_command(states, 'benchmark', here / 'people', protocol='last:4', jobs=2)
+    report = inspect_path(states)
+    assert (report.kind, report.facts) == ('states', {'anna_0': 3})
+    assert next_of(states)[0] == 'spatialavatar0 benchmark people --protocol last:4 --jobs 2'
 
 
 def test_another_clip_leaves_the_first_command(here, frames, capfd):
@@ -548,6 +559,54 @@ def test_a_half_written_clip_and_its_tracking(here):
     for path in (work, here / 'clip'):
         line, name, said = next_of(path)
         assert line == 'spatialavatar0 track me.mp4 --out clip --fps 30.0'
+
+
+def test_a_tracked_clip_says_of_what(here, frames):
+    path = written(here / 'a', frames)
+    pictures = [dict(time=i, use=i < 12, reason='' if i < 12 else 'no face') for i in range(15)]
+    (path / 'tracking.json').write_text(json.dumps(dict(film='me.mp4', pictures=pictures)))
+    facts = inspect_path(path).facts
+    assert (facts['tracked from'], facts['of its pictures']) == ('me.mp4', '12 of 15')
+    assert facts['left out for'] == {'no': 3}
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        '[]',
+        '{"name": "build; rm -rf ~", "things": [], "options": {}}',
+        '{"name": "build", "things": 3, "options": {}}',
+        '{"name": "build", "things": [], "options": []}',
+        '{"name": "build", "things": [{}], "options": {}}',
+        '[' * 100_000,
+    ],
+    ids=range(6),
+)
+def test_a_strangers_note_of_a_command(here, avatar, text):
+    (here / 'out').mkdir()
+    (here / 'out/avatar.safetensors').write_bytes(avatar.read_bytes())
+    (here / 'out' / inspection.COMMAND).write_text(text)
+    report = inspect_path(here / 'out')
+    assert report.facts['made_by'] == 'not noted' and not report.commands
+
+
+def test_home_in_quotes(here, frames, monkeypatch):
+    monkeypatch.setenv('HOME', str(here))
+    written(here / 'me', frames)
+    assert inspect_path('~/me').kind == 'clip'
+    with pytest.raises(InputError, match='check the name'):
+        inspect_path('~nobody_of_that_name/me')
+
+
+def test_a_flame_folder_and_npz_files(here):
+    (here / 'models').mkdir()
+    flame(here / 'models', None)
+    assert inspect_path(here / 'models').kind == 'head'
+    assert (
+        parsed(shell_line(inspect_path(here / 'models').commands[0]))[1]['head'] == here / 'models'
+    )
+    write_splats(here / 's.npz', *new_avatar(HEAD, 16).world())
+    assert inspect_path(here / 's.npz').kind == 'splats'
 
 
 def test_who_writes_now(here, avatar):

@@ -193,6 +193,16 @@ def _matte_files(clip):
             yield i, (path, bool(leaf.get('mattes')))
 
 
+def _shares_of_others(clip, places):
+    "The same for frames whose mattes are no files of their own; in a database none has a matte."
+    shares = {}
+    for i in places:
+        shares[i] = float((clip[i].mask > 0.5).float().mean())
+        if shares[i] == 1 and 'mattes' not in clip.leaf(i):
+            return dict.fromkeys(places, 1.0)
+    return shares
+
+
 def shares_of(
     clip: Clip,
     show: bool = None,  # a progress bar; None: only on a terminal
