@@ -748,6 +748,17 @@ def _face_clients(server, home):
         client.camera.fov = 2 * math.atan(0.5 / home['focal'])
 
 
+# %% ../../nbs/use/82_viewer.ipynb #ed9267f8
+def _place_panel(server):
+    "The panel lies beside the head, not on it; viser 1.1 has a new way of saying so."
+    theme = dict(control_width='small', show_share_button=False)
+    if hasattr(server.gui, 'main_panel'):
+        server.gui.configure_theme(**theme)
+        server.gui.main_panel.dock_right()
+    else:
+        server.gui.configure_theme(control_layout='fixed', **theme)
+
+
 # %% ../../nbs/use/82_viewer.ipynb #96b5453f
 def _show_with_sliders(server, avatar):
     "The splats, and sliders that pose them."
@@ -888,8 +899,7 @@ def serve(
     _check_guard(server)
     server.url = f'http://127.0.0.1:{server.get_port()}/?token={token}'
     server.scene.set_up_direction('+y')
-    panel = dict(control_layout='fixed', control_width='small')  # beside the head, not on it
-    server.gui.configure_theme(**panel, show_share_button=False)
+    _place_panel(server)
     _face_clients(server, home_view(avatar))
     _show_with_sliders(server, avatar)
     if verbose:
