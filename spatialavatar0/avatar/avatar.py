@@ -300,7 +300,8 @@ def load_avatar(
     sizes = dict(S=head.num_shape, V=head.num_verts, F=len(head.faces), R=resolution or 4096)
     tensors, _ = read_tensors(path, AVATAR_FILE, **sizes)
     face_ids, bary, texels = (tensors[k] for k in ('face_ids', 'bary', 'texels'))
-    if resolution and len(texels.unique(dim=0)) < len(texels):
+    places = texels[:, 0] * resolution + texels[:, 1]
+    if resolution and len(places.unique()) < len(places):
         raise InputError(f'{path}: two Gaussians sit on one texel; make it again')
     names = 'offsets', 'quats', 'log_scales', 'logit_opacities', 'sh0'
     splats = {k: tensors[k] for k in names}

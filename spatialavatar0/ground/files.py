@@ -300,7 +300,8 @@ def _check_values(path, name, x, wanted, kind, sizes):
 
 # %% ../../nbs/ground/02_files.ipynb #5d429011
 def _finite(path, name, x):
-    if not torch.isfinite(x if x.is_complex() else x.double()).all():
+    plain = x.float() if x.is_floating_point() and x.element_size() == 1 else x
+    if not torch.isfinite(plain).all():
         raise InputError(f'{path}: {name} holds nan or inf; the file is damaged')
     return x
 

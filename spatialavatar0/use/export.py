@@ -33,7 +33,7 @@ from torch import Tensor
 from ..avatar.avatar import Avatar
 from ..ground.core import InputError, atomic_path, printable, progress
 from ..ground.geometry import rgb_to_sh0, sh0_to_rgb
-from ..ground.pickles import read_arrays, refuse_odd_file
+from ..ground.pickles import file_bytes, read_arrays, refuse_odd_file
 
 # %% ../../nbs/use/83_export.ipynb #0de5c554
 _NAMES = 'means', 'quats', 'scales', 'opacities', 'colors'
@@ -180,12 +180,20 @@ def _ply_header(start, path):
 
 
 # %% ../../nbs/use/83_export.ipynb #9f1a595b
-def _need_bytes(path, table, there, row):
-    "InputError if a table cannot fit into the bytes that are left."
+_MOST = 500_000_000  # bytes of a file or a table: millions of splats; a head has some ten thousand
+
+
+def _need_bytes(path, table, there, row, taken):  # row, taken: bytes a row has, and needs here
+    "InputError if a table cannot fit into the bytes that are left, or into the memory."
     if there < table.count * row:
         raise InputError(
             f'{path} is cut short: the header promises {table.count:,} rows of '
             f'"{table.name}", there are {max(there, 0) // max(row, 1):,}'
+        )
+    if table.count * taken > _MOST:
+        raise InputError(
+            f'{path}: {table.count:,} rows of "{table.name}" take {table.count * taken:,} bytes; '
+            f'at most {_MOST:,} are read'
         )
 
 
@@ -209,20 +217,28 @@ def _text_rows(file, table, path):
 
 
 # %% ../../nbs/use/83_export.ipynb #02a0cdca
-def _unreadable(path, error):
-    return InputError(f'cannot read {path}: {error.strerror}')
+def _start_of(path, size=1 << 16):
+    "The first bytes of a plain file."
+    refuse_odd_file(path)
+    try:
+        with path.open('rb') as file:
+            return file.read(size)
+    except OSError as error:
+        raise InputError(f'cannot read {path}: {error.strerror}') from error
 
 
 def _text_tables(path, header):
     "The tables of a PLY of text."
     arrays, left = {}, path.stat().st_size - header.size
+    if left > 2 * _MOST:
+        raise InputError(f'{path} has {left:,} bytes of text; at most {2 * _MOST:,} are read')
     with path.open(encoding='latin-1') as file, warnings.catch_warnings():
         warnings.simplefilter('ignore')  # of loadtxt, about empty lines: their number is checked
         file.seek(header.size)
         for table in header.tables:
-            least = 2 * len(table.columns) * table.count
-            _need_bytes(path, table, left + 1, 2 * len(table.columns))
-            left -= least
+            least = 2 * len(table.columns)
+            _need_bytes(path, table, left + 1, least, 6 * least)
+            left -= least * table.count
             if table.count:
                 arrays[table.name] = _text_rows(file, table, path)
             else:
@@ -233,18 +249,13 @@ def _text_tables(path, header):
 # %% ../../nbs/use/83_export.ipynb #ce402773
 def _ply_tables(path):
     "All tables of a PLY up to its vertices, as structured arrays by name."
-    refuse_odd_file(path)
-    try:
-        with path.open('rb') as f:
-            header = _ply_header(f.read(1 << 16), path)
-    except OSError as error:
-        raise _unreadable(path, error) from error
+    header = _ply_header(_start_of(path), path)
     if not header.order:
         return _text_tables(path, header)
     size, arrays, offset = path.stat().st_size, {}, header.size
     for table in header.tables:
         row = table.row(header.order)
-        _need_bytes(path, table, size - offset, row.itemsize)
+        _need_bytes(path, table, size - offset, row.itemsize, row.itemsize)
         count = table.count if row.itemsize else 0  # without columns there are no rows, either
         arrays[table.name] = np.fromfile(path, row, count, offset=offset)
         offset += count * row.itemsize
@@ -477,20 +488,12 @@ def _packed_splats(tables, path):
     )
 
 
-# %% ../../nbs/use/83_export.ipynb #083d638d
-def _read_bytes(path):
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise _unreadable(path, error) from error
-
-
 # %% ../../nbs/use/83_export.ipynb #a890a73c
 _SPLAT_ROW = [('means', '<f4', 3), ('scales', '<f4', 3), ('rgba', 'u1', 4), ('quats', 'u1', 4)]
 
 
 def _read_splat(path):
-    data = _read_bytes(path)
+    data = file_bytes(path, _MOST)
     if len(data) % 32:
         raise InputError(
             f'{path}: a .splat has 32 bytes per Gaussian; {len(data):,} is no multiple of 32: it '
@@ -503,13 +506,8 @@ def _read_splat(path):
 
 
 # %% ../../nbs/use/83_export.ipynb #16c00005
-_NPZ_MOST = 1_000_000_000  # bytes, unfolded: 17 million splats
-
-
 def _read_npz(path):
-    if not path.is_file():
-        raise InputError(f'cannot read {path}: no such file')
-    arrays = read_arrays(path, _NPZ_MOST, _NAMES)
+    arrays = read_arrays(path, _MOST, _NAMES)
     wanted = f'{path} should hold the arrays {", ".join(_NAMES)}'
     if missing := [name for name in _NAMES if not isinstance(arrays, dict) or name not in arrays]:
         raise InputError(f'{wanted}: it lacks {", ".join(missing)}')
@@ -577,7 +575,7 @@ def write_sequence(
     about = folder / 'sequence.json'
     fingerprint = _fingerprint_of(avatar, poses, end)
     text = json.dumps(dict(fingerprint=fingerprint, frames=len(poses), fps=fps, end=end))
-    if not (about.is_file() and about.read_text() == text):
+    if not (about.is_file() and about.read_bytes() == text.encode()):
         _start_over(folder, about, text)
     for i, pose in enumerate(progress(poses, 'write')):
         file = folder / f'frame_{i:05}{end}'
