@@ -610,6 +610,7 @@ def _preset_of(cfg):
     return next((name for name, preset in named.items() if preset == cfg), None)
 
 
+# %% ../nbs/pipeline.ipynb #751c60dc
 def _keep_build(out, photos, cfg):
     "The note of a build, if a command can say the same."
     preset = _preset_of(cfg)
@@ -625,8 +626,10 @@ def _keep_first(out, name, /, *things, **options):
 
 
 # %% ../nbs/pipeline.ipynb #597c805e
-def _check_photos(photos, say):
+def _check_photos(photos, out, say):
     "Refuse what is no picture before anything is fitted; say so if two are the same."
+    for photo in photos:
+        out = check_out(out, photo)
     files = [Path(photo) for photo in photos if isinstance(photo, (str, Path))]
     for path in files:
         load_photo(path)
@@ -634,6 +637,7 @@ def _check_photos(photos, say):
         first = files[names.index(name)]
         if first != path:
             say(f'note: {first.name} and {path.name} are the same picture')
+    return out
 
 
 # %% ../nbs/pipeline.ipynb #4d3c7918
@@ -643,6 +647,13 @@ def _content_of_photos(photos):
     return hash_of([file_hash(p) if is_file else p for p, is_file in zip(photos, are_files)])
 
 
+# %% ../nbs/pipeline.ipynb #34c667e2
+def _sign(avatar, cfg, made_of, **names):
+    "Note in an avatar what it was made of, from which files, and how."
+    avatar.info.update(names, made_of=made_of, config=asdict(cfg))
+
+
+# %% ../nbs/pipeline.ipynb #87be0df6
 @one_writer
 def build_avatar(
     photo,  # file or array; or a list of them, all of one person
@@ -652,9 +663,7 @@ def build_avatar(
 ) -> dict:  # the measurements, as in metrics.json
     "Photo to avatar, films, sheet, splat file and numbers."
     photos = list(photo) if isinstance(photo, (list, tuple)) else [photo]
-    for one in photos:
-        out = check_out(out, one)
-    _check_photos(photos, say)
+    out = _check_photos(photos, out, say)
     cfg = cfg or build_preset()
     set_seed(cfg.seed)
     head = open_head()
@@ -668,13 +677,12 @@ def build_avatar(
     if len(photos) > 1:
         say(_shares(tracked.names, numbers['added']))
     made_of = dict(pictures=_content_of_photos(photos), head=head_content(head))
-    names = dict(photo=tracked.names[0], photos=tracked.names)
-    avatar.info.update(names, made_of=made_of, config=asdict(cfg))
+    _sign(avatar, cfg, made_of, photo=tracked.names[0], photos=tracked.names)
     write_results(avatar, cut, cfg, out, say)
     clock.lap('write')
-    numbers = tracked.errors | numbers | judge_turns(avatar, cut, max(cfg.film, 256))
-    numbers |= dict(made_of=made_of)
+    turns = judge_turns(avatar, cut, max(cfg.film, 256))
     clock.lap('judge')
+    numbers = tracked.errors | numbers | turns | dict(made_of=made_of)
     return _write_metrics(out, numbers, clock, cfg, UNITS)
 
 
@@ -819,6 +827,16 @@ def _tracking_numbers(clip):  # folder of a clip from track_clip
     return {k: v for k, v in report.items() if k in kept}
 
 
+# %% ../nbs/pipeline.ipynb #584660a1
+def _begin_film(film, out, cfg, restart):
+    "Refuse what is no film; forget what should be forgotten; note the command of a first call."
+    open_film(film)
+    if restart:
+        _forget_state(out)
+    if kept_command(out) is None or not (out / 'clip').exists():
+        _keep_build(out, [film], cfg)
+
+
 # %% ../nbs/pipeline.ipynb #cc6a7bd8
 @one_writer
 def build_from_film(
@@ -831,13 +849,9 @@ def build_from_film(
     "Film to avatar, page, films and numbers; interrupted, the same call goes on."
     out = check_out(out, film)
     cfg = cfg or build_preset()
-    clock = _Stopwatch()
     set_seed(cfg.seed)
-    open_film(film)
-    if restart:
-        _forget_state(out)
-    if kept_command(out) is None or not (out / 'clip').exists():
-        _keep_build(out, [film], cfg)
+    clock = _Stopwatch()
+    _begin_film(film, out, cfg, restart)
     train, test = split(track_clip(film, out / 'clip', size=cfg.size, restart=restart, say=say))
     head = open_head()
     clock.lap('track')
@@ -847,15 +861,14 @@ def build_from_film(
     frame = likeness.with_agreed_matte(train[start_frame(train)])
     cut = _squared(frame, cfg.size)
     made_of = read_header(out / 'state.safetensors', STATE)['made_of']
-    info = dict(film=Path(film).name, made_of=made_of, config=asdict(cfg))
-    likeness.avatar.info.update(info)
+    _sign(likeness.avatar, cfg, made_of, film=Path(film).name)
     (out / FILES['metrics']).unlink(missing_ok=True)
     _save_overlay(frame, head, out / FILES['tracking'])
     write_results(likeness.avatar, cut, cfg, out, say)
     clock.lap('write')
     numbers |= judge_turns(likeness.avatar, cut, max(cfg.film, 256))
-    numbers |= dict(tracking=_tracking_numbers(out / 'clip'), made_of=made_of)
     clock.lap('judge')
+    numbers |= dict(tracking=_tracking_numbers(out / 'clip'), made_of=made_of)
     return _write_metrics(out, numbers, clock, cfg, FILM_UNITS)
 
 
@@ -894,6 +907,24 @@ class RefineOptions:
         return paper_config(iters=self.iters) if self.paper else RefineConfig(iters=self.iters)
 
 
+# %% ../nbs/pipeline.ipynb #476b7a53
+def _usable_halves(clip, head, say):
+    "Frames to learn from, and held-out ones; those without a person are left out."
+    halves = zip(('train', 'test'), train_test(clip, head))
+    train, test = (usable(half, head, f'{clip}, {name}', say) for name, half in halves)
+    say(f'{len(train)} frames to learn from, {len(test)} held out')
+    return train, test
+
+
+def _refined_in_words(numbers, file):
+    "The last line a refinement says."
+    before, after = numbers['start'], numbers['refined']
+    return (
+        f'held out: {before["psnr"]:.1f} -> {after["psnr"]:.1f} dB; longest splat '
+        f'{after["aspect_max"]:.1f} times its width; {file}'
+    )
+
+
 # %% ../nbs/pipeline.ipynb #5a6014f5
 @one_writer
 def refine_clip(
@@ -909,13 +940,11 @@ def refine_clip(
     head = head_for(clip, options.head)
     out = Path(out)
     state = out / 'state.safetensors'
-    parts = zip(('train', 'test'), train_test(clip, head))
-    train, test = (usable(part, head, f'{clip}, {name}', say) for name, part in parts)
-    things = avatar if str(avatar) == 'new' else Path(avatar), Path(clip)
+    train, test = _usable_halves(clip, head, say)
     if restart:
         _forget_state(out)
+    things = avatar if str(avatar) == 'new' else Path(avatar), Path(clip)
     _keep_first(out, 'refine', *things, **_given(options))
-    say(f'{len(train)} frames to learn from, {len(test)} held out')
     start = _start_of(avatar, train, head, out, options, say)
     if not state.exists():
         start.save(out / 'start.safetensors')
@@ -927,11 +956,7 @@ def refine_clip(
     end.save(out / 'avatar.safetensors')
     numbers = _refine_numbers(start, end, log, test, options) | dict(made_of=made_of)
     _write_json(out / 'metrics.json', numbers)
-    before, after = numbers['start'], numbers['refined']
-    say(
-        f'held out: {before["psnr"]:.1f} -> {after["psnr"]:.1f} dB; longest splat '
-        f'{after["aspect_max"]:.1f} times its width; {out / "avatar.safetensors"}'
-    )
+    say(_refined_in_words(numbers, out / 'avatar.safetensors'))
     return numbers
 
 
@@ -1042,6 +1067,23 @@ def _trained_in_words(numbers, file):
     return '; '.join([*said, str(file)])
 
 
+# %% ../nbs/pipeline.ipynb #5670e395
+def _training_head(options):
+    "The head model of the data, which are looked for before anything is written; None: ours."
+    if bool(options.mono) != bool(options.multi):
+        raise InputError(
+            'real data need both --mono and --multi: clips of one camera, and of several'
+        )
+    clips = _folders_in(options.mono, options.multi)
+    return head_for(clips, options.head) if options.head else None
+
+
+def _trained_numbers(trainer, log):
+    "How far it came, on what, and what it cost."
+    counts = dict(steps=trainer.step_number, of=trainer.total)
+    return counts | dict(seconds=round(trainer.seconds), made_of=trainer.identity(), log=log)
+
+
 # %% ../nbs/pipeline.ipynb #f8ef9d71
 @one_writer
 def train_generator(
@@ -1052,17 +1094,10 @@ def train_generator(
 ) -> dict:  # what metrics.json holds
     "Train a generator; resumes from out/state.safetensors."
     options = options or TrainOptions()
-    if bool(options.mono) != bool(options.multi):
-        raise InputError(
-            'real data need both --mono and --multi: clips of one camera, and of several'
-        )
-    clips = _folders_in(options.mono, options.multi)
-    head = head_for(clips, options.head) if options.head else None
+    head = _training_head(options)
     out = Path(out)
     generator = from_preset(options.preset, head, options.seed).to(options.device)
     if restart:
-        for folder in filter(None, (options.mono, options.multi)):
-            subjects(folder)  # there and readable: only then is anything removed
         _forget_state(out)
         _forget_looks(out)
     _keep_first(out, 'train', **_given(options))
@@ -1070,8 +1105,7 @@ def train_generator(
     log = trainer.run(state=out / 'state.safetensors')
     if trainer.flag:
         raise interruption(trainer.flag[0])
-    counts = dict(steps=trainer.step_number, of=trainer.total)
-    numbers = counts | dict(seconds=round(trainer.seconds), made_of=trainer.identity(), log=log)
+    numbers = _trained_numbers(trainer, log)
     _save_generator(generator, out, trainer, options)
     if not options.mono and head is None:
         numbers['held_out'] = _painted_scores(generator)
@@ -1142,6 +1176,7 @@ def _is_clip(path):
     return path.is_dir() and not any(map(is_picture, path.iterdir()))
 
 
+# %% ../nbs/pipeline.ipynb #1c2de216
 def _performed(path, driver, say):
     "The poses of a performer, read or tracked."
     if not path.exists():
@@ -1265,6 +1300,7 @@ def export_avatar(
         return write_sequence(avatar, poses, out, form, fps)
 
 
+# %% ../nbs/pipeline.ipynb #9f02b1d7
 def _export_file(avatar, out):
     "A splat file, a mesh for engines or a page."
     if out.suffix.lower() == '.glb':
@@ -1319,7 +1355,7 @@ def _judged_content(avatar, clip, head):
 
 def _refuse_again(results, key, made_of):
     "No second line of one name: neither of the same content, nor of another."
-    line = results.line(**key)
+    line = results.line(**key, driver=key['subject'])
     if line is None:
         return
     where = f'the line of {key["method"]} on {key["subject"]} in {results.path}'
@@ -1328,6 +1364,14 @@ def _refuse_again(results, key, made_of):
     raise InputError(f'{where} is there already, made of the same; {ways}')
 
 
+# %% ../nbs/pipeline.ipynb #5d116526
+def _table_with(line, results):
+    "The table a line belongs to, and where it is kept."
+    same = [kept for kept in results.lines if _is_comparable(kept, line)]
+    return f'{result_table(same)}\n\n{results.path.resolve()}'
+
+
+# %% ../nbs/pipeline.ipynb #91ed65c9
 def evaluate_avatar(
     avatar,  # an avatar file, warp or network
     clip,  # a folder in any format of page 33
@@ -1346,20 +1390,17 @@ def evaluate_avatar(
     p = _own_protocol(protocol)
     sweep(Path(out).parent)
     results = Results(out)
-    method = method or Path(str(avatar)).stem
-    subject = subject or Path(clip).resolve().name
-    frames = load_clip(clip, head)
-    made_of = _judged_content(avatar, frames, head)
-    names = dict(method=method, subject=subject, seed=seed)
+    made_of = _judged_content(avatar, load_clip(clip, head), head)
+    names = dict(method=method or Path(str(avatar)).stem, seed=seed)
+    names['subject'] = subject or Path(clip).resolve().name
     if not restart:
-        _refuse_again(results, dict(names, protocol=p.id, driver=subject), made_of)
+        _refuse_again(results, dict(names, protocol=p.id), made_of)
     part = usable_parts(parts_of_folder(clip, p, head), head, str(clip), say)
     shown = _avatar_to_judge(avatar, p, part, head, given, seed)
     more = dict(made_of=made_of, **left_out_of(part))
     line = _judged(shown, part['test'], p, say, **names, **more)
     results.add(line, restart)
-    same = [kept for kept in results.lines if _is_comparable(kept, line)]
-    say(f'{result_table(same)}\n\n{Path(out).resolve()}')
+    say(_table_with(line, results))
     return line
 
 
@@ -1404,6 +1445,17 @@ def _forget_states(folder):
         path.unlink()
 
 
+# %% ../nbs/pipeline.ipynb #6ff2e76d
+def _table_of(p, out, failed):
+    "The table of a protocol, and where its lines are kept."
+    lines = [line for line in Results(out).lines if line.protocol == p.id]
+    if not lines:
+        why = next(iter(failed.values()), 'there is no clip')
+        raise InputError(f'nobody could be judged: {why}')
+    return f'{result_table(lines)}\n\n{out.resolve()}'
+
+
+# %% ../nbs/pipeline.ipynb #e1d8d11b
 def benchmark_people(
     folder,  # a folder per person inside
     protocol: str,  # as for evaluate_avatar; or one of pairs
@@ -1432,9 +1484,5 @@ def benchmark_people(
         failed = run_all(jobs, out, options.processes, say, restart)
         if not any(Path(state).glob('*.safetensors')):  # nothing to go on with
             (Path(state) / COMMAND).unlink()
-    lines = [line for line in Results(out).lines if line.protocol == p.id]
-    if not lines:
-        why = next(iter(failed.values()), 'there is no clip')
-        raise InputError(f'nobody could be judged: {why}')
-    say(f'{result_table(lines)}\n\n{out.resolve()}')
+    say(_table_of(p, out, failed))
     return failed

@@ -742,6 +742,16 @@ def _is_done(out, made_of):
     return (out / 'transforms.json').is_file() and not is_half_written(out)
 
 
+# %% ../../nbs/capture/75_film.ipynb #5c9355bd
+def _write_clip(tracking, film, made_of, out, head):
+    "The clip and its report, as the options of `made_of` want it."
+    options = made_of['options']
+    about = hash_of(made_of)
+    frames = _frames_of_clip(tracking.fit, film, tracking.use, options['size'], about)
+    more = {'tracking.json': _report(made_of, film, tracking)}
+    write_vhap(frames, out, head, train=options['train'], more=more)
+
+
 # %% ../../nbs/capture/75_film.ipynb #8d50c116
 def track_video(
     video,  # film file, or a folder of pictures
@@ -769,9 +779,7 @@ def track_video(
             begun(work)
         rows = film_faces(film, work / 'faces', model)
         tracking = _track_faces(film, rows, head, focal, judge, say)
-        frames = _frames_of_clip(tracking.fit, film, tracking.use, size, hash_of(made_of))
-        more = {'tracking.json': _report(made_of, film, tracking)}
-        write_vhap(frames, out, head, train=train, more=more)
+        _write_clip(tracking, film, made_of, out, head)
     _forget(work, made_of)
     return read_vhap(out, head=head)
 

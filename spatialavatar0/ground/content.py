@@ -32,7 +32,7 @@ from torch import Tensor
 
 from .assets import data_dir
 from .core import InputError
-from .pickles import printable
+from .pickles import printable, refuse_odd_file
 
 
 # %% ../../nbs/ground/05_content.ipynb #20cb6483
@@ -56,6 +56,7 @@ _KEPT = 400_000  # files at most
 
 def _stamp(path):
     "What changes when a file changes: size, times, number in the file system."
+    refuse_odd_file(path, 2**62)
     found = os.stat(path)
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
@@ -78,6 +79,7 @@ def _database():
     return base
 
 
+# %% ../../nbs/ground/05_content.ipynb #c38a03c9
 def _kept(paths):
     "Path -> (stamp, hash), of those that are kept."
     rows, paths = [], list(paths)
@@ -119,6 +121,7 @@ def _hash_new(paths):
         return dict(zip(paths, pool.map(_read_hash, paths)))
 
 
+# %% ../../nbs/ground/05_content.ipynb #c57b234a
 def file_hashes(
     paths,  # files
 ) -> list:  # 16 hex digits each
@@ -158,6 +161,7 @@ def _bytes_of(x):
     raise TypeError(f'hash_of knows tensors, arrays, texts, numbers and what holds them; got {x!r}')
 
 
+# %% ../../nbs/ground/05_content.ipynb #c51c5402
 def _parts_of(x):
     "Kind and parts of a value that has some; None for another."
     if is_dataclass(x) and not isinstance(x, type):
@@ -213,6 +217,7 @@ def _without_paths(x, known):
     return x
 
 
+# %% ../../nbs/ground/05_content.ipynb #ce262aaf
 def branches(
     leaves,  # a dict per frame: part -> value; a Path stands for the bytes of its file
 ) -> dict:  # part -> 16 hex digits
@@ -246,6 +251,7 @@ def _is_hash(value):
     return isinstance(value, str) and len(value) == 16 and not set(value) - set('0123456789abcdef')
 
 
+# %% ../../nbs/ground/05_content.ipynb #1cac08a2
 def _flat(tree, *above):
     "Branches of nested fingerprints: ('mono', 'pictures') -> hash."
     found = {}
@@ -258,6 +264,7 @@ def _flat(tree, *above):
     return found
 
 
+# %% ../../nbs/ground/05_content.ipynb #e991c07a
 def _change(path, before, now):
     "One change, in words."
     part, *of = path[::-1]

@@ -88,6 +88,7 @@ def person_of(
     return next((match[1] for match in found if match), name)
 
 
+# %% ../../nbs/judge/92_benchmark.ipynb #482adccb
 def _clips_in(folder):
     "Name -> path of the clips in a folder, in natural order."
     folder = Path(folder)
@@ -112,6 +113,7 @@ def _joined_names(path):
     return [sequence.name for sequence in found if sequence != path.absolute()]
 
 
+# %% ../../nbs/judge/92_benchmark.ipynb #970e0343
 def _one_person(name, paths, say):
     "What stands for a person: a clip, the largest joined set, or all sequences together."
     joined = {path: names for path in paths if (names := _joined_names(path))}
@@ -128,6 +130,7 @@ def _one_person(name, paths, say):
     return paths[0]
 
 
+# %% ../../nbs/judge/92_benchmark.ipynb #b3c05b77
 def subjects(
     folder,  # with a folder per clip
     say=lambda text: None,  # tells which clips belong to one person
@@ -204,6 +207,7 @@ def _own_parts(path, head, p):
     return dict(train=train, test=test, source=train[0], cut=cut)
 
 
+# %% ../../nbs/judge/92_benchmark.ipynb #b6e9a320
 def parts_of_folder(
     path,  # a folder in any format, or a list as for load_clip
     p: Protocol,
@@ -226,6 +230,7 @@ def _usable_source(part, train, head, what):
     return train[0]
 
 
+# %% ../../nbs/judge/92_benchmark.ipynb #62ce0830
 def usable_parts(
     part: dict,  # from parts_of_clip
     head: Head,
@@ -325,6 +330,12 @@ def avatar_by(
     return refine(start, part['train'], method.iters, **how)[0]
 
 
+# %% ../../nbs/judge/92_benchmark.ipynb #80f5c192
+def _as_tuple(at):
+    "A folder, or several, as a tuple."
+    return (at,) if isinstance(at, (str, Path)) else tuple(at)
+
+
 # %% ../../nbs/judge/92_benchmark.ipynb #8eb837a5
 @dataclass(frozen=True)
 class Job:
@@ -346,12 +357,7 @@ class Job:
 
     def __post_init__(self):
         for name in ('shown_at', 'driver_at'):
-            at = getattr(self, name)
-            object.__setattr__(self, name, (at,) if isinstance(at, (str, Path)) else tuple(at))
-
-    @property
-    def crosses(self):
-        return self.driver != self.shown
+            object.__setattr__(self, name, _as_tuple(getattr(self, name)))
 
     @property
     def key(self):  # of its line
@@ -402,6 +408,7 @@ def start_content(
     return dict(start=file_hash(generator_file(name)))
 
 
+# %% ../../nbs/judge/92_benchmark.ipynb #d46f32c6
 def job_content(
     job: Job,
     head: Head = None,  # its head model, if it is known already
@@ -410,7 +417,7 @@ def job_content(
     method = method_of(job.method, job.iters, job.resolution)
     head = head or _head_of(job)
     people = dict(clip=load_clip(_path_of(job.shown_at), head).fingerprint())
-    if job.crosses:
+    if job.driver != job.shown:
         people['driver'] = load_clip(_path_of(job.driver_at), head).fingerprint()
     options = dict(iters=job.iters) if method.refine else {}
     return dict(people, head=head_content(head), options=options | start_content(method))
@@ -441,7 +448,7 @@ def run_job(job: Job) -> Line:
     method = method_of(job.method, job.iters, job.resolution)
     avatar = avatar_by(method, p, part, head, job.seed, _state_file(job), job.device)
     render, test, source = renderer(avatar), part['test'], None
-    if job.crosses:
+    if job.driver != job.shown:
         driven = _parts_of(job.driver, _path_of(job.driver_at), p, head)
         test, part['left_out'] = driven['test'], driven['left_out']
         render, source = _driven(avatar, test, head), part['source']
@@ -488,6 +495,7 @@ def _is_done(job, results, restart):
     return True
 
 
+# %% ../../nbs/judge/92_benchmark.ipynb #38cbbdfa
 def run_all(
     jobs: list,
     out,  # .jsonl; lines that are there are not made again

@@ -27,6 +27,7 @@ __all__ = [
     'blank_pictures',
     'read_pair',
     'read_frames',
+    'NoSplit',
     'check_files',
     'check_once',
     'is_joined',
@@ -167,15 +168,14 @@ class Clip:
         cache: int = 0,  # how many made frames to keep
         leaf=None,  # function i -> dict: what frame i is made of, for `fingerprint`
     ):
+        if callable(source) and length is None:
+            raise ValueError('a clip from a function needs its length')
         if callable(source):
-            if length is None:
-                raise ValueError('a clip from a function needs its length')
             self._make = lru_cache(cache)(source) if cache else source
         else:
             source = _sequence(source)
             self._make, length = source.__getitem__, len(source)
-        source_leaf = source.leaf if getattr(source, 'knows_leaves', False) else None
-        self._leaf = leaf or source_leaf
+        self._leaf = leaf or (source.leaf if getattr(source, 'knows_leaves', False) else None)
         self.places = range(length)
 
     def __len__(self):
@@ -212,6 +212,7 @@ def leaf_of(
     )
 
 
+# %% ../../nbs/pictures/32_clips.ipynb #9f40162c
 @patch
 def leaf(self: Clip, i: int) -> dict:
     "What frame i is made of, see `content.branches`."
@@ -534,6 +535,7 @@ def _has_files(folder):
     return any(not path.name.startswith('.') for path in folder.iterdir())
 
 
+# %% ../../nbs/pictures/32_clips.ipynb #73ff56a1
 def _resume(clip, folder, head):
     "Lines about the frames that are already there; refuses a folder that is not ours to fill."
     log = folder / _JOURNAL
@@ -606,6 +608,7 @@ def _belongs(path, folder, more):
     return any(path.match(pattern) for pattern in tops)
 
 
+# %% ../../nbs/pictures/32_clips.ipynb #326a1cff
 def remove_clip(
     folder,  # written by `write_vhap`, whole or half
     *more: str,  # names of further files of ours in it
@@ -658,6 +661,7 @@ def _content_of(lines):
     return hash_of([line['leaf'] for line in lines])
 
 
+# %% ../../nbs/pictures/32_clips.ipynb #07c2f779
 def _finish(folder, lines, head, train, more):
     "The files that make a folder a data set, transforms.json last."
     content = _content_of(lines)
@@ -738,6 +742,7 @@ def _is_path(path):
     return 0 < len(name) < 2000 and b'\0' not in name and max(map(len, name.split(b'/'))) < 256
 
 
+# %% ../../nbs/pictures/32_clips.ipynb #6f9c96dc
 def inside(
     folder,  # of the data set
     path,  # as an entry of it has it
@@ -791,6 +796,7 @@ def _intrinsics(entry):
     return torch.tensor([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]])
 
 
+# %% ../../nbs/pictures/32_clips.ipynb #6b07c3a8
 def _camera(entry, where):
     "viewmat and K of an entry."
     try:
@@ -890,6 +896,7 @@ def _numbers_of(picture):
     return np.array(picture.convert('RGBA' if alpha else 'RGB'))
 
 
+# %% ../../nbs/pictures/32_clips.ipynb #c45af155
 def read_picture(
     path,  # or an open file
     size=None,  # (width, height) it should have
@@ -987,6 +994,10 @@ def read_frames(
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #f86ac50c
+class NoSplit(InputError):
+    "The data set has no such part."
+
+
 def _open_transforms(folder, split):
     "Contents of a transforms file."
     path = folder / f'transforms{"_" + split if split else ""}.json'
@@ -998,7 +1009,8 @@ def _open_transforms(folder, split):
             'same clip again'
         )
     others = ', '.join(sorted(p.name for p in folder.glob('transforms*.json')))
-    raise InputError(f'{folder} has no {path.name}; it has {others or "no transforms file at all"}')
+    error = NoSplit if split and 'transforms.json' in others else InputError
+    raise error(f'{folder} has no {path.name}; it has {others or "no transforms file at all"}')
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #0b4ec7b2
@@ -1068,6 +1080,7 @@ def _parts_of(folder, split):
     return {split: _open_transforms(folder, split)}
 
 
+# %% ../../nbs/pictures/32_clips.ipynb #9da2ee4a
 def _listed(folder, split, head):
     "Shots of a data set and the part each stands in."
     shots = []
@@ -1116,7 +1129,8 @@ def _chosen(listed, split, where):
     if split is None and len({part for part, _ in listed}) > 1:  # a frame may stand in two parts
         shots = list({(shot.image, shot.time, shot.camera): shot for shot in shots}.values())
     if not shots and split != 'val':
-        raise InputError(f'{where} has no {split or ""} frames'.replace('  ', ' '))
+        error = NoSplit if split else InputError
+        raise error(f'{where} has no {split or ""} frames'.replace('  ', ' '))
     check_once([(shot.time, shot.camera) for shot in shots], where)
     return sorted(shots, key=_in_order)
 

@@ -37,6 +37,7 @@ from operator import index
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor
 
 from spatialavatar0.pictures.looks import (
@@ -996,8 +997,12 @@ class People:
         behind = _backdrop(self.domain, who)
         return _painted(self.domain, who, t, c, self.head, light, behind)
 
-    def person(self, i: int) -> Character:  # the truth about somebody
-        return _person(self.seeds[index(i)], self.head)
+
+# %% ../../nbs/pictures/36_domains.ipynb #f187d753
+@patch
+def person(self: People, i: int) -> Character:
+    "The truth about somebody."
+    return _person(self.seeds[index(i)], self.head)
 
 
 # %% ../../nbs/pictures/36_domains.ipynb #88508de5

@@ -485,6 +485,7 @@ def _painted_by(head, *recipe):
     return lambda i: dict(recipe=[named(), i])
 
 
+# %% ../../nbs/pictures/35_people.ipynb #f526f2dd
 def mono_clip(
     person: Person,
     frames: int,  # at 25 a second

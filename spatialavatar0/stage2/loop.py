@@ -439,6 +439,7 @@ class Shot(NamedTuple):
     target: Tensor  # (H,W,3) on the same background
 
 
+# %% ../../nbs/stage2/61_loop.ipynb #9104c4e8
 @patch
 def loss(self: Refinement, view, background):
     "The loss of one picture (Eq. 5, and our terms)."
@@ -553,6 +554,7 @@ STATE = FileKind(
 )
 
 
+# %% ../../nbs/stage2/61_loop.ipynb #c7d97c16
 @patch
 def save(self: Refinement, path):
     "Write all that lives between steps to one .safetensors file, whole or not at all."
@@ -564,6 +566,7 @@ def save(self: Refinement, path):
     write_tensors(path, tensors, STATE, meta)
 
 
+# %% ../../nbs/stage2/61_loop.ipynb #01b0b6d3
 @patch
 def identity(self: Refinement):
     "What must be the same for a run to go on: clip, avatar, head, options."
@@ -675,6 +678,7 @@ def _walk(self: Refinement, callback, state, every):
             self._keep(state)
 
 
+# %% ../../nbs/stage2/61_loop.ipynb #b40ed333
 @patch
 def _try_step(self: Refinement):
     "A step; one that fails draws the same picture when it is tried again."
@@ -695,11 +699,23 @@ def _call(self: Refinement, callback, i):
         self.flag.append(signal.SIGINT)
 
 
+# %% ../../nbs/stage2/61_loop.ipynb #d80dfd5f
 @patch
 def _keep(self: Refinement, state):
     "Write the state, if there is a place for it."
     if state:
         self.save(state)
+
+
+# %% ../../nbs/stage2/61_loop.ipynb #d9c0e610
+@patch
+def go_on_from(self: Refinement, state):  # a file, which need not exist; or None
+    "Where an earlier call stopped, if it did."
+    if state is None:
+        return
+    self.identity()  # of what it begins with, not of what lies there hours later
+    if Path(state).exists():
+        self.load(state)
 
 
 # %% ../../nbs/stage2/61_loop.ipynb #7923e1ed
@@ -726,10 +742,7 @@ def refine(
     if not len(clip):
         raise InputError('refine needs at least one frame; the clip is empty')
     run = Refinement(avatar, clip, cfg, iters, seed, gate, extra, device, also)
-    if state:
-        run.identity()  # of what it begins with, not of what lies there hours later
-    if state and Path(state).exists():
-        run.load(state)
+    run.go_on_from(state)
     result = run.go(callback, state)
     if run.flag and not (unfinished and run.flag[0] == signal.SIGINT):
         raise interruption(run.flag[0])
