@@ -107,6 +107,7 @@ def _argument(value):
     return f'./{value}' if is_path and str(value).startswith('-') else str(value)
 
 
+# %% ../nbs/inspection.ipynb #7e359cb5
 def command(
     name: str,  # of one of our commands
     /,
@@ -174,6 +175,7 @@ def _shown(value):
     return printable(value, 300)
 
 
+# %% ../nbs/inspection.ipynb #a0883d5a
 def report_rows(
     report: Report,
 ) -> list:  # (name, words)
@@ -201,6 +203,7 @@ def report_text(
     return '\n'.join(lines)
 
 
+# %% ../nbs/inspection.ipynb #ee2db88c
 def report_json(
     report: Report,
 ) -> str:
@@ -228,6 +231,7 @@ def _told(path):
     return found if isinstance(found, dict) else {}
 
 
+# %% ../nbs/inspection.ipynb #c866928a
 @contextmanager
 def warnings_as_notes(
     report: Report,
@@ -235,10 +239,12 @@ def warnings_as_notes(
     "Inside, what a reader warns of is noted."
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
-        yield
-    for warning in caught:
-        if not issubclass(warning.category, (DeprecationWarning, ResourceWarning)):
-            report.note(str(warning.message))
+        try:
+            yield
+        finally:
+            for warning in caught:
+                if not issubclass(warning.category, (DeprecationWarning, ResourceWarning)):
+                    report.note(str(warning.message))
 
 
 # %% ../nbs/inspection.ipynb #7ca3a6cf
@@ -280,26 +286,6 @@ def _photo(path, head):
     return report
 
 
-def _film(path, head):
-    "A film: build makes an avatar of it, track a clip."
-    report = Report('film', path, 'a film')
-    with warnings_as_notes(report):
-        film = open_film(path)
-    seconds = round(film.about / film.fps, 2)
-    report.facts = dict(pictures=film.about, rate=film.fps, seconds=seconds, **film_facts(film))
-    report.notes += [words for name, words in _ODD_FILMS.items() if report.facts[name]]
-    report.fingerprint = dict(film=file_hash(path))
-    report.commands = [command('build', path, out=free_name('out'))]
-    return report
-
-
-_ODD_FILMS = dict(
-    high_range='its brightness goes beyond white (HDR): it is turned into sRGB',
-    interlaced='its lines come in two halves: they are put together',
-    uneven='its pictures are spaced unevenly: they are taken at an even beat',
-)
-
-
 # %% ../nbs/inspection.ipynb #2b4117ef
 def film_facts(
     film: Film,
@@ -320,6 +306,28 @@ def film_facts(
     )
 
 
+# %% ../nbs/inspection.ipynb #d598e771
+def _film(path, head):
+    "A film: build makes an avatar of it, track a clip."
+    report = Report('film', path, 'a film')
+    with warnings_as_notes(report):
+        film = open_film(path)
+    seconds = round(film.about / film.fps, 2)
+    report.facts = dict(pictures=film.about, rate=film.fps, seconds=seconds, **film_facts(film))
+    report.notes += [words for name, words in _ODD_FILMS.items() if report.facts[name]]
+    report.fingerprint = dict(film=file_hash(path))
+    report.commands = [command('build', path, out=free_name('out'))]
+    return report
+
+
+_ODD_FILMS = dict(
+    high_range='its brightness goes beyond white (HDR): it is turned into sRGB',
+    interlaced='its lines come in two halves: they are put together',
+    uneven='its pictures are spaced unevenly: they are taken at an even beat',
+)
+
+
+# %% ../nbs/inspection.ipynb #4f0891ca
 def _sizes_of(files):
     "Size -> names of the pictures that have it."
     sizes = {}
@@ -353,6 +361,7 @@ def check_pictures(
     return []
 
 
+# %% ../nbs/inspection.ipynb #5b554dcc
 def _pictures(path, head):
     "A folder of pictures: track makes a clip of it."
     files = pictures_in(path)
@@ -392,6 +401,7 @@ def head_options(
     return dict(head=Path(file.path), num_shape=file.num_shape, num_expr=file.num_expr)
 
 
+# %% ../nbs/inspection.ipynb #a25db748
 def data_options(
     head,  # as for head_options
 ) -> dict:  # as for command
@@ -428,6 +438,7 @@ def _facts_of_frames(frames):
     return facts if offset is None else facts | dict(offsets=offset.shape[-2])
 
 
+# %% ../nbs/inspection.ipynb #b9b0a5d0
 def _splits(path, head, format):
     "How many frames each part has that the data set, or else this kit, makes."
     train, test = train_test(path, head, format)
@@ -453,6 +464,7 @@ def _twins(clip):
     return [names for names in groups.values() if len(names) > 1]
 
 
+# %% ../nbs/inspection.ipynb #0177bd97
 def _look_at_clip(report, clip, head):
     "Everything about a clip that can be read."
     with blank_pictures():
@@ -485,6 +497,7 @@ def _half_written(report):
     return report
 
 
+# %% ../nbs/inspection.ipynb #c1d88b3b
 def _film_of(path):
     "What the tracking of a clip of ours says of its film."
     told = _told(path / 'tracking.json')
@@ -501,6 +514,7 @@ def _film_of(path):
     return facts | ({'left out for': dict(lost)} if lost else {})
 
 
+# %% ../nbs/inspection.ipynb #d2bab98f
 def _clip(path, head):
     "A clip: refine makes an avatar of it."
     format = detect(path)
@@ -554,6 +568,7 @@ def _people_facts(clips, head):
     return dict(people=list(clips), frames=frames, formats=dict(formats)), notes
 
 
+# %% ../nbs/inspection.ipynb #6972c458
 def _people(path, head):
     "A folder of people: benchmark runs over them."
     report = Report('people', path, 'a folder of people: clips, one or more of each')
@@ -572,6 +587,7 @@ def _people(path, head):
     return report
 
 
+# %% ../nbs/inspection.ipynb #bc7f97a4
 _PROTOCOLS = dict(  # of the papers that work with a format
     vhap='vhap_time',
     imavatar='splattingavatar',
@@ -587,6 +603,7 @@ def _has_held_out_camera(frames):
     return {held_out} < {frame.camera_index for frame in frames}
 
 
+# %% ../nbs/inspection.ipynb #08319812
 def _fitting_protocol(clips, head):
     "The protocol of the papers that use such data; a share, where a clip is too short for it."
     first = next(iter(clips.values()))
@@ -646,6 +663,7 @@ def _avatar(path, head):
     return report
 
 
+# %% ../nbs/inspection.ipynb #75384eaa
 def _generator(path, head):
     "A generator: benchmark makes avatars with it."
     meta = read_header(path, GENERATOR)
@@ -682,6 +700,7 @@ def _from_here(word):
     return place.relative_to(Path.cwd()) if place.is_relative_to(Path.cwd()) else place
 
 
+# %% ../nbs/inspection.ipynb #14530e2f
 def keep_command(
     folder,  # of the results
     name: str,  # as for command
@@ -696,6 +715,7 @@ def keep_command(
         unfinished.write_text(json.dumps(words, indent=1))
 
 
+# %% ../nbs/inspection.ipynb #92087fa0
 def kept_command(
     out,  # folder of the results
 ) -> list:  # words; None without a note
@@ -724,6 +744,7 @@ def _refinement(path, head):
     return _going_on(report, path.parent)
 
 
+# %% ../nbs/inspection.ipynb #312881db
 def _training(path, head):
     "The state of a training, and how it goes on."
     meta = read_header(path, TRAINING)
@@ -737,6 +758,7 @@ def _training(path, head):
     return _going_on(report, path.parent)
 
 
+# %% ../nbs/inspection.ipynb #97e0d3c7
 def _going_on(report, out):
     "Whether a run is at its end, and the command that goes on with it."
     step, of = (report.facts.get(name) or 0 for name in ('step', 'of'))
@@ -760,6 +782,7 @@ def _tables(lines):
     return found
 
 
+# %% ../nbs/inspection.ipynb #84d2306d
 def _results(path, head):
     "Lines of results: benchmark adds what is missing."
     lines = Results(path).lines
@@ -775,6 +798,7 @@ def _results(path, head):
     return report
 
 
+# %% ../nbs/inspection.ipynb #0bfd7e85
 def _one_more_line(line, path):
     "The command that adds lines like this one."
     how = dict(protocol=line.protocol.removeprefix('own split '), method=line.method, out=path)
@@ -792,6 +816,7 @@ def _or_a_new_avatar(words):
     return [words] if AVATAR.exists() else [command('demo', out=AVATAR.parent), words]
 
 
+# %% ../nbs/inspection.ipynb #61ff56eb
 def _recording(path, head):
     "An ARKit recording: animate drives an avatar with it."
     report = Report('recording', path, 'a recorded performance: ARKit weights')
@@ -810,6 +835,7 @@ def _recording(path, head):
     return report
 
 
+# %% ../nbs/inspection.ipynb #d0e8c354
 def _splats(path, head):
     "Splats at rest."
     report = Report('splats', path, 'splats at rest: any splat viewer opens them')
@@ -898,6 +924,7 @@ def _run(path, head):
     return _after(report, path, head)
 
 
+# %% ../nbs/inspection.ipynb #5cc2f811
 def _after(report, path, head):
     "What to do with the results of a finished run."
     if (path / 'generator.safetensors').is_file():
@@ -923,6 +950,7 @@ def _tracking(path, head):
     return report
 
 
+# %% ../nbs/inspection.ipynb #897be677
 def _sequence(path, head):
     "Splats of a motion, a file for each frame."
     about = _told(path / 'sequence.json')
@@ -935,14 +963,6 @@ def _sequence(path, head):
 
 
 # %% ../nbs/inspection.ipynb #92664d28
-class Kind(NamedTuple):
-    "A kind of thing."
-
-    expected: str  # what it is called in the error for what is none of them
-    is_one: Callable  # path -> bool
-    look: Callable  # path, head -> Report
-
-
 def _has_key(key):
     return lambda path: path.is_file() and key in _header_keys(path)
 
@@ -960,6 +980,7 @@ def _arrays_in(path):
         return set()
 
 
+# %% ../nbs/inspection.ipynb #e7234c2d
 def _is_splats(path):
     is_npz = _ends('.npz')(path) and 'means' in _arrays_in(path)
     return is_npz or _ends('.ply', '.splat', '.spz', '.sog')(path)
@@ -990,6 +1011,7 @@ OTHERS = {  # files that belong to something larger
 }
 
 
+# %% ../nbs/inspection.ipynb #c201775e
 def _are_states(path):
     files = list(path.glob('*_*.safetensors')) if path.is_dir() else []
     return bool(files) and all(STATE.key in _header_keys(file) for file in files)
@@ -1005,6 +1027,15 @@ def _states(path, head):
     if not words:
         report.note('the benchmark that began them goes on with them')
     return report
+
+
+# %% ../nbs/inspection.ipynb #85474490
+class Kind(NamedTuple):
+    "A kind of thing."
+
+    expected: str  # what it is called in the error for what is none of them
+    is_one: Callable  # path -> bool
+    look: Callable  # path, head -> Report
 
 
 # %% ../nbs/inspection.ipynb #01104337
@@ -1049,6 +1080,7 @@ def _what_else(path):
     return ''
 
 
+# %% ../nbs/inspection.ipynb #e7e8bdf3
 def _at_home(path):
     "A path whose ~ is the home folder, as a shell would have made of it."
     try:
@@ -1057,6 +1089,7 @@ def _at_home(path):
         return Path(path)
 
 
+# %% ../nbs/inspection.ipynb #fffb1a38
 def inspect_path(
     path,  # a file or a folder
     head=None,  # a FLAME model its codes belong to: path, HeadFile; default: the open head

@@ -153,6 +153,22 @@ def test_parts_that_lack(tmp_path):
         load_clip(union)
 
 
+@pytest.mark.parametrize('lost', ['both', 'test', 'frames'])
+def test_a_set_without_a_cut(tmp_path, lost):
+    "Only transforms.json, or a test list that is missing or empty: the last fifth, and it is said."
+    folder = sequence(tmp_path / '306_EMO-1', 10)
+    path = folder / 'transforms_test.json'
+    if lost == 'frames':
+        path.write_text('{"frames": []}')
+    else:
+        path.unlink()
+    if lost == 'both':
+        (folder / 'transforms_train.json').unlink()
+    with pytest.warns(UserWarning, match='the last fifth is held out'):
+        train, test = train_test(folder)
+    assert (len(train), times(test)) == (8, [8, 9])
+
+
 # ---- cameras and order
 
 
@@ -392,3 +408,44 @@ def test_options_of_a_head(tmp_path, studio, capfd):
     assert code == 0 and '90' in said and '60' in said
     code, _, err = run(capfd, 'view', 'no.safetensors', '--num-shape', 90)
     assert code == 1 and 'give one' in err
+
+
+def test_links_at_the_command_line(tmp_path, studio, flame, capfd):
+    "A linked folder is read and said; a single file only with --follow-links, which ends there."
+    sequence_of_frames(read_vhap(studio / '306_EXP-2'), tmp_path / 'sets/film')
+
+    def inspected(*options):
+        how = tmp_path / 'sets/film', '--head', flame
+        return ' '.join(run(capfd, 'inspect', *how, *options)[1].split())
+
+    def linked(name, place):
+        there, here = tmp_path / place, tmp_path / 'sets/film' / name
+        there.parent.mkdir(exist_ok=True)
+        here.rename(there)
+        here.symlink_to(there)
+
+    linked('images', 'disk/images')
+    assert f'images links to {tmp_path / "disk/images"}' in inspected()
+    linked('fg_masks/00000_00.png', 'mine.png')
+    assert f'to {tmp_path / "mine.png"}; --follow-links' in inspected()
+    assert 'files of fg_masks link to' in inspected('--follow-links')
+    assert 'leads out of the data set' in inspected()
+
+
+@pytest.mark.parametrize('lost', [(7,), (0, 6), (2, 3, 4)])
+def test_frames_without_a_person(tmp_path, studio, flame, capfd, lost):
+    "Named before the first step, left out, and metrics are written."
+    frames = [
+        replace(f, mask=f.mask * (f.time not in lost)) for f in read_vhap(studio / '306_EMO-1')
+    ]
+    sequence_of_frames(frames, tmp_path / 'film')
+    how = '--iters', 2, '--resolution', 16, '--head', flame, '--out', tmp_path / 'out'
+    code, said, err = run(capfd, 'refine', 'new', tmp_path / 'film', *how)
+    assert code == 0, err
+    for time in lost:
+        assert f'images/{time:05d}_00.png' in said
+    learned = 6 - sum(time < 6 for time in lost)
+    held = 2 - sum(time >= 6 for time in lost)
+    assert f'{learned} frames to learn from, {held} held out' in said
+    numbers = json.loads((tmp_path / 'out/metrics.json').read_text())
+    assert numbers['refined']['head_psnr'] > 0

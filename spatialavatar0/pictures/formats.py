@@ -11,7 +11,6 @@ __all__ = [
     'pinhole',
     'entry_of',
     'fit_codes',
-    'NoSplit',
     'split_last',
     'read_imavatar',
     'turn_6d',
@@ -47,6 +46,7 @@ from torch import Tensor
 from spatialavatar0.pictures.clips import (
     Clip,
     Frame,
+    NoSplit,
     check_files,
     check_once,
     fit_code,
@@ -63,7 +63,7 @@ from spatialavatar0.pictures.clips import (
 
 from ..ground.content import hash_of
 from ..ground.core import InputError
-from ..ground.pickles import printable, read_arrays
+from ..ground.pickles import file_bytes, file_text, printable, read_arrays
 from ..head.flame_files import fitting_head
 from ..head.head import Head, open_head
 
@@ -117,6 +117,8 @@ def finite_numbers(
         raise InputError(f'{where}: {name} should be {count or "some"} numbers; got {array.size}')
     if not np.isfinite(array).all():
         raise InputError(f'{where}: {name} should be finite; it holds NaN or infinity')
+    if array.size and np.abs(array.astype(np.float64)).max() > 1e30:
+        raise InputError(f'{where}: {name} holds numbers beyond 1e30; it is damaged')
     return array.astype(np.float64).ravel()
 
 
@@ -173,10 +175,6 @@ def fit_codes(head, where, **given) -> dict:  # keyword arguments of the head
 
 
 # %% ../../nbs/pictures/33_formats.ipynb #49c5d112
-class NoSplit(InputError):
-    "The data set cannot be split the way its papers do."
-
-
 def split_last(clip, split, last, where) -> Clip:
     "Train and test of a format that holds out its last frames."
     if split is None:
@@ -379,12 +377,9 @@ _SAFE = [
 
 
 # %% ../../nbs/pictures/33_formats.ipynb #52159d72
-def _check_size(where, path, limit):
-    "Few enough bytes, packed and unpacked."
-    packed = where.stat().st_size
-    if packed > limit:
-        raise InputError(f'{path} has {packed:,} bytes; at most {limit:,} were expected')
-    with zipfile.ZipFile(where) as archive:
+def _check_size(file, path, limit):
+    "Few enough bytes when unpacked."
+    with zipfile.ZipFile(file) as archive:
         total = sum(member.file_size for member in archive.infolist())
     if total > limit:
         raise InputError(f'{path} unfolds to {total:,} bytes; at most {limit:,} were expected')
@@ -407,15 +402,14 @@ def read_checkpoint(
     limit: int = 64_000_000,  # bytes, packed or unpacked
 ) -> dict:
     "Numbers out of a torch file; nothing in it is run."
-    where = Path(path)
+    file = io.BytesIO(file_bytes(path, limit))
     try:
-        _check_size(where, path, limit)
+        _check_size(file, path, limit)
+        file.seek(0)
         with torch.serialization.safe_globals(_SAFE):
-            content = torch.load(where, map_location='cpu', weights_only=True)
+            content = torch.load(file, map_location='cpu', weights_only=True)
     except InputError:
         raise
-    except OSError as e:
-        raise InputError(f'{path} cannot be read ({printable(e.strerror or e)})') from None
     except zipfile.BadZipFile:
         raise InputError(f'{path} is not a torch file, or breaks off: copy it again') from None
     except Exception as e:
@@ -435,10 +429,10 @@ def _no_codes(path, last):
 
 def _read_text(path):
     "Numbers of a text file."
+    words = file_text(path, 1_000_000).replace(',', ' ').split()
     try:
-        words = path.read_text(encoding='ascii').replace(',', ' ').split()
         return np.array([float(word) for word in words])
-    except (ValueError, OSError):
+    except ValueError:
         raise InputError(f'{path} should hold numbers, one per line') from None
 
 
@@ -730,7 +724,7 @@ def _lmdb_pictures(folder, where):
     at = folder / 'img_lmdb'
     data = inside(folder, 'img_lmdb/data.mdb', where)
     if not data.is_file():
-        raise InputError(f'{data} is missing')
+        raise InputError(f'{data} is missing or no file; copy the folder again')
     try:
         import lmdb
     except ImportError:
@@ -870,6 +864,11 @@ def read_gagavatar(
 
 
 # %% ../../nbs/pictures/33_formats.ipynb #d5b8f304
+def _size_of(file):
+    "Bytes of a file; none of one that is not there."
+    return file.stat().st_size if file.is_file() else 0
+
+
 READERS = dict(
     vhap=read_vhap,
     imavatar=read_imavatar,
@@ -882,7 +881,7 @@ READERS = dict(
 def _by_transforms(path, names):
     "Format of a folder with transforms files; None if they do not say."
     files = [path / name for name in names if re.fullmatch(r'transforms(_\w+)?\.json', name)]
-    for file in sorted(files, key=lambda file: file.stat().st_size):
+    for file in sorted(files, key=_size_of):
         first = next(iter(read_frames(file)['frames']), None)
         keys = set(first) if isinstance(first, dict) else set()
         if keys & {'flame_param_path', 'exp_path'}:
@@ -970,8 +969,10 @@ def train_test(
     fifth is held out."""
     try:
         parts = [load_clip(path, head, format, name) for name in ('train', 'test')]
-    except NoSplit:
+    except NoSplit as e:
         parts = [()]
+        if format_of(path) == 'vhap':  # the other formats have no files for it
+            warnings.warn(f'{e}: the last fifth is held out', stacklevel=2)
     if not all(map(len, parts)):
         return split(load_clip(path, head, format))
     _check_apart(*parts, path)
