@@ -47,6 +47,7 @@ def _matte_channel(picture):
     return alpha if alpha is None or alpha.getextrema() != (255, 255) else None
 
 
+# %% ../../nbs/pictures/38_checks.ipynb #0e509c99
 def matte_share(
     path,  # of a matte, or of a picture with an alpha channel
     is_matte: bool = True,  # a picture without transparency is all matte; a file of mattes is not
@@ -86,6 +87,7 @@ def _known_shares(names):
         return {}
 
 
+# %% ../../nbs/pictures/38_checks.ipynb #585cef0d
 def _keep_shares(rows):
     "Note (name, share) of mattes; where that cannot be done they are looked at again."
     try:
@@ -124,6 +126,7 @@ class Place(NamedTuple):
     depth: float  # metres before the camera
 
 
+# %% ../../nbs/pictures/38_checks.ipynb #e484b60c
 def head_place(
     frame: Frame,
     head: Head,
@@ -193,6 +196,7 @@ def _matte_files(clip):
             yield i, (path, bool(leaf.get('mattes')))
 
 
+# %% ../../nbs/pictures/38_checks.ipynb #bae0f409
 def _shares_of_others(clip, places):
     "The same for frames whose mattes are no files of their own; in a database none has a matte."
     shares = {}
@@ -203,6 +207,7 @@ def _shares_of_others(clip, places):
     return shares
 
 
+# %% ../../nbs/pictures/38_checks.ipynb #2f5149a4
 def shares_of(
     clip: Clip,
     show: bool = None,  # a progress bar; None: only on a terminal
@@ -230,6 +235,7 @@ def _lost_of(clip, head, most):
     return look(everyone) if look(some) else {}
 
 
+# %% ../../nbs/pictures/38_checks.ipynb #51e3e3dd
 def faults_of(
     clip: Clip,
     head: Head = None,  # its codes belong to; default: the open head
@@ -261,6 +267,7 @@ def _is_black(frame):
     return bool(inside.any()) and bool(frame.image[inside].max() < 0.02)
 
 
+# %% ../../nbs/pictures/38_checks.ipynb #80c8f40c
 def strange_frames(
     clip: Clip,
     head: Head = None,  # its codes belong to; default: the open head
