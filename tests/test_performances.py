@@ -443,6 +443,35 @@ def test_names_given_twice_and_names_unknown(tmp_path):
     assert len(read(path, 'it holds 2 takes (raw, b): raw').controls) == 2
 
 
+def test_what_lies_beside_the_weights(tmp_path):
+    path = tmp_path / 'a.csv'
+    path.write_text('\tfps\tjawOpen\tnote\n0\t30\t0.1\t\n1\t30\t0.2\t\n')
+    assert opened(read(path, '1 column without')).tolist() == [0.1, 0.2]
+    path.write_text('fps,LeftEyelid,LeftEyeYaw,frame_index,' + 'x' * 300 + '_jawOpen\n30,1,1,0,0.5')
+    assert opened(read(path, '1 column without an ARKit name left out, as LeftEyelid')) == [0.5]
+    matrix = dict(rows=4, columns=4, data=[0.0] * 16)
+    scores = [dict(index=0, score=0.5, categoryName='jawOpen', displayName='')]
+    face = dict(categories=scores, headIndex=-1, headName='')
+    marks = [[dict(x=0.1, y=0.2, z=0.3)] * 4]
+    beside = dict(faceLandmarks=marks, facialTransformationMatrixes=[matrix])
+    frames = [dict(beside, timestamp=40 * i, faceBlendshapes=[face]) for i in range(9)]
+    path = tmp_path / 'a.json'
+    path.write_text(json.dumps(frames))
+    assert read(path).fps == 25
+    sound = dict(sampleRate='16 kHz', rate=dict(of=[1], what=2), samplerate=48000, video_fps='25')
+    path.write_text(json.dumps(dict(audio=sound, data=[dict(jawOpen=0.5)] * 2)))
+    assert read(path).fps == 25
+
+
+def test_clocks_that_tell_nothing(tmp_path):
+    path = tmp_path / 'a.csv'
+    for cells in (['0', '0', '0'], ['0', '1', '2'], ['-', '-', '-'], ['1e-9', '2e-9', '3e-9']):
+        rows = '\n'.join(f'{cell},0.5' for cell in cells)
+        path.write_text(f'time_s,jawOpen\n{rows}' if '1e-9' in cells else f'time,jawOpen\n{rows}')
+        found = read(path, '60 frames a second are assumed')
+        assert (found.fps, len(found.controls)) == (60, 3)
+
+
 # ---- what is refused
 
 
@@ -527,7 +556,7 @@ def test_not_text(tmp_path):
         read_arkit(tmp_path / 'folder.csv')
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=300), st.sampled_from(['csv', 'json', 'jsonl', 'txt']))
 def test_recordings_never_crash(tmp_path_factory, data, kind):
     path = tmp_path_factory.mktemp('fuzz', numbered=True) / f'a.{kind}'
@@ -542,7 +571,7 @@ CELLS = ['jawOpen', 'mouthLeft', 'time', 'fps', 'HeadYaw', '0', '1', '0.5', '9e9
 CELLS += ['00:00:01:02', '00:00:02;00', '1,5', '50%', 'x', '-1', '1e400']
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.lists(st.lists(st.sampled_from(CELLS), max_size=4), max_size=6), st.sampled_from(',;\t|'))
 def test_any_table_is_refused_or_read(tmp_path_factory, rows, separator):
     path = tmp_path_factory.mktemp('fuzz', numbered=True) / 'a.csv'
@@ -561,7 +590,7 @@ def branches(inner):
     return st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=4)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.recursive(LEAVES, branches, max_leaves=30))
 def test_any_json_is_refused_or_read(tmp_path_factory, content):
     path = tmp_path_factory.mktemp('fuzz', numbered=True) / 'a.json'

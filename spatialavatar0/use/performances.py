@@ -56,7 +56,7 @@ _SIDES = dict(l='left', r='right')
 
 def _words(name):
     "Words of a name, whatever its spelling, in small letters."
-    found = re.findall(r'[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[%°]', name[:200])
+    found = re.findall(r'[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[%°]', name[-200:])
     return [word.lower() for word in found]
 
 
@@ -113,24 +113,25 @@ def _clock(name):
 
 # %% ../../nbs/use/86_performances.ipynb #1841726b
 # what says nothing that the other columns do not say
-_SAID = r'blendshapecount|neutral|frame(number|index|id|count)?|index|id|(left|right)eye'
-_SAID = rf'({_SAID})(yaw|pitch|roll)?$'
+_SAID = r'blendshapecount|neutral|(left|right)eye(yaw|pitch|roll)'
+_NUMBERED = r'(frame|head|face|category)?(number|index|id|count|rows|columns)?'
 
 
-_RATED = 'fps|framespersec(ond)?|(frame|sampl(e|ing)|captur(e|ing)|video|recording)rate'
+_RATED = r'fps|framespersec(ond)?|(frame|captur(e|ing)|video|recording)rate'
+_LOOSE = r'^(hz|rate)|sampl(e|ing)rate'  # of sound, or of something else, if it is no such number
 
 
 @functools.lru_cache(20_000)
 def _is_rate(name):
     "Whether a key or column holds frames per second."
     letters = ''.join(_words(name))
-    return bool(re.search(rf'({_RATED})$|^(hz|rate|frequency)$', letters))
+    return bool(re.search(rf'({_RATED}|{_LOOSE})$', letters))
 
 
 def _is_said(name):
     "Whether a column may be left out without a word."
-    letters = ''.join(_words(name))
-    return not letters or bool(re.search(_SAID, letters))
+    letters = ''.join(_words(name.rsplit('.', 1)[-1]))
+    return bool(re.search(rf'({_SAID})$|^{_NUMBERED}$', letters))
 
 
 # %% ../../nbs/use/86_performances.ipynb #8d65e60a
@@ -219,7 +220,7 @@ def _names_in(line, separator):
     if line.count(separator) > _MOST_COLUMNS:
         return 0, 0
     try:
-        cells = next(_cells([line.strip()], separator))
+        cells = next(_cells([line.strip(' ')], separator))
     except csv.Error:
         return 0, 0
     return sum(_control(cell) is not None for cell in cells), len(cells)
@@ -276,17 +277,17 @@ def _marked(names, first, separator):
 # %% ../../nbs/use/86_performances.ipynb #ca596fe2
 def _noted(line):
     "(name, text) of a line above a table, such as `# fps: 30` or `Frame rate;29,97`."
-    found = re.fullmatch(r'\W*([\w ]{1,40}?)\s*[:=,;\t|]\s*(.{1,40}?)[\s,;|]*', line)
+    found = re.fullmatch(r'\W*([\w ]{1,40}?)\s*[:=,;\t|]\s*(.{1,40}?)[\s,;|]*', line[:200])
     return (found[1], found[2]) if found else ('', '')
 
 
 def _read_csv(text, path):
     "A table with a header."
-    lines = [line.rstrip() for line in text.splitlines() if line.strip(' ,;|\t\0')]
+    lines = [line.rstrip(' ') for line in text.splitlines() if line.strip(' ,;|\t\0')]
     start, separator = _header(lines, path)
     body = [line for line in lines[start + 1 :] if not line.lstrip().startswith('#')]
     try:
-        header = next(_cells([lines[start].strip()], separator))
+        header = next(_cells([lines[start].strip(' ')], separator))
         names = _marked(header, body[0] if body else '', separator)
     except csv.Error as e:
         raise InputError(f'{path} is not a table ({e})') from e
@@ -344,6 +345,12 @@ class _Said(NamedTuple):
     keys: set  # all names
 
 
+def _is_plain(value):
+    "Whether a value may be a rate: a number, a text, or a fraction's two numbers."
+    is_fraction = isinstance(value, dict) and len(value) == 2
+    return value is not None and _is_flat(list(value.values()) if is_fraction else [value])
+
+
 def _scan(node, said, depth=0):
     "Gather lists of names, and rates, at any depth."
     if depth > _DEEPEST:
@@ -352,8 +359,8 @@ def _scan(node, said, depth=0):
         said.keys.update(node)
         if len(said.keys) > MOST_FRAMES + _MOST_COLUMNS:
             raise InputError(f'more than {MOST_FRAMES:,} different names')
-        rates = {(name, str(x)): x for name, x in node.items() if _is_rate(name) and x is not None}
-        said.rates.update(rates)
+        rates = ((name, x) for name, x in node.items() if _is_rate(name) and _is_plain(x))
+        said.rates.update({(name, str(x)): x for name, x in rates})
         node = node.values()
     elif _is_flat(node):
         return _keep_names(node, said)
@@ -479,7 +486,7 @@ def _chosen(tables, said):
     "The longest of several lists of frames."
     best = max(tables, key=lambda key: len(tables[key]))
     if len(tables) > 1:
-        names = ', '.join(printable(key, 40) for key in tables)
+        names = ', '.join(printable(key, 40) for key in [*tables][:4])
         said.notes.append(f'it holds {len(tables)} takes ({names}): {printable(best, 40)} is taken')
     return tables[best]
 
@@ -731,17 +738,15 @@ def _stated(rates, path):
     "Frames per second as the file states them; None where it does not."
     told = {}
     for name, value in rates:
-        is_sound = re.search('sampl', name.lower()) and _is_big(value)
-        if not is_sound:
+        try:
             told.setdefault(round(_rate(name, value, path), 3), name)
+        except InputError:
+            if not re.search(rf'({_LOOSE})$', ''.join(_words(name))):
+                raise
     if len(told) > 1 and max(told) > 1.005 * min(told):
         each = ' and '.join(f'{printable(name, 40)} {rate:g}' for rate, name in [*told.items()][:2])
         _say(path, f'it states several rates ({each}): {next(iter(told)):g} is taken')
     return next(iter(told), None)
-
-
-def _is_big(value):
-    return isinstance(value, (int, float)) and value > 1000
 
 
 # %% ../../nbs/use/86_performances.ipynb #1de6a7ce
@@ -872,10 +877,16 @@ def _clock_of(name, cells, stated, path):
 _TELL = 'frames a second are assumed; a column "time" in seconds or a key "fps" tells'
 
 
+def _tells(times):
+    "Whether most frames have a time of their own, a thousandth of a second or more apart."
+    steps = np.diff(np.unique(times.round(6)))
+    return 2 * (len(steps) + 1) > len(times) and np.median(steps) > 0.999e-3
+
+
 def _clocks(stamps, stated, path):
     "The columns of times that tell most frames apart."
     found = [_clock_of(name, cells, stated, path) for name, cells in stamps.items()]
-    return [c for c in found if c and 2 * len(np.unique(c.times)) > len(c.times)]
+    return [clock for clock in found if clock and _tells(clock.times)]
 
 
 def _clock_for(stamps, stated, count, path):
@@ -898,8 +909,9 @@ def _clock_for(stamps, stated, count, path):
 # %% ../../nbs/use/86_performances.ipynb #d253f44b
 def _in_order(clock, values, path):
     "Times from 0 that grow, and the frames they belong to."
-    order = np.argsort(clock.times, kind='stable')
-    order = order[np.diff(clock.times[order], prepend=-np.inf) > 1e-7]
+    times = clock.times.round(6)
+    order = np.argsort(times, kind='stable')
+    order = order[np.diff(times[order], prepend=-np.inf) > 0]
     moved = len(values) - int((order == np.arange(len(order))).sum())
     if moved:
         _say(path, f'{_many(moved, "frame")} out of order or twice by its {clock.name}: sorted')
@@ -914,7 +926,7 @@ _NTSC = tuple(rate / 1.001 for rate in (30, 60, 24, 120))
 
 def _written(times):
     "How exactly times are written, seconds: half of their last digit and a little more."
-    digits = next((d for d in range(7) if np.allclose(times, times.round(d), atol=1e-8)), 7)
+    digits = next((d for d in range(6) if abs(times - times.round(d)).max() < 1e-6), 6)
     return 0.6 * 10.0**-digits
 
 
@@ -943,7 +955,7 @@ def _even(times, first=()):  # (T,) seconds from 0, growing; rates to try first
     rate = 1 / float(np.median(np.diff(times)))
     near = min([*first, *_RATES], key=lambda known: abs(math.log(known / rate)))
     is_near = abs(near / rate - 1) < 0.15 or rate < _SLOWEST
-    return (near if is_near else round(rate)), times
+    return (near if is_near else min(round(rate), 1000)), times
 
 
 # %% ../../nbs/use/86_performances.ipynb #2ebdc76a
