@@ -50,6 +50,7 @@ import math
 import os
 import shutil
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -943,21 +944,28 @@ def refine_clip(
     train, test = _usable_halves(clip, head, say)
     if restart:
         _forget_state(out)
-    things = avatar if str(avatar) == 'new' else Path(avatar), Path(clip)
-    _keep_first(out, 'refine', *things, **_given(options))
+    from_what = 'new' if str(avatar) == 'new' else Path(avatar)
+    _keep_first(out, 'refine', from_what, Path(clip), **_given(options))
     start = _start_of(avatar, train, head, out, options, say)
     if not state.exists():
         start.save(out / 'start.safetensors')
-    also = {'held-out frames': test.fingerprint()}
-    where = dict(state=state, device=options.device, also=also, unfinished=False)
-    end, log = refine(start, train, config=options.config(), seed=options.seed, **where)
-    made_of = read_header(state, STATE)['made_of']
-    end.info.update(made_of=made_of)
+    end, log = _refined(start, train, test, state, options)
     end.save(out / 'avatar.safetensors')
-    numbers = _refine_numbers(start, end, log, test, options) | dict(made_of=made_of)
+    numbers = _refine_numbers(start, end, log, test, options)
+    numbers |= dict(made_of=end.info['made_of'])
     _write_json(out / 'metrics.json', numbers)
     say(_refined_in_words(numbers, out / 'avatar.safetensors'))
     return numbers
+
+
+# %% ../nbs/pipeline.ipynb #f91650d4
+def _refined(start, train, test, state, options):
+    "The avatar after the last step, which says what it was made of; and the log."
+    also = {'held-out frames': test.fingerprint()}
+    where = dict(state=state, device=options.device, also=also, unfinished=False)
+    end, log = refine(start, train, config=options.config(), seed=options.seed, **where)
+    end.info.update(made_of=read_header(state, STATE)['made_of'])
+    return end, log
 
 
 # %% ../nbs/pipeline.ipynb #93e02cf7
@@ -1431,6 +1439,17 @@ def _on_all_gpus(jobs):
     return [replace(job, device=f'cuda:{i % count}') for i, job in enumerate(jobs)]
 
 
+# %% ../nbs/pipeline.ipynb #3a9998f3
+@contextmanager
+def _noted_states(state, folder, words):
+    "The folder of a benchmark's states, with its command in it; nothing stays if it stays empty."
+    with lease(state):
+        keep_command(state, 'benchmark', folder, **words)
+        yield
+        if not any(state.glob('*.safetensors')):  # nothing to go on with
+            (state / COMMAND).unlink()
+
+
 # %% ../nbs/pipeline.ipynb #7b986a96
 def _benchmark_words(options):
     "Options of a benchmark as its command takes them."
@@ -1476,13 +1495,10 @@ def benchmark_people(
     if options.device == 'cuda':
         jobs = _on_all_gpus(jobs)
     sweep(out.parent)
-    with lease(state):
-        words = dict(protocol=protocol, method=method, out=out, **_benchmark_words(options))
-        keep_command(state, 'benchmark', Path(folder), **words)
+    words = dict(protocol=protocol, method=method, out=out, **_benchmark_words(options))
+    with _noted_states(Path(state), Path(folder), words):
         if restart:
             _forget_states(state)
         failed = run_all(jobs, out, options.processes, say, restart)
-        if not any(Path(state).glob('*.safetensors')):  # nothing to go on with
-            (Path(state) / COMMAND).unlink()
     say(_table_of(p, out, failed))
     return failed

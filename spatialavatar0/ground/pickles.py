@@ -15,6 +15,7 @@ __all__ = [
     'Refused',
     'Reader',
     'unpickle',
+    'refuse_odd_file',
     'file_bytes',
     'file_text',
     'parse_json',
@@ -469,6 +470,18 @@ def _need_plain(path, about, limit):
 
 
 # %% ../../nbs/ground/03_pickles.ipynb #5caecafc
+def refuse_odd_file(
+    path,  # what is about to be opened
+    limit: int = LIMIT,  # bytes it may have
+):
+    "Refuse a folder, a pipe, a device, a socket or a bomb; what is missing passes."
+    try:
+        about = os.stat(path)
+    except (OSError, ValueError):
+        return
+    _need_plain(path, about, limit)
+
+
 def file_bytes(
     path,  # a file of whoever
     limit: int = LIMIT,  # bytes it may have
@@ -496,6 +509,7 @@ TEXT_LIMIT = 64_000_000  # bytes of a text; 2,000 frames with landmarks take 10 
 def file_text(
     path,  # a file of whoever
     limit: int = TEXT_LIMIT,  # bytes it may have
+    what: str = 'text',  # what it should be, for the error
 ) -> str:
     "A file of UTF-8, without a byte order mark."
     data = file_bytes(path, limit)
@@ -503,8 +517,10 @@ def file_text(
         return data.decode('utf-8-sig')
     except UnicodeDecodeError:
         is_wide = data.startswith((b'\xff\xfe', b'\xfe\xff'))
-        what = 'is UTF-16 text' if is_wide else 'is not text'
-        raise InputError(f'{path} {what}; expected UTF-8: save it so, or get it again') from None
+        got = 'UTF-16' if is_wide else 'bytes that are no UTF-8'
+        raise InputError(
+            f'{path} is not readable {what} ({got}); save it as UTF-8, or get it again'
+        ) from None
 
 
 def parse_json(
@@ -524,7 +540,7 @@ def file_json(
     limit: int = TEXT_LIMIT,  # bytes it may have
 ):  # whatever it holds
     "A JSON file of a stranger."
-    return parse_json(file_text(path, limit), path)
+    return parse_json(file_text(path, limit, 'JSON'), path)
 
 
 # %% ../../nbs/ground/03_pickles.ipynb #ca9b011e

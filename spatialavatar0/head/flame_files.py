@@ -37,7 +37,7 @@ from torch import Tensor
 
 from ..ground.assets import asset, data_dir
 from ..ground.core import InputError, to_numpy
-from ..ground.pickles import printable, read_arrays
+from ..ground.pickles import file_bytes, printable, read_arrays
 from .head import Head, open_head
 from .teeth import LANDMARKS_51, add_teeth
 
@@ -242,7 +242,8 @@ def _obj(path):
     vt = []
     f = []
     ft = []
-    for line in Path(path).read_text(errors='replace').splitlines():
+    text = file_bytes(path, 200_000_000).decode(errors='replace')
+    for line in text.splitlines():
         kind, *rest = line.split() or ['']
         if kind == 'vt':
             vt.append([float(x) for x in rest[:2]])

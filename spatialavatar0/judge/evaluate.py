@@ -32,6 +32,7 @@ import yaml
 from ..capture.landmarks import landmark_model, landmark_table, landmarker
 from ..capture.track import camera_guess, start_pose
 from ..ground.core import InputError, progress, to_uint8
+from ..ground.pickles import file_text
 from ..head.head import open_head
 from ..pictures.fast_metrics import open_lpips
 from ..pictures.metrics import ask
@@ -86,11 +87,13 @@ def load_protocols(
 ) -> dict:  # id -> Protocol
     "The splits of the field."
     file = importlib.resources.files('spatialavatar0').joinpath('assets/protocols.yaml')
-    file = file if path is None else Path(path)
+    text = file.read_text() if path is None else file_text(path, 1_000_000)
     try:
-        rows = yaml.safe_load(file.read_text())['protocols']
+        rows = yaml.safe_load(text)['protocols']
         found = [Protocol(**{**row, 'names': tuple(row.get('names', ()))}) for row in rows]
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as e:
+    except (yaml.YAMLError, LookupError, TypeError, ValueError, AttributeError) as e:
+        if isinstance(e, InputError):
+            raise
         raise InputError(
             f'{path or "protocols.yaml"}: expected a list "protocols" of id, what, data, kind, '
             f'test, preset ... ({str(e)[:80]})'

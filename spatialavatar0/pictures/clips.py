@@ -307,8 +307,7 @@ def _offset(numbers, head, where):
     if len(numbers) != 3 * head.num_verts:
         raise InputError(
             f'{where}: static_offset is for {len(numbers) // 3} vertices, {head.name} has '
-            f'{head.num_verts}; pass the head it was tracked with as head= (load_flame(..., '
-            'teeth=True) has 120 more)'
+            f'{head.num_verts}; pass the head it was tracked with as head= (head_for adds teeth)'
         )
     if not numbers.any():
         return {}
@@ -327,7 +326,7 @@ def fit_code(
     if len(x) > n and x[n:].any():
         raise InputError(
             f'{where}: {name} has {np.flatnonzero(x)[-1] + 1} numbers, {what} has {n} directions; '
-            'pass the head it was tracked with as head='
+            'pass the head it was tracked with as head= (--head on the command line)'
         )
     return torch.from_numpy(np.pad(x, (0, max(0, n - len(x))))[None, :n].copy())
 

@@ -32,6 +32,7 @@ from torch import Tensor
 from ..avatar.avatar import Avatar
 from ..ground.core import InputError, atomic_path, to_uint8
 from ..ground.geometry import axis_angle_to_mat, mat_to_quat, sh0_to_rgb
+from ..ground.pickles import file_bytes
 from ..pictures.clips import resize
 from ..splats.mesh import vertex_normals
 from .animate import check_controls, control_names, motions_for
@@ -357,10 +358,7 @@ def write_glb(
 # %% ../../nbs/use/84_gltf.ipynb #16b00021
 def _chunks(path):
     "JSON and bytes of a .glb."
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f'cannot read {path}: {error.strerror}') from error
+    data = file_bytes(path)
     if len(data) < 28 or struct.unpack('<4sI', data[:8]) != (b'glTF', 2):
         raise InputError(f'{path} is not a glTF 2 file (.glb)')
     total, length = struct.unpack('<II', data[8:16])
