@@ -424,7 +424,7 @@ def test_a_film_that_changes_its_size_is_not_torn_apart(tmp_path):
     more = moving(tmp_path / 'm.ts', '-c:v', 'mpeg2video', size='256x192')
     (tmp_path / 'a.ts').write_bytes(small.read_bytes() + more.read_bytes())
     said = told(lambda: list(film_pictures(open_film(tmp_path / 'a.ts'))))
-    assert 'changes from 128 x 128 to 256 x 192' in said
+    assert 'changes its size to 256 x 192 pixels' in said
 
 
 def test_damage_inside_a_film_is_told(tmp_path):

@@ -159,21 +159,16 @@ def _seconds(words, name='Duration: '):
     return hours * 3600 + minutes * 60 + seconds
 
 
-def _counted(path):
-    "(count, seconds) of a film's pictures, found by running through the file."
-    words = _ask(path, '-stats', '-map', '0:V:0', '-c', 'copy', '-f', 'null', '-')
-    frames = re.findall(r'frame=\s*(\d+)', words)
-    return int(frames[-1]) if frames else 0, _seconds(words, 'time=')
-
-
 def _true_pace(path):
-    "Pictures a second of a film that does not state it, or states a clock's rate."
-    count, seconds = _counted(path)
-    if count > 1 and seconds * _FASTEST < count - 1:
+    "Pictures a second of a film that does not state it: they are counted."
+    words = _ask(path, '-stats', '-map', '0:V:0', '-c', 'copy', '-f', 'null', '-')
+    count = max(map(int, re.findall(r'frame=\s*(\d+)', words)), default=0)
+    seconds = _seconds(words) or _seconds(words, 'time=')
+    if count > 1 and seconds * _FASTEST < count:
         fault = f'its {count} pictures last {seconds:.2f} s'
         remedy = 'save it again with the pace at which it was filmed'
         raise InputError(f'{path}: {fault}, more than {_FASTEST:.0f} a second; {remedy}')
-    return (count - 1) / seconds if count > 1 else 25.0
+    return count / seconds if count > 1 else 25.0
 
 
 # %% ../../nbs/capture/74_footage.ipynb #87f10335
@@ -320,6 +315,26 @@ class _Late(Exception):
     "ffmpeg gave no picture for too long."
 
 
+class _Listener(threading.Thread):
+    "Keeps ffmpeg's last errors, and the size to which a film changes."
+
+    def __init__(self, stream):
+        super().__init__(daemon=True)
+        self.stream = stream
+        self.errors = deque(maxlen=20)
+        self.size = None
+        self.start()
+
+    def run(self):
+        for line in self.stream:
+            text = line.decode(errors='replace')
+            if change := re.search(r'Reconfiguring filter graph.*, (\d+)x(\d+)\b', text):
+                self.size = f'{change[1]} x {change[2]}'
+            elif not re.search(r'\[(info|warning|verbose)\]', text):
+                self.errors.append(text)
+
+
+# %% ../../nbs/capture/74_footage.ipynb #e458a411
 class _Watch(threading.Thread):
     "Ends a program that lets us wait too long."
 
@@ -330,6 +345,7 @@ class _Watch(threading.Thread):
         self.since = None  # when we began to wait
         self.late = False
         self.done = threading.Event()
+        self.start()
 
     def run(self):
         while not self.done.wait(0.2):
@@ -358,29 +374,31 @@ def _next_picture(stream):
     return np.frombuffer(data, np.uint8).reshape(height, width, 3)
 
 
-def _check_size(film, picture, first):
-    "Large enough, and as large as the first one."
+def _check_size(film, picture, listener, first):
+    "Large enough, and as large as the first one: ffmpeg would squeeze the others."
     height, width = picture.shape[:2]
     if min(width, height) < MIN_SIDE:
         size = f'{width} x {height} pixels'
         raise InputError(f'{film.path} is {size}; expected at least {MIN_SIDE} on each side')
-    if picture.shape != first:
-        change = f'{first[1]} x {first[0]} to {width} x {height} pixels'
-        raise InputError(f'{film.path} changes from {change}; cut it there into two films')
+    if first:
+        listener.size = None  # what the file's header says may differ
+    if listener.size:
+        change = f'its size to {listener.size} pixels'
+        raise InputError(f'{film.path} changes {change}; cut it there into two films')
 
 
 # %% ../../nbs/capture/74_footage.ipynb #a6160959
-def _watched(film, process, watch):
-    "Pictures as they come, and whether there was one; the clock runs while we wait."
-    first = None
+def _watched(film, process, watch, listener):
+    "Pictures as they come, and how many; the clock runs while we wait."
+    count = 0
     while True:
         watch.since = time.monotonic()
         picture = _next_picture(process.stdout)
         watch.since = None
         if picture is None:
-            return first is not None
-        first = first or picture.shape
-        _check_size(film, picture, first)
+            return count
+        _check_size(film, picture, listener, not count)
+        count += 1
         yield picture
 
 
@@ -404,24 +422,22 @@ def _check_end(film, code, said, seen):
 def _decode(film, seconds):
     "Pictures of a film file, one after the other."
     output = ['-map', '0:V:0', *film.options, '-noautoscale', '-pix_fmt', 'rgb24']
-    command = _ffmpeg(film.path, *output, '-f', 'image2pipe', '-c:v', 'ppm', '-v', 'error', '-')
+    output = [*output, '-nostats', '-v', 'level+info']
+    command = _ffmpeg(film.path, *output, '-f', 'image2pipe', '-c:v', 'ppm', '-')
     with tempfile.TemporaryDirectory() as folder:
         if not film.colours.are_srgb:
             Path(folder, 'colours.cube').write_text(cube_of(film.colours, white=_TOP_BYTE))
         pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         process = subprocess.Popen(command, cwd=folder, **pipes)
-        said = deque(maxlen=20)
-        listener = threading.Thread(target=said.extend, args=(process.stderr,), daemon=True)
+        listener = _Listener(process.stderr)
         watch = _Watch(process, seconds)
-        listener.start()
-        watch.start()
         try:
-            seen = yield from _watched(film, process, watch)
+            seen = yield from _watched(film, process, watch, listener)
             code = watch.end()
             listener.join()
             if watch.late:
                 raise _Late
-            _check_end(film, code, [line.decode(errors='replace') for line in said], seen)
+            _check_end(film, code, listener.errors, seen)
         finally:
             watch.done.set()
             process.kill()
