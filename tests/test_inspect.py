@@ -539,8 +539,10 @@ def test_another_clip_leaves_the_first_command(here, frames, capfd):
 def test_a_training(here, frames, capfd):
     for kind in ('mono', 'multi'):
         people(here / kind, frames)
+    Image.new('L', (64, 64)).save(here / 'mono/people/bert/fg_masks/00005_00.png')
     words = '--preset tiny --steps 2 --batch 1 --mono mono/people --multi multi/people'.split()
-    assert run(capfd, 'train', *words, '--out', 'net')[0] == 0
+    code, out, err = run(capfd, 'train', *words, '--out', 'net')
+    assert code == 0 and re.search('bert: 1 of 12 frames is left out.*00005_00.png', out), err
     report = inspect_path('net/state.safetensors')
     assert (report.kind, report.facts['step'], report.facts['finished']) == ('training', 2, True)
     assert next_of('net/state.safetensors')[1] == 'train'
