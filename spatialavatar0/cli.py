@@ -584,7 +584,7 @@ def _run_evaluate(
 
 
 # %% ../nbs/cli.ipynb #f675291c
-_PEOPLE = 'A folder with a folder per person, in any format of page 33.'
+_PEOPLE = 'A folder with a folder per person or sequence, in any format of page 33.'
 _METHOD = "warp, network or a generator's file; then perhaps +paper or +ours."
 _KEPT = typer.Option(help='Lines of results; those that are there are not made again.')
 _WARPED = typer.Option(min=8, help='Texels per side of a warped start.')

@@ -1035,7 +1035,7 @@ def ends_well(folder):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         try:
-            clip = load_clip(folder, format=FORMAT[folder.name])
+            clip = load_clip(folder, format=FORMAT.get(folder.name, 'vhap'))
             assert all(isinstance(frame, clips.Frame) for frame in clip)
         except InputError as e:
             assert '\n' not in str(e)
@@ -1046,10 +1046,17 @@ def ready(tmp_path_factory):
     top = tmp_path_factory.mktemp('fuzz')
     for name, format in FORMAT.items():
         made(format, top / name, T=2)
+    whole = json.loads((top / 'v/transforms.json').read_text())
+    (top / 'u').mkdir()
+    for part, k in (('train', 0), ('test', 1)):
+        part_of = dict(whole, frames=[from_neighbour(whole['frames'][k], 'v', 0)])
+        (top / f'u/transforms_{part}.json').write_text(json.dumps(part_of))
     return top
 
 
-@pytest.mark.parametrize('folder,file', [('i', TABLE), ('n', TRAIN), ('v', 'transforms.json')])
+@pytest.mark.parametrize(
+    'folder,file', [('i', TABLE), ('n', TRAIN), ('v', 'transforms.json'), ('u', TRAIN)]
+)
 @MANY
 @given(data=st.data())
 def test_any_json(ready, folder, file, data):
