@@ -129,18 +129,17 @@ class Run:
     process: subprocess.Popen  # or None: forked
     pid: int
     log: Path
+    code: int = None  # once it has ended
 
     def wait(self, seconds=None):  # its exit code; None: not yet
         until = time.monotonic() + (seconds if seconds is not None else 600)
-        while time.monotonic() < until:
-            code = self.process.poll() if self.process else self._forked_code()
-            if code is not None:
-                return code
+        while self.code is None and time.monotonic() < until:
+            self.code = self.process.poll() if self.process else self._forked_code()
             time.sleep(0.002)
-        if seconds is None:
+        if self.code is None and seconds is None:
             os.kill(self.pid, signal.SIGKILL)
             raise TimeoutError(f'{self.log}: not finished after ten minutes')
-        return None
+        return self.code
 
     def _forked_code(self):
         pid, status = os.waitpid(self.pid, os.WNOHANG)

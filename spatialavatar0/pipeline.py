@@ -710,7 +710,10 @@ def _forget_tracking(clip):
     "Remove a tracked clip and what its passes have found."
     remove_clip(clip, 'tracking.json')
     work = clip.with_name(f'{clip.name}.tracking')
-    if (work / 'about.json').is_file():
+    if (about := work / 'about.json').is_file():
+        for path in work.iterdir():
+            if path != about:  # which says whose they are, to the last
+                path.unlink()
         shutil.rmtree(work)
 
 

@@ -22,7 +22,7 @@ from spatialavatar0.ground.core import InputError, atomic_path
 from spatialavatar0.ground.lease import LEASE, finish_first, lease, locked, sweep
 from spatialavatar0.head.head import open_head
 from spatialavatar0.judge.results import Line, Results
-from spatialavatar0.pictures.clips import write_vhap
+from spatialavatar0.pictures.clips import remove_clip, write_vhap
 from spatialavatar0.pictures.people import make_person, mono_clip
 from spatialavatar0.use.export import write_sequence
 
@@ -131,7 +131,6 @@ def test_a_killed_holder_is_no_holder(tmp_path):
 COUNT = """
 import sys
 from pathlib import Path
-from spatialavatar0.ground.core import InputError
 from spatialavatar0.ground.lease import lease
 print('in', flush=True)
 done = 0
@@ -141,7 +140,7 @@ while done < 40:
             count = Path(sys.argv[2])
             count.write_text(str(int(count.read_text()) + 1))
             done += 1
-    except InputError:
+    except ValueError:
         pass
 """
 
@@ -284,19 +283,19 @@ class Killed(BaseException):
     "What no code answers."
 
 
-def interrupted_at(n, monkeypatch, work):
-    "Do some work until the n-th file gets its final name; whether it came so far."
-    replace, count = os.replace, 0
+def interrupted_at(n, monkeypatch, work, name='replace'):
+    "Do some work until the n-th file gets its final name, or goes; whether it came so far."
+    call, count = getattr(os, name), 0
 
     def counted(*words):
         nonlocal count
         count += 1
         if count == n:
             raise Killed
-        replace(*words)
+        call(*words)
 
     with monkeypatch.context() as patch, contextlib.suppress(Killed):
-        patch.setattr(os, 'replace', counted)
+        patch.setattr(os, name, counted)
         work()
         return False
     return True
@@ -321,6 +320,27 @@ def test_a_clip_and_its_report_are_whole_together(tmp_path, monkeypatch):
         assert not (folder / 'writing.jsonl').exists()
         n += 1
     assert n > 6
+
+
+@pytest.mark.parametrize('name', ['unlink', 'rmdir'])
+def test_a_removal_goes_on(name, tmp_path, monkeypatch):
+    "Whatever was removed before a kill, the rest is still known as ours."
+    clip = mono_clip(make_person(0), 8, 64)[:2]
+    n = 1
+    while True:
+        folder = tmp_path / f'{name}{n}'
+        write_vhap(clip, folder, more={'tracking.json': '{}'})
+
+        def work(folder=folder):
+            remove_clip(folder, 'tracking.json')
+
+        came = interrupted_at(n, monkeypatch, work, name)
+        work()
+        assert not list(folder.iterdir()), n
+        if not came:
+            break
+        n += 1
+    assert n > 3
 
 
 def test_the_folder_of_a_tracking(tmp_path, monkeypatch):

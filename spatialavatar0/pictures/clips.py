@@ -619,11 +619,14 @@ def remove_clip(
     files = [p for p in sorted(folder.rglob('*')) if p.is_file() and not p.name.startswith('.')]
     if foreign := [path for path in files if not _belongs(path, folder, more)]:
         raise InputError(f'{foreign[0]} is not part of the clip there; move it away first')
-    for path in sorted(files, key=lambda path: path.name == _JOURNAL):  # what says ours goes last
+    signs = [path for path in files if path.name in ('transforms.json', _JOURNAL)]
+    for path in sorted(set(files) - set(signs), key=lambda path: path.name not in more):
         path.unlink()
     for name in _WRITTEN:
         if (folder / name).is_dir():
             (folder / name).rmdir()
+    for path in signs:  # what says that the rest is ours goes last
+        path.unlink()
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #d5a35a9f
