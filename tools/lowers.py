@@ -67,9 +67,9 @@ def versions(python):
 
 def run_tests(python):
     "Whether they pass, and pytest's last line."
-    command = [python, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', *TESTS]
+    command = [python, '-m', 'pytest', '-q', '-rfE', '--tb=line', '-p', 'no:cacheprovider', *TESTS]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    print(done.stdout[-5000:])
+    print(done.stdout[-20_000:])
     last = done.stdout.strip().splitlines()[-1]
     return done.returncode == 0, re.sub(r'^=+ | in [\d.]+s.*$', '', last)
 
