@@ -471,7 +471,7 @@ def _look_at_clip(report, clip, head):
         frames = list(progress(clip, 'frames'))
     report.facts |= _facts_of_frames(frames) | dict(mattes=_mattes(clip))
     try:
-        report.notes += check_clip(clip, head, str(report.path), most=None).notes
+        report.notes += check_clip(clip, head, str(report.path), most=None, blank=frames).notes
     except InputError as error:
         report.note(str(error))
     if twins := _twins(clip):

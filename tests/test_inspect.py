@@ -407,6 +407,19 @@ def test_mattes_are_decoded_once(here, frames, monkeypatch):
     assert len(looked) == distinct + 1
 
 
+def test_a_database_of_pictures_is_not_decoded(frames):
+    "Pictures in a tracker's database have no mattes: one look tells."
+    made = []
+
+    def make(i):
+        made.append(i)
+        return replace(frames[i], mask=torch.ones_like(frames[i].mask))
+
+    clip = Clip(make, 12, leaf=lambda i: dict(pictures=f'hash {i}', cameras=[i], codes=[i]))
+    assert list(checks.shares_of(clip).values()) == [1.0] * 12
+    assert made == [0]
+
+
 def test_codes_of_some_frames(frames):
     "One lost head among those that are looked at: then all frames are."
     many = [moved(frames[i % 12], 3.0 * (100 <= i < 140), 0.0, 0.0) for i in range(300)]

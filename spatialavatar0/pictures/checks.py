@@ -220,12 +220,12 @@ def shares_of(
 
 
 # %% ../../nbs/pictures/38_checks.ipynb #a14da078
-def _lost_of(clip, head, most):
+def _lost_of(clip, head, most, blank):
     "Place -> 'behind' or 'outside'; all frames are looked at if one of some is lost."
 
     def look(places):
         with blank_pictures():
-            found = {i: is_lost(clip[i], head) for i in places}
+            found = {i: is_lost((blank or clip)[i], head) for i in places}
         return {i: why for i, why in found.items() if why}
 
     everyone = range(len(clip))
@@ -241,10 +241,11 @@ def faults_of(
     head: Head = None,  # its codes belong to; default: the open head
     most: int = 400,  # frames whose codes are read, if none of them is wrong; None: all
     show: bool = None,  # a progress bar; None: only on a terminal
+    blank: list = None,  # its frames, without their pictures, where somebody has them
 ) -> dict:  # place in the clip -> a key of FAULTS
     "The frames of a clip that cannot be used."
     head = head or open_head()
-    lost = _lost_of(clip, head, most)
+    lost = _lost_of(clip, head, most, blank)
     empty = {i: 'empty' for i, share in shares_of(clip, show).items() if share < EMPTY}
     return dict(sorted((lost | empty).items()))
 
@@ -315,11 +316,10 @@ def check_clip(
     clip: Clip,
     head: Head = None,  # its codes belong to; default: the open head
     what: str = 'the clip',  # what to call it in an error
-    most: int = 400,  # as for faults_of
-    show: bool = None,  # a progress bar; None: only on a terminal
+    **more,  # of faults_of
 ) -> Checked:
     "Leave out frames that cannot be used, and say so; one clear error if that is all of them."
-    faults = faults_of(clip, head, most, show)
+    faults = faults_of(clip, head, **more)
     notes = list(left_out_in_words(clip, faults))
     if len(faults) == len(clip):
         raise InputError(
