@@ -60,10 +60,7 @@ class Film:
 
 
 # %% ../../nbs/capture/74_footage.ipynb #340b99fd
-_PATIENCE = (
-    20.0,
-    60.0,
-)  # seconds without a word from ffmpeg: then it is started again, or given up
+_PATIENCE = (20.0, 60.0)  # seconds of silence: ffmpeg is started once more, then given up
 _MOST_PIXELS = 40_000_000  # of a film's picture; 8K has 33 million
 
 
@@ -82,6 +79,7 @@ def _ffmpeg(path, *words):
     return [program, *limits, '-i', address, *words]
 
 
+# %% ../../nbs/capture/74_footage.ipynb #b82e81f6
 def _late(path):
     seconds = sum(_PATIENCE)
     why = f'ffmpeg did not answer within {seconds:.0f} s, tried {len(_PATIENCE)} times'
@@ -106,30 +104,17 @@ def _ask(path, *words):
 
 # %% ../../nbs/capture/74_footage.ipynb #ec498dc8
 _SAYS_NOTHING = (
-    'Conversion failed',
-    'Error opening',
-    'At least one output',
-    'Nothing was written',
-    'Error while decoding',
-    'Error submitting',
-    'Decode error rate',
-    'Task finished',
-    'Terminating thread',
-    'Last message repeated',
-    'Press [q]',
-    'Could not open encoder',
-    'Input #',
-    'Output #',
-    'Stream',
-    'frame=',
-    'Cannot determine',
-)
+    'Conversion failed|Error opening|At least one output|Nothing was written|Error while decoding|'
+    'Error submitting|Decode error rate|Task finished|Terminating thread|Last message repeated|'
+    'Press [q]|Could not open encoder|Input #|Output #|Stream|frame=|Cannot determine|'
+    'Consider increasing'
+).split('|')
 
 
 def _cause(lines):
     "The last line of ffmpeg that says why, without the names of its parts; or nothing."
     said = [re.sub(r'^(\[[^\]]*\] )+', '', line).strip() for line in lines]
-    telling = [line for line in said if line and not line.startswith(_SAYS_NOTHING)]
+    telling = [line for line in said if line and not line.startswith(tuple(_SAYS_NOTHING))]
     return printable(telling[-1]) if telling else ''
 
 
@@ -180,6 +165,12 @@ def _square_pixels(how=''):
 
 
 # %% ../../nbs/capture/74_footage.ipynb #58a43615
+def _refuse_drawing(path, line):
+    "A drawing may name other files, which ffmpeg would read into it."
+    if re.search(r'Video: (svg|eps|pdf)', line):
+        raise InputError(f'{path} is a drawing; a film, or a folder of pictures was expected')
+
+
 def _video_stream(path, words):
     "ffmpeg's line on the pictures of a file; one clear error if there are none."
     lines = re.findall(r'Stream .*Video: .*', words)
@@ -188,10 +179,10 @@ def _video_stream(path, words):
         if 'Audio:' in words:
             raise InputError(f'{path} has sound but no pictures; expected a film of a face')
         remedy = 'if it plays elsewhere, save it as .mp4'
-        why = 'the file is empty' if not path.stat().st_size else _cause(words.splitlines())
-        raise InputError(
-            f'{path} is not a film that ffmpeg can read ({why or "no pictures in it"}); {remedy}'
-        )
+        why = _cause(words.splitlines()) if path.stat().st_size else 'the file is empty'
+        why = f'is not a film that ffmpeg can read ({why or "no pictures in it"})'
+        raise InputError(f'{path} {why}; {remedy}')
+    _refuse_drawing(path, streams[0])
     size = re.search(r', (\d+)x(\d+)\b', streams[0])
     if not size or int(size[1]) * int(size[2]) > _MOST_PIXELS:
         has = f'{size[1]} x {size[2]} pixels' if size else 'pictures of a size that is not told'
@@ -274,7 +265,7 @@ def _filters(line, colours, beat):
     return ','.join([*chain, _square_pixels(how), *behind])
 
 
-# %% ../../nbs/capture/74_footage.ipynb #88f0833a
+# %% ../../nbs/capture/74_footage.ipynb #f4f2ae9d
 def _open_folder(path):
     count = len(pictures_in(path))
     if not count:
@@ -283,6 +274,7 @@ def _open_folder(path):
     return Film(path, 25.0, count)
 
 
+# %% ../../nbs/capture/74_footage.ipynb #88f0833a
 _EVEN = r'Input #0, (mov|avi)\b'  # other files state a pace that may not be theirs
 
 

@@ -362,7 +362,7 @@ def search_faces(
     return (_distinct(again)[:1] or [largest]) + others
 
 
-# %% ../../nbs/capture/70_landmarks.ipynb #50432469
+# %% ../../nbs/capture/70_landmarks.ipynb #386ad73b
 def _no_face(image):
     "Why there may be no face in a picture (H,W,3): what can be told without one."
     height, width = image.shape[:2]
@@ -377,6 +377,7 @@ def _no_face(image):
     )
 
 
+# %% ../../nbs/capture/70_landmarks.ipynb #50432469
 def find_face(
     photo,  # file, array or tensor; see load_photo
     model=None,  # the .task file; None: the manifest's face_landmarker

@@ -22,7 +22,7 @@ __all__ = [
     'to_srgb',
 ]
 
-# %% ../../nbs/ground/07_media.ipynb #533acae4
+# %% ../../nbs/ground/07_media.ipynb #cde1ff5a
 import io
 import re
 import warnings
@@ -33,7 +33,6 @@ from pathlib import Path
 import numpy as np
 
 from .core import InputError, printable
-from .pickles import refuse_odd_file
 
 # %% ../../nbs/ground/07_media.ipynb #a071de78
 PICTURE_ENDINGS = tuple(
@@ -266,25 +265,18 @@ def cube_of(
     return '\n'.join([f'LUT_3D_SIZE {side}', *rows, ''])
 
 
-# %% ../../nbs/ground/07_media.ipynb #c9f3c1c3
+# %% ../../nbs/ground/07_media.ipynb #56c74606
 MOST_PIXELS = 120_000_000
 _HEIC = (b'heic', b'heix', b'heim', b'heis', b'hevc', b'hevx', b'mif1', b'msf1')
-_PRIMARY_CODES = {1: 'bt709', 2: 'unknown', 4: 'bt470m', 5: 'bt470bg', 6: 'smpte170m'} | {
-    7: 'smpte240m',
-    8: 'film',
-    9: 'bt2020',
-    11: 'smpte431',
-    12: 'smpte432',
-    22: 'ebu3213',
-}
-_TRANSFER_CODES = {1: 'bt709', 2: 'unknown', 4: 'bt470m', 5: 'bt470bg', 6: 'smpte170m'} | {
-    7: 'smpte240m',
-    8: 'linear',
-    11: 'iec61966-2-4',
-    12: 'bt1361e',
-    13: 'iec61966-2-1',
-}
-_TRANSFER_CODES |= {14: 'bt2020-10', 15: 'bt2020-12', 16: 'smpte2084', 18: 'arib-std-b67'}
+_PRIMARY_NAMES = 'bt709 unknown bt470m bt470bg smpte170m smpte240m film bt2020 smpte431 smpte432'
+_PRIMARY_CODES = dict(zip((1, 2, 4, 5, 6, 7, 8, 9, 11, 12), _PRIMARY_NAMES.split()))
+_TRANSFER_NAMES = (
+    'bt709 unknown bt470m bt470bg smpte170m smpte240m linear iec61966-2-4 bt1361e iec61966-2-1 '
+    'bt2020-10 bt2020-12 smpte2084 arib-std-b67'
+)
+_TRANSFER_CODES = dict(
+    zip((1, 2, 4, 5, 6, 7, 8, 11, 12, 13, 14, 15, 16, 18), _TRANSFER_NAMES.split())
+)
 
 
 def _coded(primaries, transfer):
@@ -339,6 +331,9 @@ def _opened(file, beginning):
         warnings.simplefilter('ignore', Image.DecompressionBombWarning)
         try:
             return Image.open(file)
+        except Image.DecompressionBombError as e:
+            limit = f'the limit is about {2 * Image.MAX_IMAGE_PIXELS // 10**6} million'
+            raise InputError(f'{file} has too many pixels ({limit}); make it smaller first') from e
         except UnidentifiedImageError:
             if beginning[4:8] != b'ftyp' or beginning[8:12] not in (*_HEIC, b'avif', b'avis'):
                 raise
@@ -358,13 +353,12 @@ def _open_heic(file, is_heic):
     return Image.open(file)
 
 
-# %% ../../nbs/ground/07_media.ipynb #3d9ae5cf
+# %% ../../nbs/ground/07_media.ipynb #32d798ec
 def _first_bytes(path):
     if hasattr(path, 'read'):
         beginning = path.read(1 << 16)
         path.seek(0)
         return beginning
-    refuse_odd_file(path)
     with open(path, 'rb') as file:
         return file.read(1 << 16)
 
