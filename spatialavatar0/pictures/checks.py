@@ -216,7 +216,7 @@ def shares_of(
     files = dict(_matte_files(clip))
     shares = dict(zip(files, matte_shares(list(files.values()), show)))
     others = [i for i in range(len(clip)) if i not in shares]
-    return shares | {i: float((clip[i].mask > 0.5).float().mean()) for i in others}
+    return shares | _shares_of_others(clip, others)
 
 
 # %% ../../nbs/pictures/38_checks.ipynb #a14da078
