@@ -208,6 +208,17 @@ def test_nan_is_named_and_harms_nothing(start, clip, tmp_path):
     assert (tmp_path / 's.safetensors').exists()
 
 
+def test_a_head_behind_the_camera_is_named(start, clip):
+    viewmat = clip[4].viewmat.clone()
+    viewmat[2, 3] -= 10
+    frames = [clip[i] for i in range(6)]
+    frames[4] = replace(frames[4], viewmat=viewmat)
+    with pytest.raises(InputError, match='in frame 4 the head lies behind the camera'):
+        refine(start, Clip(frames), 40, config=CONFIG)
+    with pytest.raises(InputError, match='frame 4'):
+        measure(start, Clip(frames))
+
+
 def test_the_command_says_nan_in_one_line(clip, tmp_path, monkeypatch, capsys):
     "What a refinement cannot go on from is a user's matter: one line, no traceback."
     from spatialavatar0 import cli

@@ -155,6 +155,7 @@ def look(
     (y0, y1), (x0, x1) = _span(on.any(1)), _span(on.any(0))
     with torch.no_grad():
         verts = avatar.verts(**frame.pose)
+    _need_before_camera(frame, verts)
     return View(
         image=_to_bytes(frame.image[y0:y1, x0:x1]),
         mask=_to_bytes(frame.mask[y0:y1, x0:x1]),
@@ -177,6 +178,16 @@ def _need_finite(frame):
             raise InputError(
                 f'the {name} of frame {frame.time} holds nan or inf; leave that frame out'
             )
+
+
+def _need_before_camera(frame, verts):
+    "InputError for a head that no picture can show; nan is not before a camera, either."
+    depths = verts @ frame.viewmat[2, :3] + frame.viewmat[2, 3]
+    if not depths.max() > 0:
+        raise InputError(
+            f'in frame {frame.time} the head lies behind the camera; look at its camera and '
+            'translation, or leave that frame out'
+        )
 
 
 def _span(on):
