@@ -665,6 +665,7 @@ def _failed(error):
         text = f'{error}'
     elif isinstance(error, OSError):
         text = f'{error.strerror or error}' + (f': {error.filename}' if error.filename else '')
+        text = str(InputError(text))
     else:
         raise error
     _complain(f'error: {text}')

@@ -53,7 +53,7 @@ import platformdirs
 import yaml
 
 from .core import InputError, atomic_path
-from .pickles import printable
+from .pickles import printable, refuse_odd_file
 
 # %% ../../nbs/ground/04_assets.ipynb #2c79101c
 _PART = re.compile(r'\w([\w.+ -]*[\w+-])?', re.ASCII)  # a folder or a file
@@ -218,6 +218,7 @@ class _Plain(yaml.SafeLoader):
 # %% ../../nbs/ground/04_assets.ipynb #6759d67e
 def _read_yaml(path, most=1_000_000):
     "What a manifest says: a list of tables."
+    refuse_odd_file(path, most)
     try:
         with open(path, 'rb') as file:
             text = file.read(most + 1)

@@ -91,7 +91,14 @@ def load_protocols(
     try:
         rows = yaml.safe_load(text)['protocols']
         found = [Protocol(**{**row, 'names': tuple(row.get('names', ()))}) for row in rows]
-    except (yaml.YAMLError, LookupError, TypeError, ValueError, AttributeError) as e:
+    except (
+        yaml.YAMLError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RecursionError,
+    ) as e:
         if isinstance(e, InputError):
             raise
         raise InputError(

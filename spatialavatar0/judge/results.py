@@ -53,7 +53,7 @@ from spatialavatar0.judge.evaluate import (
 from ..ground.assets import asset
 from ..ground.core import InputError, atomic_path, to_uint8
 from ..ground.lease import locked
-from ..ground.pickles import file_text
+from ..ground.pickles import file_text, printable
 from ..pictures.scores import PRESETS
 
 # %% ../../nbs/judge/91_results.ipynb #5c211643
@@ -342,12 +342,35 @@ def row_of(
 
 
 # %% ../../nbs/judge/91_results.ipynb #a19e8426
+def _check_score(name, score):
+    "A number, or one with the name of its judge."
+    value = score['value'] if isinstance(score, dict) else score
+    is_number = type(value) in (int, float) and (math.isnan(value) or abs(value) < 1e30)
+    if value is not None and not is_number:
+        raise ValueError(f'{name} should be a number; got {printable(repr(value), 20)}')
+    if isinstance(score, dict) and not isinstance(score['estimator'], str):
+        raise ValueError(f'{name} should name its judge')
+
+
+def _check_row(row):
+    "The types of what a table needs."
+    kinds = dict.fromkeys(KEY, str) | dict(seed=int, scores=dict)
+    for name, kind in kinds.items():
+        if type(row[name]) is not kind:
+            got = printable(repr(row[name]), 20)
+            raise TypeError(f'{name} should be {kind.__name__}; got {got}')
+    if not isinstance(row.get('preset') or {}, dict):
+        raise TypeError('preset should be a dict')
+    for name, score in row['scores'].items():
+        if name in METRICS:
+            _check_score(name, score)
+
+
 def line_of(
     row: dict,  # from a file
 ) -> Line:
     "A line from its dictionary."
-    for name in (*KEY, 'scores'):
-        row[name]
+    _check_row(row)
     named = {k: v for k, v in row.items() if k in Line.__dataclass_fields__ and k != 'more'}
     return Line(**named, more={k: v for k, v in row.items() if k not in named})
 
@@ -465,8 +488,11 @@ def _read_lines(path):
         if not row.strip():
             continue
         try:
-            found.append(line_of(json.loads(row)))
-        except (ValueError, TypeError, KeyError) as e:
+            line = line_of(json.loads(row))
+            if any(line.key == other.key for other in found):
+                raise ValueError('the same method, person and seed come twice')
+            found.append(line)
+        except (ValueError, TypeError, KeyError, RecursionError) as e:
             if number == len(rows):
                 continue
             raise InputError(
@@ -572,4 +598,5 @@ def result_table(
         cells = ' | '.join(_cell(mine, metric) for metric in shown)
         subjects, seeds = {line.subject for line in mine}, {line.seed for line in mine}
         rows.append(f'| {_plain(method)} | {cells} | {len(subjects)} | {len(seeds)} |')
-    return '\n'.join(rows) + '\n\n' + '\n'.join(_notes(lines))
+    notes = [''.join(c if c.isprintable() else '?' for c in note) for note in _notes(lines)]
+    return '\n'.join(rows) + '\n\n' + '\n'.join(notes)

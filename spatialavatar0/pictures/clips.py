@@ -56,11 +56,17 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
 
+from spatialavatar0.ground.pickles import (
+    file_json,
+    printable,
+    read_arrays,
+    refuse_odd_file,
+)
+
 from ..ground.content import branches, hash_of
 from ..ground.core import InputError, atomic_path, expect_tensor, progress, to_uint8
 from ..ground.geometry import crop_intrinsics, opengl_to_viewmat, viewmat_to_opengl
 from ..ground.media import open_picture, to_srgb
-from ..ground.pickles import file_json, printable, read_arrays
 from ..head.head import Head, open_head
 
 
@@ -413,6 +419,15 @@ def _camera_entry(frame):
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #af1b5b01
+def _places(step, camera):
+    "Where the files of a frame lie: number of its time step, of its camera."
+    return dict(
+        file_path=f'images/{step:05d}_{camera:02d}.png',
+        fg_mask_path=f'fg_masks/{step:05d}_{camera:02d}.png',
+        flame_param_path=f'flame_param/{step:05d}.npz',
+    )
+
+
 def _entry(frame, step, camera):
     "What transforms.json says about a frame: number of its time step, of its camera."
     return dict(
@@ -422,9 +437,7 @@ def _entry(frame, step, camera):
         camera_index=camera,
         camera_id=str(frame.camera),
         **_camera_entry(frame),
-        file_path=f'images/{step:05d}_{camera:02d}.png',
-        fg_mask_path=f'fg_masks/{step:05d}_{camera:02d}.png',
-        flame_param_path=f'flame_param/{step:05d}.npz',
+        **_places(step, camera),
     )
 
 
@@ -502,10 +515,23 @@ _JOURNAL = 'writing.jsonl'
 
 def _journal(path):
     "Lines of a journal; a torn last line has no line end."
+    refuse_odd_file(path)
     try:
         return [json.loads(line) for line in path.read_text().split('\n')[:-1]]
-    except ValueError:
+    except (ValueError, RecursionError):
         return []
+
+
+def _is_line(line):
+    "Whether a line of a journal is one that `write_vhap` wrote: it names files, which are read."
+    entry = line.get('entry') if isinstance(line, dict) else None
+    if not isinstance(entry, dict) or not isinstance(entry.get('camera_id'), str):
+        return False
+    names = 'timestep_index', 'camera_index', 'timestep_index_original'
+    step, camera, time = (entry.get(name) for name in names)
+    if not all(type(n) is int and abs(n) < 2**31 for n in (step, camera, time)):
+        return False
+    return _places(step, camera).items() <= entry.items()
 
 
 def _leaf_name(clip, i, frame=None):
@@ -517,8 +543,9 @@ def _leaf_name(clip, i, frame=None):
 
 def _is_beginning(lines, title, clip):
     "Whether lines of a journal are about this clip."
-    names = (_leaf_name(clip, i) == line.get('leaf') for i, line in enumerate(lines[1:]))
-    return lines[:1] == [title] and len(lines) <= 1 + len(clip) and all(names)
+    if lines[:1] != [title] or len(lines) > 1 + len(clip) or not all(map(_is_line, lines[1:])):
+        return False
+    return all(_leaf_name(clip, i) == line.get('leaf') for i, line in enumerate(lines[1:]))
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #cd1780a8

@@ -32,7 +32,7 @@ from torch import Tensor
 from ..avatar.avatar import Avatar
 from ..ground.core import InputError, atomic_path, to_uint8
 from ..ground.geometry import axis_angle_to_mat, mat_to_quat, sh0_to_rgb
-from ..ground.pickles import file_bytes
+from ..ground.pickles import file_bytes, printable
 from ..pictures.clips import resize
 from ..splats.mesh import vertex_normals
 from .animate import check_controls, control_names, motions_for
@@ -365,10 +365,13 @@ def _chunks(path):
     if len(data) < total or 28 + length > len(data):
         raise InputError(f'{path} is cut short: it promises {total:,} bytes and has {len(data):,}')
     try:
-        return json.loads(data[20 : 20 + length]), data[28 + length : total]
+        about = json.loads(data[20 : 20 + length])
     except (ValueError, RecursionError) as error:
-        why = str(error)[:60]
+        why = printable(error, 60)
         raise InputError(f'{path}: its description is damaged ({why})') from error
+    if not isinstance(about, dict) or not isinstance(about.get('accessors'), list):
+        raise InputError(f'{path}: its description holds no tables (accessors)')
+    return about, data[28 + length : total]
 
 
 # %% ../../nbs/use/84_gltf.ipynb #f03c6461
@@ -385,6 +388,8 @@ class _Tables:
     body: bytes
 
     def piece(self, view, start, kind, count, width):  # -> (count,width)
+        if type(view) is not int or view < 0:
+            raise InputError(f'{self.path}: a table lies in the view {printable(view, 20)}')
         place = self.about['bufferViews'][view]
         at = place.get('byteOffset', 0) + start
         size = np.dtype(kind).itemsize * count * width
@@ -409,8 +414,8 @@ def described(self: _Tables, i):
     accessor = self.about['accessors'][i]
     kind, width = _KIND[accessor['componentType']], _WIDTH[accessor['type']]
     count = accessor['count']
-    if count > 10**8:
-        raise InputError(f'{self.path}: table {i} has {count:,} rows; this is no head')
+    if type(count) is not int or count * width > 10**8:
+        raise InputError(f'{self.path}: table {i} has {printable(count, 20)} rows; this is no head')
     rows = self.dense(accessor, kind, width)
     if sparse := accessor.get('sparse'):
         where, values = sparse['indices'], sparse['values']
