@@ -167,9 +167,9 @@ def test_killed_and_resumed(start, tmp_path):
 def test_state_of_another_run_is_refused(start, clip, tmp_path):
     state = tmp_path / 's.safetensors'
     refine(start, clip, 2, config=CONFIG, state=state)
-    with pytest.raises(InputError, match='another run: .*seed'):
+    with pytest.raises(InputError, match='other work: .*seed'):
         refine(start, clip, 2, config=CONFIG, state=state, seed=1)
-    with pytest.raises(InputError, match='another run: .*config'):
+    with pytest.raises(InputError, match='other work'):
         refine(start, clip, 2, config=paper_config(), state=state)
     with pytest.raises(InputError, match='iters'):
         refine(start, clip, 3, config=CONFIG, state=state)

@@ -528,6 +528,7 @@ _STATE = FileKind(
 )
 
 
+# %% ../../nbs/stage1/55_trainer.ipynb #dff6f7ab
 @patch
 def save(self: Trainer, path):
     "Write all that lives between steps to one .safetensors file, whole or not at all."
