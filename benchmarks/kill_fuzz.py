@@ -289,7 +289,7 @@ def kill_once(reference: Reference, folder: Path, rng, fresh, when=None) -> dict
     run = start(reference.words, folder, fresh=fresh, **hook)
     if by_time:
         imports = 4 if fresh else 0
-        if run.wait(imports + rng.random() * reference.seconds) is None:
+        if run.wait(imports + 0.8 * rng.random() * reference.seconds) is None:
             os.kill(run.pid, number)
     began = time.monotonic()
     code = run.wait()

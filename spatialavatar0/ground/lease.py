@@ -124,21 +124,26 @@ def _holder(path):
 
 
 # %% ../../nbs/ground/06_lease.ipynb #cbd6572b
+def _refusal(text):
+    "An error for a user; what knows of it takes seconds to import, and is needed only here."
+    from spatialavatar0.ground.core import InputError
+
+    return InputError(text)
+
+
 def check_writable(
     folder,  # need not exist yet
 ):
     "Refuse a folder that cannot be made or written to."
-    from spatialavatar0.ground.core import InputError
-
     folder = Path(folder)
     there = next(p for p in (folder, *folder.parents) if p.exists() or p.is_symlink())
     if not there.is_dir():
-        raise InputError(
+        raise _refusal(
             f'cannot write to {folder}: {there} is a file where a folder is needed; choose '
             'another --out'
         )
     if not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f'cannot write to {folder}: permission denied; choose another --out')
+        raise _refusal(f'cannot write to {folder}: permission denied; choose another --out')
 
 
 # %% ../../nbs/ground/06_lease.ipynb #d8340530
@@ -201,8 +206,6 @@ def _made_folders(folder):
 
 def _take_lease(folder):
     "The open file of a lease that is ours, and the folders made for it; or one clear error."
-    from spatialavatar0.ground.core import InputError
-
     check_writable(folder)
     while True:
         made = _made_folders(folder)
@@ -210,7 +213,7 @@ def _take_lease(folder):
             file = _open_locked(folder / LEASE, wait=False, links=False)
             break
     if file is None:
-        raise InputError(
+        raise _refusal(
             f'{folder} is being written by {_holder(folder / LEASE)}; wait until it has ended, or '
             'choose another --out'
         )
@@ -273,15 +276,13 @@ _turns = {}  # real path of a file -> the lock of this process's threads
 
 def _take_file(path):
     "The lock of a file, which is made if it is missing; and whether it was."
-    from spatialavatar0.ground.core import InputError
-
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return _open_locked(path, wait=True)
     except PermissionError as e:
-        raise InputError(f'cannot write {path}: permission denied; choose another --out') from e
+        raise _refusal(f'cannot write {path}: permission denied; choose another --out') from e
     except (NotADirectoryError, FileExistsError, IsADirectoryError) as e:
-        raise InputError(f'cannot write {path}: expected a file there; choose another --out') from e
+        raise _refusal(f'cannot write {path}: expected a file there; choose another --out') from e
 
 
 def _drop_file(path, file):
@@ -491,9 +492,7 @@ class Workers:
 
 # %% ../../nbs/ground/06_lease.ipynb #74bcca0c
 def _worker_lost():
-    from spatialavatar0.ground.core import InputError
-
-    return InputError(
+    return _refusal(
         'a worker was ended from outside, perhaps because memory ran out; the same command goes '
         'on: give it fewer --jobs'
     )
