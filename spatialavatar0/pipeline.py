@@ -825,7 +825,8 @@ def _tracking_numbers(clip):  # folder of a clip from track_clip
     if not isinstance(report, dict):
         raise InputError(wrong)
     numbers = {k: v for k, v in report.items() if k in kept}
-    flat = [*numbers.pop('cuts', []), *numbers.values()]
+    cuts = numbers.pop('cuts', [])
+    flat = [*(cuts if isinstance(cuts, list) else [cuts, None]), *numbers.values()]
     if not all(type(x) in (int, float) and math.isfinite(x) for x in flat):
         raise InputError(wrong)
     return {k: v for k, v in report.items() if k in kept}
@@ -839,6 +840,14 @@ def _begin_film(film, out, cfg, restart):
         _forget_state(out)
     if kept_command(out) is None or not (out / 'clip').exists():
         _keep_build(out, [film], cfg)
+
+
+# %% ../nbs/pipeline.ipynb #992bfece
+def _draw_start(likeness, train, head, cfg, out):
+    "The mesh over the frame that stands for the film; the square of its head."
+    frame = likeness.with_agreed_matte(train[start_frame(train)])
+    _save_overlay(frame, head, out / FILES['tracking'])
+    return _squared(frame, cfg.size)
 
 
 # %% ../nbs/pipeline.ipynb #cc6a7bd8
@@ -862,12 +871,10 @@ def build_from_film(
     likeness = _likeness_of(train, head, cfg, out, say)
     clock.lap('build')
     numbers = _held_out_numbers(likeness, train, test, say)
-    frame = likeness.with_agreed_matte(train[start_frame(train)])
-    cut = _squared(frame, cfg.size)
     made_of = read_header(out / 'state.safetensors', STATE)['made_of']
     _sign(likeness.avatar, cfg, made_of, film=Path(film).name)
     (out / FILES['metrics']).unlink(missing_ok=True)
-    _save_overlay(frame, head, out / FILES['tracking'])
+    cut = _draw_start(likeness, train, head, cfg, out)
     write_results(likeness.avatar, cut, cfg, out, say)
     clock.lap('write')
     numbers |= judge_turns(likeness.avatar, cut, max(cfg.film, 256))

@@ -345,7 +345,7 @@ def row_of(
 def _check_score(name, score):
     "A number, or one with the name of its judge."
     value = score['value'] if isinstance(score, dict) else score
-    is_number = type(value) in (int, float) and (math.isnan(value) or abs(value) < 1e30)
+    is_number = type(value) in (int, float) and (value != value or abs(value) < 1e30)
     if value is not None and not is_number:
         raise ValueError(f'{name} should be a number; got {printable(repr(value), 20)}')
     if isinstance(score, dict) and not isinstance(score['estimator'], str):

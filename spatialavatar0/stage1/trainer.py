@@ -8,6 +8,7 @@ __all__ = ['look_type', 'Shelf', 'BadBatch', 'Trainer', 'Now', 'look_at_trials',
 # %% ../../nbs/stage1/55_trainer.ipynb #51764815
 import json
 import math
+import os
 import signal
 import time
 from dataclasses import asdict, replace
@@ -52,6 +53,7 @@ from spatialavatar0.stage1.schedule import (
 from ..ground.content import branches, hash_of, refuse_other
 from ..ground.core import InputError, atomic_path, progress
 from ..ground.lease import finish_first, interruption
+from ..ground.pickles import file_json, refuse_odd_file
 from ..pictures.clips import Clip, head_content
 from ..pictures.fast_metrics import open_lpips, ssim
 from .backbone import Look, layer_scales
@@ -153,10 +155,11 @@ def _room(self: Shelf, folder, record, size, generator):
     "The file of the records in a folder of our own."
     title, path = folder / 'looks.json', folder / 'looks.bin'
     about = self._about(record, generator)
-    if title.exists():
+    if os.path.lexists(title):
         ways = f'give another --out, or delete {folder}, or --restart to begin anew'
-        refuse_other(title, json.loads(title.read_text()), about, ways)
+        refuse_other(title, file_json(title), about, ways)
     folder.mkdir(parents=True, exist_ok=True)
+    refuse_odd_file(path, 2**62)
     if not title.exists() or not path.exists() or path.stat().st_size != size:
         with open(path, 'wb') as file:
             file.truncate(size)

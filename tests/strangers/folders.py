@@ -318,7 +318,10 @@ def saved(**changes):
 
 def ordered_frame(folder):
     order = touch(folder)
-    change = lambda there: torch.save(tf.payload(flame=order), there / 'checkpoint/00001.frame')
+
+    def change(there):
+        torch.save(tf.payload(flame=order), there / 'checkpoint/00001.frame')
+
     return folder_of('flashavatar', change)(folder)
 
 

@@ -307,7 +307,9 @@ STATES = {
     'a log that is text': ('kind', put('log', 'hello')),
     'a log of numbers': ('kind', put('log', [1, 2])),
     'no log': ('kind', put('log', None)),
-    'another seed, with escapes': ('text', put('seed', ESCAPES)),
+    'made of text': ('kind', put('made_of', ESCAPES)),
+    'made of other things': ('text', put('made_of', {ESCAPES: ESCAPES, 'clip': ESCAPES})),
+    'made of nothing': ('kind', put('made_of', None)),
 }
 TRAINING = {
     'phase 99': ('number', put('phase', 99)),
@@ -350,11 +352,8 @@ def case(kind, what, threat, make, **more):
 
 def shared_cases(kind):
     "What every kind must stand."
-    skip = (
-        {'a head that is a list', 'a head full of escapes', 'no head'}
-        if kind == 'refinement'
-        else ()
-    )
+    states = 'refinement', 'training'  # say what they are made of, not their head alone
+    skip = ('a head that is a list', 'a head full of escapes', 'no head') if kind in states else ()
     found = [case(kind, w, t, raw(kind, head, bytes(64))) for w, (t, head) in CONTAINER.items()]
     found += [
         case(kind, w, t, bent(kind, meta=m)) for w, (t, m) in HEADERS.items() if w not in skip

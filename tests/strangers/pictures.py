@@ -103,7 +103,8 @@ def webp_of(width, height):
     return b'RIFF' + struct.pack('<I', len(body) + 4) + b'WEBP' + body
 
 
-EPS = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 80 80\n%%EndComments\n(touch ../CANARY) system\n%%EOF\n'
+EPS = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 80 80\n%%EndComments\n'
+EPS += b'(touch ../CANARY) system\n%%EOF\n'
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>'
 PHOTOS = {
     'a PNG of 10^5 x 10^5': ('bomb', 'x.png', png(10**5, 10**5)),

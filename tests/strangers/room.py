@@ -316,6 +316,7 @@ def prepare(groups=GROUPS):
     import torch
 
     torch.set_num_threads(1)
+    torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])  # imports more than it seems
     warnings.simplefilter('ignore')
     samples()
     if pid := os.fork():  # what makes sound files may leave threads behind, and dies with them
