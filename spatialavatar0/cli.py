@@ -378,6 +378,7 @@ def _run_view(
     _say(f'open {write_page(shown, out, avatar.stem).resolve()} in a browser')
 
 
+# %% ../nbs/cli.ipynb #630d5efe
 def _serve(avatar):
     "Show an avatar in a browser until Ctrl-C."
     from spatialavatar0.use.viewer import serve
@@ -442,7 +443,7 @@ def _run_animate(
     _say(animate_avatar(shown, motion, out, **how, say=_say).resolve())
 
 
-# %% ../nbs/cli.ipynb #18c00009
+# %% ../nbs/cli.ipynb #e3ad18fc
 _EXPORT = (
     '.ply, .compressed.ply, .splat, .npz: splats at rest. .glb: mesh for engines. '
     '.html: page. A folder: splats per frame.'
@@ -451,6 +452,7 @@ _FORM = 'Of the files in a folder: .ply, .compressed.ply, .splat or .npz.'
 _THEIRS = typer.Option('--gaussian-avatars', help='The folder in the form of GaussianAvatars.')
 
 
+# %% ../nbs/cli.ipynb #18c00009
 @app.command('export')
 def _run_export(
     avatar: _Avatar,
@@ -510,7 +512,7 @@ def _run_refine(
     refine_clip(avatar, clip, out, options, _say, restart)
 
 
-# %% ../nbs/cli.ipynb #49b531b0
+# %% ../nbs/cli.ipynb #f5696ca6
 _NETWORK = 'paper: DINOv3, 512 pixels, 58,000 Gaussians, 250,000 steps; wants a GPU.'
 _STEPS = "Of both phases; default: 10,000, or the paper's."
 _MONO = 'Folder of clips to take their place: one camera each.'
@@ -518,6 +520,7 @@ _Count = typer.Option(min=1, help='Painted people in front of one camera.')
 _Sixteen = typer.Option(min=1, help='Painted people in front of sixteen.')
 
 
+# %% ../nbs/cli.ipynb #49b531b0
 @app.command('train')
 def _run_train(
     out: _Out = Path('out'),

@@ -287,6 +287,7 @@ def _head_of(meta, given):
     return toothed if meta['head'] == head_id(toothed) else head
 
 
+# %% ../../nbs/avatar/40_avatar.ipynb #3c272beb
 def load_avatar(
     path,  # file written by Avatar.save
     head: Head = None,  # the head it was made on, or its file; default: the open head

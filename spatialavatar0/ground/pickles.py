@@ -523,6 +523,7 @@ def file_text(
         ) from None
 
 
+# %% ../../nbs/ground/03_pickles.ipynb #9bc98a0d
 def parse_json(
     text: str,
     where,  # what to call it in an error

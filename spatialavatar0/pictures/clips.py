@@ -199,7 +199,6 @@ class Clip:
         return part
 
     frames = property(list)  # all of them, in memory
-    knows_leaves = property(lambda self: self._leaf is not None)  # without making frames
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #457cb66a
@@ -219,6 +218,9 @@ def leaf_of(
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #9f40162c
+Clip.knows_leaves = property(lambda self: self._leaf is not None)  # without making frames
+
+
 @patch
 def leaf(self: Clip, i: int) -> dict:
     "What frame i is made of, see `content.branches`."

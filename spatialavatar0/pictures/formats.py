@@ -102,6 +102,7 @@ def _array_of(x):
         return np.array('')
 
 
+# %% ../../nbs/pictures/33_formats.ipynb #32a0a966
 def finite_numbers(
     x,  # what the file has
     name: str,  # of the field, for the error
@@ -142,6 +143,7 @@ def viewmat_of(
     return torch.from_numpy(viewmat.astype(np.float32))
 
 
+# %% ../../nbs/pictures/33_formats.ipynb #5db3550f
 def pinhole(fx, fy, cx, cy, where) -> Tensor:  # (3,3)
     "Intrinsics in pixels."
     if not all(map(math.isfinite, (fx, fy, cx, cy))) or fx <= 0 or fy <= 0:
@@ -211,6 +213,7 @@ def _time(image, i):
     return int(image.stem) if image.stem.isdecimal() and len(image.stem) < 10 else i
 
 
+# %% ../../nbs/pictures/33_formats.ipynb #42325610
 def _in_time(shots):
     "Shots in the order of time; pictures img_9 and img_10 are called by the numbers they end in."
     found = [re.fullmatch(r'(.*?)(\d{1,9})', shot.image.stem) for shot in shots]
@@ -453,6 +456,7 @@ def _code_files(folder, stem, exp):
     return [path for path in files if path.is_file()]
 
 
+# %% ../../nbs/pictures/33_formats.ipynb #2ffd90d8
 def _text_codes(folder, stem, exp, where):
     "Function name -> numbers, out of text files or else the tracker's checkpoint."
     last = folder / 'checkpoint' / f'{stem}.frame'
@@ -549,6 +553,7 @@ class _Rig(NamedTuple):
     opengl: bool  # the axes of its cameras
 
 
+# %% ../../nbs/pictures/33_formats.ipynb #2272e628
 def _insta_shot(folder, top, entry, i, rig):
     "Entry i of a transforms file."
     where = f'{folder}: frame {i}'
@@ -631,6 +636,7 @@ def _opencv_camera(found, path):
     return view, pinhole(K[0, 0], K[1, 1], K[0, 2], K[1, 2], f'{path}: K')
 
 
+# %% ../../nbs/pictures/33_formats.ipynb #722ca019
 def _flash_frame(path, image, mask, time, head):
     "One frame; its camera is in the file, too."
     found = read_checkpoint(path)
@@ -929,6 +935,7 @@ def format_of(
     return 'vhap'
 
 
+# %% ../../nbs/pictures/33_formats.ipynb #0d050b5e
 def load_clip(
     path,  # a folder; or a list of folders in VHAP format, sequences of one person
     head: Head = None,  # its codes belong to; the formats other than VHAP insist on it
@@ -960,6 +967,7 @@ def _check_apart(train, test, where):
         )
 
 
+# %% ../../nbs/pictures/33_formats.ipynb #e549a98d
 def train_test(
     path,  # a folder, or a list as for `load_clip`
     head: Head = None,  # as for `load_clip`

@@ -143,6 +143,7 @@ class _Column(NamedTuple):
     unit: str  # percent, degrees, radians; '' where the name does not tell
 
 
+# %% ../../nbs/use/86_performances.ipynb #d7c8a45b
 def _columns(names, path):
     "The columns that drive a face; one line each about those that cannot."
     found = {}
@@ -161,6 +162,7 @@ def _columns(names, path):
     return [columns[0] for columns in found.values()]
 
 
+# %% ../../nbs/use/86_performances.ipynb #2f6e9011
 def _say_unused(names, path):
     "One line about columns that no control is made of."
     asked = _control, _is_said, _is_rate
@@ -267,6 +269,7 @@ def _rows(lines, separator, names, path):
         raise InputError(f'{path} is not a table ({e})') from e
 
 
+# %% ../../nbs/use/86_performances.ipynb #09572de7
 def _marked(names, first, separator):
     "Names of columns; one whose first value is written with a % says so."
     cells = next(_cells([first], separator), [])
@@ -351,6 +354,7 @@ def _is_plain(value):
     return value is not None and _is_flat(list(value.values()) if is_fraction else [value])
 
 
+# %% ../../nbs/use/86_performances.ipynb #6dfa1fa8
 def _scan(node, said, depth=0):
     "Gather lists of names, and rates, at any depth."
     if depth > _DEEPEST:
@@ -390,6 +394,7 @@ def _at(prefix, key):
     return f'{prefix.rsplit(".", 1)[-1]}.{key}' if prefix else str(key)
 
 
+# %% ../../nbs/use/86_performances.ipynb #672c5d28
 def _node(node, said, prefix=''):
     "What a part of a JSON file holds: a dict for one frame, a list of them, or None."
     if isinstance(node, dict):
@@ -403,6 +408,7 @@ def _node(node, said, prefix=''):
     return _of_list(node, said, prefix)
 
 
+# %% ../../nbs/use/86_performances.ipynb #89ca709f
 def _named(values, said, prefix):
     "A plain list of as many numbers as there are names."
     names = said.lists.get(len(values))
@@ -461,6 +467,7 @@ class _Parts(NamedTuple):
     tables: dict  # key -> list of dicts
 
 
+# %% ../../nbs/use/86_performances.ipynb #932e3619
 def _parts(node, said, prefix):
     "An object, sorted."
     parts = _Parts({}, {}, {}, {})
@@ -639,6 +646,7 @@ def _numbers(row, columns, frame, path):
     return numbers
 
 
+# %% ../../nbs/use/86_performances.ipynb #6c744950
 def _number(cell):
     try:
         return float(cell)
@@ -734,6 +742,7 @@ def _rate(name, value, path):
     return rate
 
 
+# %% ../../nbs/use/86_performances.ipynb #a8c54a12
 def _stated(rates, path):
     "Frames per second as the file states them; None where it does not."
     told = {}
@@ -889,6 +898,7 @@ def _clocks(stamps, stated, path):
     return [clock for clock in found if clock and _tells(clock.times)]
 
 
+# %% ../../nbs/use/86_performances.ipynb #7747591a
 def _clock_for(stamps, stated, count, path):
     "The clock to go by; None: frames are as far apart as stated, or as assumed."
     clocks = _clocks(stamps, stated, path) if count > 1 else []
@@ -1003,6 +1013,7 @@ def _say_uneven(times, rate, clock, path):
         )
 
 
+# %% ../../nbs/use/86_performances.ipynb #9c3ceeaa
 def _check_span(times, rate, clock, path):
     "One stamp that is wrong should not make a film of a year."
     if times[-1] * rate > MOST_FRAMES:
@@ -1029,6 +1040,7 @@ def _on_clock(clock, values, stated, path):
     return rate, times, values
 
 
+# %% ../../nbs/use/86_performances.ipynb #7f076eea
 def _timed(values, stamps, stated, path):
     "Frames at an even rate, and that rate."
     rate = stated or RATE
@@ -1051,6 +1063,7 @@ class Recording(NamedTuple):
     fps: float  # frames per second
 
 
+# %% ../../nbs/use/86_performances.ipynb #a88c4e4d
 def read_arkit(
     path,  # a table or JSON with ARKit's weights, from whatever program
     flip=(),  # of neckYaw, neckPitch, neckRoll: those with the other sign
