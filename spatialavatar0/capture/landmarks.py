@@ -96,6 +96,8 @@ def _deep(picture, name):
     values = np.asarray(picture, dtype=np.float32)
     if not np.isfinite(values).all():
         raise InputError(f'{name} holds NaN or infinite numbers; save it as 8 bits')
+    if np.abs(values).max() > 65535:
+        raise InputError(f'{name} holds numbers beyond 65,535; save it as 8 bits')
     values = (values / _white(values)).clip(0, 1)
     ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
     ramp.info.update(picture.info)

@@ -33,6 +33,7 @@ from pathlib import Path
 import numpy as np
 
 from .core import InputError, printable
+from .pickles import refuse_odd_file
 
 # %% ../../nbs/ground/07_media.ipynb #a071de78
 PICTURE_ENDINGS = tuple(
@@ -96,8 +97,10 @@ def _no_twins(paths):
 def pictures_in(
     folder,
 ) -> list:  # paths, in natural order
-    "The pictures that lie in a folder; what is hidden or no file is left out."
-    found = [p for p in Path(folder).iterdir() if is_picture(p) and p.is_file()]
+    "The pictures that lie in a folder; what is hidden is left out, as are folders."
+    found = [p for p in Path(folder).iterdir() if is_picture(p) and not p.is_dir()]
+    if odd := [p for p in found if not p.is_file()]:
+        raise InputError(f'{odd[0]} is no file, or a link to nothing; remove it, or copy it again')
     paths = natural_order(found)
     _no_twins(paths)
     return paths
@@ -359,6 +362,7 @@ def _first_bytes(path):
         beginning = path.read(1 << 16)
         path.seek(0)
         return beginning
+    refuse_odd_file(path)
     with open(path, 'rb') as file:
         return file.read(1 << 16)
 

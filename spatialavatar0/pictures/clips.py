@@ -1098,7 +1098,7 @@ def is_joined(
 ) -> bool:
     "Whether it is a set that VHAP's script has joined: parts, and nothing that holds them all."
     folder = Path(folder)
-    if any((folder / name).is_file() for name in ('transforms.json', _JOURNAL)):
+    if any(os.path.lexists(folder / name) for name in ('transforms.json', _JOURNAL)):
         return False
     return all((folder / f'transforms_{part}.json').is_file() for part in ('train', 'test'))
 

@@ -13,7 +13,7 @@ HEAD = 'Timecode,BlendshapeCount,EyeBlinkLeft,JawOpen'
 
 def table(*rows, head=HEAD, count=4):
     "A maker of a .csv: sound rows, then these."
-    good = [f'00:00:0{i}:00.000,61,0.1,0.{i}' for i in range(count)]
+    good = [f'00:00:00:0{i}.000,61,0.1,0.{i}' for i in range(count)]
     return file('x.csv', lambda: '\n'.join([head, *good, *rows]) + '\n')
 
 
@@ -31,9 +31,9 @@ CSV = {
     'a header of escapes': ('text', file('x.csv', ESCAPES.replace('\n', ' ') + ',a\n1,2\n')),
     'a row of two': ('cut', table('0,1')),
     'a row of a hundred': ('kind', table(','.join('0' * 100))),
-    'a weight of letters': ('kind', table('00:00:05:00.000,61,a,b')),
-    'a weight of escapes': ('text', table('00:00:05:00.000,61,\x1b[2J,\x07')),
-    'a weight of infinity': ('number', table('00:00:05:00.000,61,inf,0')),
+    'a weight of letters': ('kind', table('00:00:00:05.000,61,a,b')),
+    'a weight of escapes': ('text', table('00:00:00:05.000,61,\x1b[2J,\x07')),
+    'a weight of infinity': ('number', table('00:00:00:05.000,61,inf,0')),
     'a quote that never ends': ('cut', table('"' + 'x' * 200_000)),
     'one field of a million letters': ('bomb', table('x' * 10**6)),
     'a column twice': ('kind', file('x.csv', 'jawOpen,JawOpen\n0,1\n' * 2)),
@@ -43,8 +43,8 @@ CSV = {
     ),
 }
 LOUD_CSV = {  # what is used, with a word
-    'a weight of 1e308': ('number', table('00:00:05:00.000,61,1e308,0')),
-    'a weight of -1e308': ('number', table('00:00:05:00.000,61,-1e308,0')),
+    'a weight of 1e308': ('number', table('00:00:00:05.000,61,1e308,0')),
+    'a weight of -1e308': ('number', table('00:00:00:05.000,61,-1e308,0')),
 }
 WEIGHTS = {
     'a rate of 10^6': ('number', weights(exportFps=10**6)),

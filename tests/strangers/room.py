@@ -213,6 +213,7 @@ def live(case, place, pipe):
     seconds, megabytes = time.perf_counter() - start, max(0, peak() - held)
     found = traces(before, tree(place), place)
     ends = found or judged(case, ends, says)
+    says = says.replace(f'{place}/', '')
     row = Row(case.file, case.threat, case.what, ends, says, round(seconds, 2), round(megabytes))
     pipe.write(json.dumps(asdict(row)).encode() + b'\n')
     pipe.flush()
