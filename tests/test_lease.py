@@ -1,6 +1,7 @@
 "One folder, one writer: leases, locks, signals, workers, what a killed run leaves."
 
 import contextlib
+import errno
 import json
 import os
 import platform
@@ -12,6 +13,8 @@ import threading
 import time
 from pathlib import Path
 
+import imageio.v2 as imageio
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -24,6 +27,7 @@ from spatialavatar0.head.head import open_head
 from spatialavatar0.judge.results import Line, Results
 from spatialavatar0.pictures.clips import remove_clip, write_vhap
 from spatialavatar0.pictures.people import make_person, mono_clip
+from spatialavatar0.use.animate import write_film
 from spatialavatar0.use.export import write_sequence
 
 pytestmark = pytest.mark.skipif(os.name == 'nt', reason='locks and signals of POSIX')
@@ -174,6 +178,23 @@ def test_words_of_a_holder_reach_no_terminal(tmp_path):
     assert not set(str(refused.value)) & {'\x1b', '\n'}
 
 
+@pytest.mark.parametrize('locks', ['none', 'refused'])
+def test_a_system_without_locks_says_so(locks, tmp_path, monkeypatch):
+    "Windows has no fcntl; some network drives have no locks."
+    module = sys.modules[lease.__module__]
+    if locks == 'none':
+        monkeypatch.setattr(module, 'fcntl', None)
+    else:
+        monkeypatch.setattr(module.fcntl, 'flock', no_lock)
+    for hold in (lease(tmp_path / 'out'), locked(tmp_path / 'r.jsonl')):
+        with pytest.warns(UserWarning, match='no second command writes'), hold:
+            (tmp_path / 'out').mkdir(exist_ok=True)
+
+
+def no_lock(*_):
+    raise OSError(errno.ENOLCK, 'No locks available')
+
+
 # ---- results
 
 
@@ -228,6 +249,16 @@ def test_a_lock_leaves_nothing(tmp_path):
     (tmp_path / 'file').touch()
     with pytest.raises(InputError, match='choose another --out'), locked(tmp_path / 'file' / 'r'):
         pass
+
+
+def test_two_films_of_one_name_do_not_mix(tmp_path):
+    def film(shade):
+        write_film(np.full((12, 32, 32, 3), shade, np.uint8), tmp_path / 'film.gif', 10)
+
+    assert waited([forked(lambda s=shade: film(s)) for shade in (40, 200)]) == [0, 0]
+    shades = {int(frame[..., 0].mean()) for frame in imageio.mimread(tmp_path / 'film.gif')}
+    assert len(shades) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ['film.gif']
 
 
 # ---- litter
