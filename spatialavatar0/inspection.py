@@ -62,7 +62,7 @@ from spatialavatar0.pictures.clips import (
 
 from .avatar.avatar import AVATAR_FILE, load_avatar
 from .capture.footage import ROW, Film, _ask, _pace, _video_stream, open_film
-from .capture.landmarks import MIN_SIDE
+from .capture.landmarks import MIN_SIDE, load_photo
 from .ground.content import file_hash, file_hashes, hash_of
 from .ground.core import InputError, atomic_path, progress
 from .ground.files import read_header
@@ -266,22 +266,43 @@ def _is_turned(picture):
     return picture.getexif().get(0x0112, 1) not in (0, 1)
 
 
+# %% ../nbs/inspection.ipynb #8f5a2e32
+def _header_of(path, take):
+    "What `take` makes of a picture that is open and not decoded; one clear error."
+    try:
+        with open_picture(path) as picture:
+            return take(picture)
+    except InputError as error:
+        raise InputError(f'{path}: {error}') from error
+    except Exception as error:
+        raise InputError(f'{path} is not a readable picture ({printable(error)})') from error
+
+
+def _upright_size(picture):
+    "Width and height as they are seen: a camera may have lain on its side."
+    return picture.size[::-1] if picture.getexif().get(0x0112, 1) > 4 else picture.size
+
+
+def _photo_facts(picture):
+    return dict(
+        size=list(picture.size),
+        colours=_colours_of(picture),
+        transparent='A' in picture.mode or 'transparency' in picture.info,
+        turned=_is_turned(picture),
+        form=picture.format,
+    )
+
+
 # %% ../nbs/inspection.ipynb #d147b12e
 def _photo(path, head):
     "A photo: build makes an avatar of it."
-    with open_picture(path) as picture:
-        width, height = picture.size
-        report = Report('photo', path, f'a picture ({picture.format})')
-        report.facts = dict(
-            size=[width, height],
-            colours=_colours_of(picture),
-            transparent='A' in picture.mode or 'transparency' in picture.info,
-            turned=_is_turned(picture),
-        )
+    report = Report('photo', path, 'a picture', _header_of(path, _photo_facts))
     report.fingerprint = dict(film=file_hash(path))
-    if min(width, height) < MIN_SIDE:
+    if min(report.facts['size']) < MIN_SIDE:
         report.note(f'a photo needs at least {MIN_SIDE} pixels on each side')
         return report
+    with warnings_as_notes(report):
+        load_photo(path)
     report.commands = [command('build', path, out=free_name('out'))]
     return report
 
@@ -332,9 +353,7 @@ def _sizes_of(files):
     "Size -> names of the pictures that have it."
     sizes = {}
     for path in progress(files, 'pictures'):
-        with open_picture(path) as picture:
-            size = picture.size[::-1] if picture.getexif().get(0x0112, 1) > 4 else picture.size
-            sizes.setdefault(size, []).append(path.name)
+        sizes.setdefault(_header_of(path, _upright_size), []).append(path.name)
     return sizes
 
 
@@ -367,9 +386,9 @@ def _pictures(path, head):
     files = pictures_in(path)
     report = Report('pictures', path, 'a folder of pictures, as of a film')
     report.facts = dict(pictures=len(files), first=files[0].name, last=files[-1].name)
-    with open_picture(files[0]) as picture:
-        report.facts |= dict(size=list(picture.size), colours=_colours_of(picture))
     try:
+        first = _header_of(files[0], _photo_facts)
+        report.facts |= dict(size=first['size'], colours=first['colours'])
         report.notes += check_pictures(path)
     except InputError as error:
         report.note(str(error))

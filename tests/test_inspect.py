@@ -506,7 +506,7 @@ def test_build_says_that_two_photos_are_one(here, monkeypatch):
     said = []
     face = photo(here, None)
     (here / 'copy.png').write_bytes(face.read_bytes())
-    pipeline._check_photos([face, here / 'copy.png'], said.append)
+    pipeline._check_photos([face, here / 'copy.png'], here / 'out', said.append)
     assert said == ['note: me.png and copy.png are the same picture']
 
 
@@ -714,6 +714,23 @@ def test_damaged_things_are_one_line(here, capfd, name, content):
     code, out, err = run(capfd, 'inspect', here / name)
     assert (code, err.count('\n')) == (1, 1), (out, err)
     assert err.startswith('error: ') and name in err
+
+
+@pytest.mark.parametrize('make', [photo, recording, splats, generator, results, flame])
+def test_bytes_that_changed(here, make):
+    "Forty broken copies of a file: a report or one clear error, never another."
+    source = make(here, None)
+    whole = source.read_bytes()
+    random = np.random.default_rng(0)
+    for _ in range(40):
+        data = bytearray(whole)
+        for at in random.integers(0, min(len(data), 2000), random.integers(1, 9)):
+            data[at] = random.integers(256)
+        source.write_bytes(data[: random.integers(len(data)) if random.random() < 0.3 else None])
+        try:
+            inspection.report_json(inspect_path(source))
+        except InputError as error:
+            assert source.name in str(error)
 
 
 def test_nothing_there(capfd):

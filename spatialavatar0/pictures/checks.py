@@ -163,7 +163,7 @@ def frame_name(
     i: int,
 ) -> str:
     "What to call frame i: its picture's file and folder, or its place."
-    path = clip.leaf(i).get('pictures')
+    path = clip.leaf(i).get('pictures') if clip.knows_leaves else None
     if not isinstance(path, Path):
         return f'frame {clip.places[i]}'
     return printable('/'.join(path.parts[-2:]))
@@ -189,7 +189,7 @@ FAULTS = dict(
 
 def _matte_files(clip):
     "(place, (file, whether it is a matte)) of every frame whose matte is a file's."
-    for i in range(len(clip)):
+    for i in range(len(clip) if clip.knows_leaves else 0):
         leaf = clip.leaf(i)
         path = leaf.get('mattes') or leaf.get('pictures')
         if isinstance(path, Path):
@@ -202,7 +202,7 @@ def _shares_of_others(clip, places):
     shares = {}
     for i in places:
         shares[i] = float((clip[i].mask > 0.5).float().mean())
-        if shares[i] == 1 and 'mattes' not in clip.leaf(i):
+        if shares[i] == 1 and clip.knows_leaves and 'mattes' not in clip.leaf(i):
             return dict.fromkeys(places, 1.0)
     return shares
 
