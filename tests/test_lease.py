@@ -27,6 +27,8 @@ from spatialavatar0.head.head import open_head
 from spatialavatar0.judge.results import Line, Results
 from spatialavatar0.pictures.clips import remove_clip, write_vhap
 from spatialavatar0.pictures.people import make_person, mono_clip
+from spatialavatar0.stage1.generator import from_preset
+from spatialavatar0.stage1.trainer import Shelf
 from spatialavatar0.use.animate import write_film
 from spatialavatar0.use.export import write_sequence
 
@@ -279,19 +281,31 @@ def test_litter_of_killed_runs_goes(tmp_path):
         assert not dead.exists()
 
 
-@pytest.mark.parametrize('name', ['view', 'animate', 'export'])
-def test_the_same_command_removes_its_litter(name, at, tmp_path, capfd):
+def litter(folder, name):
+    "An unfinished file of a process that is gone."
     gone = started('print(1)')
     gone.communicate()
+    with atomic_path(folder / name) as mine:
+        mine.touch()
+        dead = mine.with_name(mine.name.replace(f'-{os.getpid()}.', f'-{gone.pid}.'))
+    (folder / name).rename(dead)
+    return dead
+
+
+def test_litter_among_looks_goes(tmp_path):
+    dead = litter(tmp_path / 'looks', 'looks.json')
+    Shelf([mono_clip(make_person(0), 8, 64)[:1]], from_preset('tiny'), tmp_path / 'looks')
+    assert not dead.exists()
+
+
+@pytest.mark.parametrize('name', ['view', 'animate', 'export'])
+def test_the_same_command_removes_its_litter(name, at, tmp_path, capfd):
+    litter(tmp_path, 'letter')
     words = dict(
         view=('--out', tmp_path / 'a.html'),
         animate=('blink', '--out', tmp_path / 'a.gif', '--size', 32, '--seconds', 0.1),
         export=(tmp_path / 'a.splat',),
     )
-    with atomic_path(tmp_path / 'letter') as mine:
-        mine.touch()
-        dead = mine.with_name(mine.name.replace(f'-{os.getpid()}.', f'-{gone.pid}.'))
-    (tmp_path / 'letter').rename(dead)
     assert cli.main([name, str(at / 'avatar.safetensors'), *map(str, words[name])]) == 0
     assert len(list(tmp_path.iterdir())) == 1
 

@@ -52,7 +52,7 @@ from spatialavatar0.stage1.schedule import (
 
 from ..ground.content import branches, hash_of, refuse_other
 from ..ground.core import InputError, atomic_path, progress
-from ..ground.lease import finish_first, interruption
+from ..ground.lease import finish_first, interruption, sweep
 from ..ground.pickles import file_json, refuse_odd_file
 from ..pictures.clips import Clip, head_content
 from ..pictures.fast_metrics import open_lpips, ssim
@@ -159,6 +159,7 @@ def _room(self: Shelf, folder, record, size, generator):
         ways = f'give another --out, or delete {folder}, or --restart to begin anew'
         refuse_other(title, file_json(title), about, ways)
     folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
     refuse_odd_file(path, 2**62)
     if not title.exists() or not path.exists() or path.stat().st_size != size:
         with open(path, 'wb') as file:
@@ -295,7 +296,6 @@ class Trainer:
         self.lpips = _lpips_for(schedule)
         trained = [(n, p) for n, p in generator.named_parameters() if p.requires_grad]
         self.names, self.params = zip(*trained)
-        self._identity = None
         self.begin(0)
 
     total = property(lambda self: sum(p.steps for p in self.schedule), doc='steps of all phases')
@@ -501,7 +501,7 @@ def check(self: Trainer, batch, weights, terms, each, norm) -> float:
 @patch
 def identity(self: Trainer) -> dict:
     "What must be the same for a run to go on: data, head, weights that do not learn, options."
-    if self._identity is None:
+    if '_identity' not in vars(self):
         phases = {phase.name: asdict(phase) for phase in self.schedule}
         learned = set(self.names)
         weights = self.generator.state_dict()
