@@ -681,10 +681,9 @@ def build_avatar(
     _sign(avatar, cfg, made_of, photo=tracked.names[0], photos=tracked.names)
     write_results(avatar, cut, cfg, out, say)
     clock.lap('write')
-    turns = judge_turns(avatar, cut, max(cfg.film, 256))
+    numbers = tracked.errors | numbers | judge_turns(avatar, cut, max(cfg.film, 256))
     clock.lap('judge')
-    numbers = tracked.errors | numbers | turns | dict(made_of=made_of)
-    return _write_metrics(out, numbers, clock, cfg, UNITS)
+    return _write_metrics(out, numbers | dict(made_of=made_of), clock, cfg, UNITS)
 
 
 # %% ../nbs/pipeline.ipynb #87022575
@@ -834,8 +833,9 @@ def _tracking_numbers(clip):  # folder of a clip from track_clip
 
 # %% ../nbs/pipeline.ipynb #584660a1
 def _begin_film(film, out, cfg, restart):
-    "Refuse what is no film; forget what should be forgotten; note the command of a first call."
+    "Refuse what is no film; seed; forget what should be; note the command of a first call."
     open_film(film)
+    set_seed(cfg.seed)
     if restart:
         _forget_state(out)
     if kept_command(out) is None or not (out / 'clip').exists():
@@ -844,7 +844,8 @@ def _begin_film(film, out, cfg, restart):
 
 # %% ../nbs/pipeline.ipynb #992bfece
 def _draw_start(likeness, train, head, cfg, out):
-    "The mesh over the frame that stands for the film; the square of its head."
+    "The old numbers go; the mesh over the frame that stands for the film; its square."
+    (out / FILES['metrics']).unlink(missing_ok=True)
     frame = likeness.with_agreed_matte(train[start_frame(train)])
     _save_overlay(frame, head, out / FILES['tracking'])
     return _squared(frame, cfg.size)
@@ -862,7 +863,6 @@ def build_from_film(
     "Film to avatar, page, films and numbers; interrupted, the same call goes on."
     out = check_out(out, film)
     cfg = cfg or build_preset()
-    set_seed(cfg.seed)
     clock = _Stopwatch()
     _begin_film(film, out, cfg, restart)
     train, test = split(track_clip(film, out / 'clip', size=cfg.size, restart=restart, say=say))
@@ -873,7 +873,6 @@ def build_from_film(
     numbers = _held_out_numbers(likeness, train, test, say)
     made_of = read_header(out / 'state.safetensors', STATE)['made_of']
     _sign(likeness.avatar, cfg, made_of, film=Path(film).name)
-    (out / FILES['metrics']).unlink(missing_ok=True)
     cut = _draw_start(likeness, train, head, cfg, out)
     write_results(likeness.avatar, cut, cfg, out, say)
     clock.lap('write')
@@ -1415,8 +1414,7 @@ def evaluate_avatar(
         _refuse_again(results, dict(names, protocol=p.id), made_of)
     part = usable_parts(parts_of_folder(clip, p, head), head, str(clip), say)
     shown = _avatar_to_judge(avatar, p, part, head, given, seed)
-    more = dict(made_of=made_of, **left_out_of(part))
-    line = _judged(shown, part['test'], p, say, **names, **more)
+    line = _judged(shown, part['test'], p, say, **names, made_of=made_of, **left_out_of(part))
     results.add(line, restart)
     say(_table_with(line, results))
     return line

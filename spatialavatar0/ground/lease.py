@@ -453,7 +453,7 @@ def _without_ctrl_c():
 
 
 # %% ../../nbs/ground/06_lease.ipynb #3653d986
-class Workers:
+class Workers(contextlib.AbstractContextManager):
     "Processes that work through jobs, and end with the process that started them."
 
     def __init__(
@@ -477,9 +477,6 @@ class Workers:
         for process in mine:
             process.join(max(0, until - time.monotonic()))
             process.kill()
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, kind, error, trace):
         if kind is None:

@@ -198,8 +198,6 @@ class Clip:
         part.places = self.places[i] if isinstance(i, slice) else [self.places[j] for j in i]
         return part
 
-    frames = property(list)  # all of them, in memory
-
 
 # %% ../../nbs/pictures/32_clips.ipynb #457cb66a
 def leaf_of(
@@ -218,6 +216,7 @@ def leaf_of(
 
 
 # %% ../../nbs/pictures/32_clips.ipynb #9f40162c
+Clip.frames = property(list)  # all of them, in memory
 Clip.knows_leaves = property(lambda self: self._leaf is not None)  # without making frames
 
 

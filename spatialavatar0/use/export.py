@@ -197,6 +197,7 @@ def _need_bytes(path, table, there, row, taken):  # row, taken: bytes a row has,
         )
 
 
+# %% ../../nbs/use/83_export.ipynb #1fbc32e0
 def _text_rows(file, table, path):
     "A table of numbers written as text: a structured array."
     rows = np.zeros(table.count, table.row('<'))
