@@ -238,7 +238,7 @@ def _header(lines, path):
     }
     best = max(counts, key=counts.get, default=None)
     if best is None:
-        raise InputError(f'{path} is empty')
+        raise InputError(f'{path} is empty; record or export it again')
     if not counts[best][0]:
         raise InputError(
             f'{path}: expected columns named after ARKit weights, such as jawOpen or '
@@ -379,6 +379,8 @@ def _keep_names(node, said):
     is_text = bool(node) and all(isinstance(x, str) for x in node)
     if is_text and any(map(_control, node)):
         names = list(node)
+        if len(set(names)) < len(names):
+            said.notes.append('its list of names holds one twice: the last one counts')
         if said.lists.setdefault(len(names), names) != names:
             said.notes.append(f'its lists of {len(names)} names differ: the first is taken')
 
