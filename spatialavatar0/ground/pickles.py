@@ -487,6 +487,7 @@ def file_bytes(
     limit: int = LIMIT,  # bytes it may have
 ) -> bytes:
     "The bytes of a plain file; one clear error for a folder, a pipe, a device or a bomb."
+    refuse_odd_file(path, limit)
     how = os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0)
     try:
         with open(os.open(path, how), 'rb') as file:
