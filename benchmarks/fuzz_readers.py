@@ -12,7 +12,6 @@ import json
 import os
 import random
 import resource
-import shutil
 import sys
 import tempfile
 import time
@@ -112,69 +111,97 @@ def bent(data, dice, is_json=False):
 # ---- readers
 
 
-def readers():
-    "Name -> (file of a sound folder that is bent, the folder, what is read, its reader)."
-    import strangers.arrays as arrays
-    import strangers.folders as folders
-    import strangers.ours as ours
-    import strangers.performances as performances
-    import strangers.pictures as pictures
-    import strangers.splats as splats
+class Sound:
+    "Sound files, each in a folder of its own, and who reads them."
 
-    sound = Path(tempfile.mkdtemp(prefix='fuzz-'))
+    def __init__(self):
+        self.folder = Path(tempfile.mkdtemp(prefix='fuzz-'))
+        self.found = {}  # name -> (path, file of it that is bent, its reader)
 
-    def kept(name, make):
-        place = sound / name
+    def add(self, name, make, read, file=None):
+        place = self.folder / name
         for part in ('in', 'here', 'out'):
             (place / part).mkdir(parents=True)
-        return make(place / 'in')
+        self.found[name] = Path(make(place / 'in')), file, read
 
-    found = {}
 
-    def add(name, make, read, file=None):
-        path = Path(kept(name, make))
-        found[name] = (path, file, read)
+def add_ours(sound):
+    "Avatars, generators, states, results: what the kit writes."
+    import strangers.ours as ours
 
     for kind in ours.KINDS:
-        add(kind, ours.bent(kind), ours.READ[kind])
-    add('FLAME', arrays.flame(), arrays.load_flame)
-    add('pickle', arrays.flame(), arrays.read_arrays)
-    add('npz', splats.npz(), arrays.read_arrays)
-    add('torch file', arrays.FRAMES['a list'][1], arrays.read_checkpoint)
+        sound.add(kind, ours.bent(kind), ours.READ[kind])
+    report = ours.report('{"landmarks": 1.5, "fps": 25.0, "cuts": [3]}')
+    numbers = ours.pipeline._tracking_numbers
+    sound.add('results', ours.lines({}, dict(seed=1)), ours.table_of)
+    sound.add('tracking.json', report, numbers, 'tracking.json')
+    sound.add('manifest', ours.manifest(), ours.load_manifest)
+
+
+def add_arrays(sound):
+    "Pickles, arrays, torch files."
+    import strangers.arrays as arrays
+    import strangers.splats as splats
+
+    sound.add('FLAME', arrays.flame(), arrays.load_flame)
+    sound.add('pickle', arrays.flame(), arrays.read_arrays)
+    sound.add('npz', splats.npz(), arrays.read_arrays)
+    sound.add('torch file', arrays.FRAMES['a list'][1], arrays.read_checkpoint)
+
+
+def add_folders(sound):
+    "Data sets of the field."
+    import strangers.folders as folders
+
+    def whole(name):
+        return folders.folder_of(name, folders.unchanged)
+
     for name, codes in folders.CODES.items():
-        add(f'{name}, codes', folders.folder_of(name, folders.unchanged), folders.read, codes)
-    for name, (file, image) in folders.FORMATS.items():
+        sound.add(f'{name}, codes', whole(name), folders.read, codes)
+    for name, (file, _) in folders.FORMATS.items():
         if file:
-            make = folders.folder_of(name, folders.unchanged)
-            add(f'{name}, JSON', make, folders.read, file)
-    add(
-        'a picture of a clip',
-        folders.folder_of('vhap', folders.unchanged),
-        folders.read,
-        'images/00001_00.png',
-    )
+            sound.add(f'{name}, JSON', whole(name), folders.read, file)
+    sound.add('a picture of a clip', whole('vhap'), folders.read, 'images/00001_00.png')
+
+
+def add_pictures(sound):
+    "Photos and a film."
+    import strangers.pictures as pictures
+
     for form in ('PNG', 'JPEG', 'GIF', 'TIFF', 'WEBP', 'BMP'):
-        data = pictures.picture(form, (80, 80))
-        add(f'photo {form}', pictures.file(f'x.{form.lower()}', data), pictures.load_photo)
-    add('film', pictures.test_film, pictures.watch)
-    add('ply', splats.file('x.ply', splats.ply()), splats.read_splats)
-    add('compressed ply', splats.sound('x.compressed.ply'), splats.read_splats)
-    add('splat', splats.file('x.splat', bytes(range(256))), splats.read_splats)
-    add('splat npz', splats.npz(), splats.read_splats)
-    add('glb', splats.sound('x.glb'), splats.all_tables)
+        photo = pictures.file(f'x.{form.lower()}', pictures.picture(form, (80, 80)))
+        sound.add(f'photo {form}', photo, pictures.load_photo)
+    sound.add('film', pictures.test_film, pictures.watch)
+
+
+def add_splats(sound):
+    "Splat files, meshes, avatars of others."
+    import strangers.splats as splats
+
+    sound.add('ply', splats.file('x.ply', splats.ply()), splats.read_splats)
+    sound.add('compressed ply', splats.sound('x.compressed.ply'), splats.read_splats)
+    sound.add('splat', splats.file('x.splat', bytes(range(256))), splats.read_splats)
+    sound.add('splat npz', splats.npz(), splats.read_splats)
+    sound.add('glb', splats.sound('x.glb'), splats.all_tables)
     for file in ('point_cloud.ply', 'flame_param.npz'):
-        add(f'GaussianAvatars, {file}', splats.bound(), splats.read_gaussian_avatar, file)
-    add('ARKit csv', performances.table(), performances.read_arkit)
-    add('ARKit json', performances.weights(), performances.read_arkit)
-    add('results', ours.lines({}, dict(seed=1)), ours.table_of)
-    add(
-        'tracking.json',
-        ours.report('{"landmarks": 1.5, "fps": 25.0, "cuts": [3]}'),
-        ours.pipeline._tracking_numbers,
-        'tracking.json',
-    )
-    add('manifest', ours.manifest(), ours.load_manifest)
-    return found
+        name = f'GaussianAvatars, {file}'
+        sound.add(name, splats.bound(), splats.read_gaussian_avatar, file)
+
+
+def add_performances(sound):
+    "Recordings of faces."
+    import strangers.performances as performances
+
+    sound.add('ARKit csv', performances.table(), performances.read_arkit)
+    sound.add('ARKit json', performances.weights(), performances.read_arkit)
+
+
+def readers():
+    "Name -> (sound file or folder, file of the folder that is bent, its reader)."
+    sound = Sound()
+    for add in (add_ours, add_arrays, add_folders, add_pictures, add_splats, add_performances):
+        add(sound)
+    return sound.found
 
 
 def wrong_with(name, path, read):
