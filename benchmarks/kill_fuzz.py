@@ -299,7 +299,8 @@ def kill_once(reference: Reference, folder: Path, rng, fresh, when=None) -> dict
         return None
     seen = dict(signal=number.name, how='time' if by_time else f'write {stop}', code=code)
     said = run.log.read_text()
-    wrong = code != CODES[number] or 'Traceback' in said
+    is_early = code == 99 and not said  # the signal came before the command began
+    wrong = 'Traceback' in said or (code != CODES[number] and not is_early)
     seen |= dict(seconds=time.monotonic() - began if by_time else 0, orphans=orphans(run.pid))
     return seen | (dict(wrong=f'{code}: {said[-1500:]}') if wrong else {})
 

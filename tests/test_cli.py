@@ -690,7 +690,7 @@ def test_refine_a_folder(clip, tmp_path, capfd):
     assert run(capfd, *from_file, '--out', more, '--iters', 5)[0] == 0
     numbers = json.loads((out / 'metrics.json').read_text())
     assert numbers['refined']['psnr'] > numbers['start']['psnr']
-    assert 'another run' in refused(capfd, *args, '--iters', 31)
+    assert 'iters (was 30, now 31) changed' in refused(capfd, *args, '--iters', 31)
 
 
 def test_refine_refuses(clip, tmp_path, capfd):

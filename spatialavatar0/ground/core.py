@@ -50,7 +50,7 @@ def set_seed(
 
 
 # %% ../../nbs/ground/00_core.ipynb #adcc677c
-_LONGEST = 500  # characters of an error
+_LONGEST = 1000  # characters of an error
 
 
 class InputError(ValueError):
