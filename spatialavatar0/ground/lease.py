@@ -142,7 +142,7 @@ def check_writable(
             f'cannot write to {folder}: {there} is a file where a folder is needed; choose '
             'another --out'
         )
-    if not os.access(there, os.W_OK | os.X_OK):
+    if there.exists() and not os.access(there, os.W_OK | os.X_OK):
         raise _refusal(f'cannot write to {folder}: permission denied; choose another --out')
 
 
@@ -206,10 +206,10 @@ def _made_folders(folder):
 
 def _take_lease(folder):
     "The open file of a lease that is ours, and the folders made for it; or one clear error."
-    check_writable(folder)
     while True:
-        made = _made_folders(folder)
-        with contextlib.suppress(FileNotFoundError):  # somebody removes the empty folder
+        check_writable(folder)
+        with contextlib.suppress(FileNotFoundError, FileExistsError):  # the folder comes and goes
+            made = _made_folders(folder)
             file = _open_locked(folder / LEASE, wait=False, links=False)
             break
     if file is None:
