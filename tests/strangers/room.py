@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 SECONDS, MEGABYTES = int(os.environ.get('STRANGERS', 20)), 2000  # a case may take so much
-LONGEST = 600  # characters of a line
+LONGEST = 1100  # characters of a line
 CANARY = 'CANARY'  # what a payload tries to make in the folder of its case
 REFUSED, WARNED, HARMLESS = 'refused', 'warned', 'harmless'
 SOUND = 'sound'  # no threat: shows that a door opens for what is right
