@@ -252,7 +252,7 @@ def _run_inspect(
 
 # %% ../nbs/cli.ipynb #65f52541
 _DONE = """
-{count:,} Gaussians in {seconds:.0f} s; everything is in {folder}
+{count:,} Gaussians in {seconds:.0f} s, all in {folder}
 open {page} in a browser and turn it, then see {sheet}, {turntable} and {speaking};
 {splats} opens in any splat viewer, {avatar} with Avatar.load;
 nbs/doit/your_own_photo.ipynb tells how it was made"""

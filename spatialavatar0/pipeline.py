@@ -889,8 +889,7 @@ def first_avatar(
     resolution: int,  # texels per side
     say=print,
 ) -> Avatar:
-    """An avatar to start from: the most closed and frontal frame, warped; grey where the head model
-    lacks what that needs."""
+    "The most closed and frontal frame, warped, or grey where the head lacks what that needs."
     frame = clip[start_frame(clip)]
     try:
         return from_frame(frame, resolution, head=head)

@@ -216,8 +216,7 @@ AVATAR_FILE = FileKind(
 def head_id(
     head: Head,
 ) -> str:  # 16 hex digits
-    """Fingerprint of a head: vertex count, triangles and UV; of a FLAME also its directions, which
-    differ between releases."""
+    "Fingerprint of a head: vertices, triangles, UV, and which release a FLAME is of."
     h = hashlib.sha256(f'{head.num_verts} {head.num_shape} {head.num_expr}{head.code}'.encode())
     for triangles in (head.faces, head.uv_faces):
         h.update(triangles.cpu().numpy().astype('<i4').tobytes())

@@ -213,8 +213,7 @@ def _angles(R):
 
 # %% ../../nbs/judge/90_evaluate.ipynb #14e00018
 class DlibJudge:
-    """Identity (128 numbers) by dlib's network; an open stand-in for ArcFace, whose cosines are
-    lower and farther apart."""
+    "Identity (128 numbers) by dlib's network, an open stand-in for ArcFace."
 
     name = 'dlib face recognition (128-d), not ArcFace'
     limit = 0.6  # a distance beyond this is somebody else, say its authors
@@ -269,8 +268,7 @@ def renderer(
 
 # %% ../../nbs/judge/90_evaluate.ipynb #14e00023
 def _watched(clip, render, preset, judges, answers, source=None):
-    """Pairs for film_scores; what the judges say of them goes into answers. Identity is held
-    against the source, if there is one."""
+    "Pairs for film_scores. The judges' words go into answers, identity against the source's."
     known = {}
     if source is not None:
         still = lay_on(source.image, source.mask, preset)

@@ -220,8 +220,7 @@ def _deep3d_points(path):
 
 # %% ../../nbs/judge/91_results.ipynb #14e00052
 class Deep3DJudge(FaceFinder):
-    """Expression (64 codes) and pose (3 angles) by the user's Deep3DFaceRecon; faces are found by
-    MediaPipe."""
+    "Expression (64 codes) and pose (3 angles) by the user's Deep3DFaceRecon."
 
     name = 'Deep3DFaceRecon'
     gives = dict(AED=('expression', 'l1'), APD=('pose', 'l1'))

@@ -592,8 +592,7 @@ def write_vhap(
     more: dict = None,  # name -> text of further files, there before the folder counts as whole
     show: bool = None,  # a progress bar; None: only on a terminal
 ) -> Path:
-    """Write a clip as a VHAP / GaussianAvatars folder, frame by frame; an interrupted write can be
-    continued."""
+    "Write a clip as a VHAP / GaussianAvatars folder; interrupted, the same call goes on."
     folder, head = Path(folder), head or open_head()
     if not len(clip):
         raise InputError('the clip is empty; there is nothing to write')

@@ -804,8 +804,7 @@ def _harsher(light, direction, harsh):
 
 # %% ../../nbs/pictures/36_domains.ipynb #81c629a8
 def _light(domain, who):
-    """The lamp of somebody's clip; a harsh one may stand behind the ear, with deep shadows and a
-    colour."""
+    "The lamp of somebody's clip, sometimes harsh: behind the ear, coloured, deep shadows."
     if domain.studio:
         return STUDIO
     rng = _draw(who, 'light')

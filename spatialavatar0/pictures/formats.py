@@ -973,8 +973,7 @@ def train_test(
     head: Head = None,  # as for `load_clip`
     format: str = 'auto',
 ) -> tuple:  # two clips
-    """The data set's own split (Sec. 4.1); where it has none, or is too short for it, the last
-    fifth is held out."""
+    "The data set's own split (Sec. 4.1), or, where it has none, the last fifth held out."
     try:
         parts = [load_clip(path, head, format, name) for name in ('train', 'test')]
     except NoSplit as e:

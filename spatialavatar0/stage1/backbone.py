@@ -255,8 +255,7 @@ def double(
 
 # %% ../../nbs/stage1/50_backbone.ipynb #803faa4c
 class Encoder(nn.Module):
-    """A small picture encoder: down four times, up three times; features at half the picture's
-    size, and a token."""
+    "A small picture encoder: features at half the picture's size, and a token."
 
     def __init__(self, widths, features, token, lateral=32):
         super().__init__()

@@ -146,8 +146,7 @@ def _bridged(values, keep, count):
 def performance(
     frames,  # tracked Frames in time; None where nobody was found
 ) -> list:  # poses
-    """What the person in a clip does: expressions, and the head's turn on the neck. Of several
-    cameras the first one counts; gaps are bridged."""
+    "Expressions, and the head's turn on the neck, from the first camera, gaps bridged."
     frames = list(frames)
     found = [frame for frame in frames if frame is not None]
     if not found:

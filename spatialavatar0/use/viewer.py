@@ -448,8 +448,11 @@ def in_browser(
 
 # %% ../../nbs/use/82_viewer.ipynb #45672a5b
 _PIXELS = """([viewmat, K, width, height, values]) => {
-    avatar.reset(); avatar.set(values); avatar.camera(viewmat, K, width, height);
-    const pixels = avatar.pixels(); let text = "";
+    avatar.reset();
+    avatar.set(values);
+    avatar.camera(viewmat, K, width, height);
+    const pixels = avatar.pixels();
+    let text = "";
     for (let i = 0; i < pixels.length; i += 8192)
         text += String.fromCharCode(...pixels.subarray(i, i + 8192));
     return btoa(text);
@@ -693,8 +696,7 @@ def slider_moved(self: Explorer, name, value):
 # %% ../../nbs/use/82_viewer.ipynb #36ade252
 @patch
 def draw_when_still(self: Explorer, wait=0.2):  # seconds
-    """Draw the full picture once nothing has moved for a while; at once where there is no event
-    loop to wait in."""
+    "Draw the full picture once all is still, or at once where no event loop can wait."
     import asyncio
 
     if self.timer:

@@ -383,7 +383,8 @@ def main():
     took = sum(row.seconds for row in rows)
     print(f'{len(rows)} cases, {len(bad)} of them wrong; {took:.0f} s of reading')
     if options.out:
-        content = json.dumps([asdict(row) for row in rows], indent=0)
+        lines = ',\n'.join(json.dumps(asdict(row)) for row in rows)
+        content = f'[\n{lines}\n]'
         Path(options.out).write_text(content + '\n')
     return bool(bad)
 
