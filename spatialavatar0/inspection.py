@@ -61,6 +61,7 @@ from spatialavatar0.pictures.clips import (
 )
 
 from .avatar.avatar import AVATAR_FILE, load_avatar
+from .capture.film import film_content
 from .capture.footage import ROW, Film, _ask, _pace, _video_stream, open_film
 from .capture.landmarks import MIN_SIDE, load_photo
 from .ground.content import file_hash, file_hashes, hash_of
@@ -297,7 +298,7 @@ def _photo_facts(picture):
 def _photo(path, head):
     "A photo: build makes an avatar of it."
     report = Report('photo', path, 'a picture', _header_of(path, _photo_facts))
-    report.fingerprint = dict(film=file_hash(path))
+    report.fingerprint = dict(pictures=hash_of([file_hash(path)]))
     if min(report.facts['size']) < MIN_SIDE:
         report.note(f'a photo needs at least {MIN_SIDE} pixels on each side')
         return report
@@ -336,7 +337,7 @@ def _film(path, head):
     seconds = round(film.about / film.fps, 2)
     report.facts = dict(pictures=film.about, rate=film.fps, seconds=seconds, **film_facts(film))
     report.notes += [words for name, words in _ODD_FILMS.items() if report.facts[name]]
-    report.fingerprint = dict(film=file_hash(path))
+    report.fingerprint = dict(film=film_content(path))
     report.commands = [command('build', path, out=free_name('out'))]
     return report
 
@@ -394,7 +395,7 @@ def _pictures(path, head):
         report.note(str(error))
         report.commands = [command('build', *files[:4], out=free_name('out'))]
         return report
-    report.fingerprint = dict(pictures=hash_of(file_hashes(files)))
+    report.fingerprint = dict(film=film_content(path))
     report.commands = [command('track', path, out=free_name('clip'))]
     return report
 
@@ -849,7 +850,7 @@ def _recording(path, head):
     report.facts |= dict(controls=len(names), moving=len(names) - len(still))
     if len(still) == len(names):
         report.note('nothing moves in it')
-    report.fingerprint = dict(film=file_hash(path))
+    report.fingerprint = dict(recording=file_hash(path))
     report.commands = _or_a_new_avatar(command('animate', AVATAR, path, out=free_name('film.mp4')))
     return report
 
@@ -863,7 +864,7 @@ def _splats(path, head):
     extent = (means.amax(0) - means.amin(0)).tolist() if len(means) else [0.0] * 3
     report.facts = dict(gaussians=len(means), extent=[round(x, 3) for x in extent])
     report.facts['opaque'] = f'{100 * float((opacities > 0.5).float().mean()):.0f} %'
-    report.fingerprint = dict(pictures=file_hash(path))
+    report.fingerprint = dict(splats=file_hash(path))
     report.note('splats at rest cannot be moved: an avatar (.safetensors) can')
     return report
 

@@ -48,7 +48,6 @@ __all__ = [
 import json
 import math
 import os
-import shutil
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -124,7 +123,7 @@ from spatialavatar0.use.animate import (
 from .avatar.avatar import Avatar, load_avatar, new_avatar
 from .avatar.hair import unturned
 from .avatar.portrait import from_frame, head_square, without_clothes
-from .capture.film import track_video, watch_film
+from .capture.film import remove_work, track_video, watch_film
 from .capture.film_avatar import first_film_avatar, refine_on_film, with_agreed_matte
 from .capture.footage import open_film
 from .capture.track import fit
@@ -708,12 +707,7 @@ def _person_judge(say):
 def _forget_tracking(clip):
     "Remove a tracked clip and what its passes have found."
     remove_clip(clip, 'tracking.json')
-    work = clip.with_name(f'{clip.name}.tracking')
-    if (about := work / 'about.json').is_file():
-        for path in work.iterdir():
-            if path != about:  # which says whose they are, to the last
-                path.unlink()
-        shutil.rmtree(work)
+    remove_work(clip.with_name(f'{clip.name}.tracking'))
 
 
 def _forget_state(out):

@@ -27,6 +27,7 @@ __all__ = [
     'ahead',
     'Tracking',
     'film_content',
+    'remove_work',
     'track_video',
     'watch_film',
 ]
@@ -662,10 +663,10 @@ def _track_faces(film, rows, head, focal, judge, say):
 
 # %% ../../nbs/capture/75_film.ipynb #983e4c6c
 def film_content(
-    film: Film,
+    path: Path,  # film file, or a folder of pictures
 ) -> str:  # 16 hex digits
     "A name for the bytes of a film, or of all pictures of a folder in their order."
-    files = [film.path] if film.path.is_file() else pictures_in(film.path)
+    files = [path] if path.is_file() else pictures_in(path)
     return hash_of(file_hashes(files))
 
 
@@ -673,7 +674,7 @@ def _made_of(film, head, model, **options):
     "What must be the same for a call to go on from an earlier one's files."
     if model is not None:
         options['model'] = file_hash(model)
-    content = dict(film=film_content(film), head=head_content(head))
+    content = dict(film=film_content(film.path), head=head_content(head))
     return dict(content, options=dict(fps=film.fps, **options))
 
 
@@ -696,6 +697,19 @@ def _check_ours(work, made_of):
         raise InputError(f'{work} is not empty and not ours; delete it, or give another --out')
 
 
+# %% ../../nbs/capture/75_film.ipynb #57a34c5c
+def remove_work(
+    work: Path,  # folder of what the passes have found
+):
+    "Remove a tracking that is no longer needed; what says whose it is goes last."
+    if not (work / 'about.json').is_file():
+        return
+    for path in work.iterdir():
+        if path.name != 'about.json':
+            path.unlink()
+    shutil.rmtree(work)
+
+
 # %% ../../nbs/capture/75_film.ipynb #70dcf4d0
 def _fresh(work, made_of):
     "A folder for what the passes find, of this film and no other."
@@ -709,12 +723,8 @@ def _forget(work, made_of):
     "Remove the folder, which a finished clip has no need of; what says whose it is goes last."
     if work.is_dir() and not any(work.iterdir()):  # killed before the last step of all
         return work.rmdir()
-    if _told(work / 'about.json') != made_of:
-        return
-    for path in work.iterdir():
-        if path.name != 'about.json':
-            path.unlink()
-    shutil.rmtree(work)
+    if _told(work / 'about.json') == made_of:
+        remove_work(work)
 
 
 # %% ../../nbs/capture/75_film.ipynb #9c65484f

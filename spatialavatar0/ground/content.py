@@ -243,6 +243,10 @@ _WORDS = dict(
     start='the avatar it starts from',
     film='the film',
     frames='the number of frames',
+    gates='how far each Gaussian may move',
+    extra='the extra pictures',
+    fixed='the weights that do not learn',
+    cut='how the pictures are cut',
     recipe='the painted people',
 )
 

@@ -25,7 +25,8 @@ __all__ = [
 # %% ../../nbs/judge/92_benchmark.ipynb #930e3ac4
 import re
 from concurrent.futures import as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numba
@@ -482,12 +483,12 @@ def jobs_of(
 
 
 # %% ../../nbs/judge/92_benchmark.ipynb #6b51b11e
-def _is_done(job, results, restart):
+def _is_done(job, results, restart, content):
     "Whether a job's line is there, made of the same."
     line = results.line(**job.key)
     if line is None:
         return False
-    made_of, now = line.more.get('made_of'), job_content(job)
+    made_of, now = line.more.get('made_of'), content(replace(job, seed=0))
     if restart:
         return made_of is not None and not what_changed(made_of, now)
     ways = 'give another --out, or --restart to make this line anew'
@@ -505,7 +506,8 @@ def run_all(
 ) -> dict:  # who failed -> why
     "Work through jobs, several at a time."
     results = Results(out)
-    todo = [job for job in jobs if not _is_done(job, results, restart)]
+    content = lru_cache(None)(job_content)  # one look at a clip for all seeds
+    todo = [job for job in jobs if not _is_done(job, results, restart, content)]
     if processes == 1:
         done = ((job, lambda job=job: run_job(job)) for job in todo)
         return _collect(done, len(todo), results, say, restart)

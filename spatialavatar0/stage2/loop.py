@@ -587,7 +587,7 @@ def identity(self: Refinement):
             start=hash_of(avatar_tensors(self.avatar)),
             head=head_content(self.avatar.head),
             gates=hash_of(self.gate),
-            extra=hash_of([view.image for view in self.extra]),
+            extra=hash_of(self.extra),
             **(self.also or {}),
             options=dict(asdict(self.cfg), iters=self.iters, seed=self.seed),
         )
