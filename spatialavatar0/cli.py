@@ -38,6 +38,17 @@ def _package(name, cost):
 
 
 # %% ../nbs/cli.ipynb #1d7c7ef0
+def _gsplat():
+    "gsplat; and, where there is a GPU, the tools to compile it."
+    row = _package('gsplat', 'no CUDA renderer; the CPU renderer does not need it')
+    if not (row[1] and _gpu()[1]):
+        return row
+    from spatialavatar0.splats.renderers import lacking_tools
+
+    lacking = lacking_tools()
+    return row[0], not lacking, lacking or row[2]
+
+
 def _gpu():
     "A graphics card that torch can use."
     import importlib.util
@@ -109,7 +120,7 @@ def doctor() -> list:  # rows (what, whether it is here, version or what its abs
         _package('torch', 'nothing runs'),
         _gpu(),
         _package('numba', 'the CPU renderer does not run'),
-        _package('gsplat', 'no CUDA renderer; the CPU renderer does not need it'),
+        _gsplat(),
         _package('mediapipe', 'photos cannot be tracked; pip install "spatialavatar0[track]"'),
         _libraries(),
         _asset(
@@ -580,10 +591,10 @@ def _run_evaluate(
     "Judge an AVATAR on held-out frames of a CLIP."
     from spatialavatar0.pipeline import evaluate_avatar
 
-    check_device(device.value)
+    where = check_device(device.value, True)
     model = _model(head, num_shape, num_expr)
     names = dict(head=model, method=method, subject=subject, seed=seed)
-    evaluate_avatar(avatar, clip, protocol, out, **names, restart=restart, say=_say)
+    evaluate_avatar(avatar, clip, protocol, out, **names, restart=restart, device=where, say=_say)
 
 
 # %% ../nbs/cli.ipynb #f675291c

@@ -1334,14 +1334,21 @@ def _own_protocol(name):
 
 
 # %% ../nbs/pipeline.ipynb #5460c39c
-def _avatar_to_judge(avatar, protocol, part, head, given, seed):
-    "An avatar file, or one made of a frame of the clip."
+def _avatar_to_judge(avatar, protocol, part, head, given, seed, device):
+    "An avatar file, or one made of a frame of the clip; on the device that is to render it."
     if str(avatar) in ('warp', 'network'):
-        return avatar_by(method_of(str(avatar)), protocol, part, head, seed)
-    return load_avatar(avatar, given or head)
+        method = method_of(str(avatar))
+        return avatar_by(method, protocol, part, head, seed, device=device).to(device)
+    return load_avatar(avatar, given or head).to(device)
 
 
 # %% ../nbs/pipeline.ipynb #ae3866f2
+def _names_of_line(method, avatar, subject, clip):
+    "What a line is called: as was said, or after avatar and clip."
+    method = method or Path(str(avatar)).stem
+    return dict(method=method, subject=subject or Path(clip).resolve().name)
+
+
 def _is_comparable(one, other):
     return (one.protocol, one.code) == (other.protocol, other.code)
 
@@ -1393,6 +1400,7 @@ def evaluate_avatar(
     subject: str = None,  # for the table; default: the clip folder's name
     seed: int = 0,
     restart: bool = False,  # replace a line of the same name
+    device: str = 'cpu',  # where to render
     say=print,
 ):  # -> Line of results
     "Judge an avatar on a clip, and add the line to a file."
@@ -1401,12 +1409,11 @@ def evaluate_avatar(
     sweep(Path(out).parent)
     results = Results(out)
     made_of = _judged_content(avatar, load_clip(clip, head), head)
-    names = dict(method=method or Path(str(avatar)).stem, seed=seed)
-    names['subject'] = subject or Path(clip).resolve().name
+    names = dict(_names_of_line(method, avatar, subject, clip), seed=seed)
     if not restart:
         _refuse_again(results, dict(names, protocol=p.id), made_of)
     part = usable_parts(parts_of_folder(clip, p, head), head, str(clip), say)
-    shown = _avatar_to_judge(avatar, p, part, head, given, seed)
+    shown = _avatar_to_judge(avatar, p, part, head, given, seed, device)
     line = _judged(shown, part['test'], p, say, **names, made_of=made_of, **left_out_of(part))
     results.add(line, restart)
     say(_table_with(line, results))

@@ -173,7 +173,10 @@ def test_carrying_over_nothing_changes_nothing():
 @pytest.fixture(scope='module')
 def run(start, clip):
     run = Densification(start, clip, DensifyConfig(begin=0.2, every=0.1, reset=9.0), 40)
-    run.rows = [run.step() for _ in range(30)]
+    run.rows = []
+    for _ in range(30):
+        run.step()
+        run.rows.append(run.row())
     return run
 
 

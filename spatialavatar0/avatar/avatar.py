@@ -23,12 +23,13 @@ __all__ = [
 
 # %% ../../nbs/avatar/40_avatar.ipynb #edca62a0
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor
 
 from spatialavatar0.ground.files import (
@@ -41,7 +42,7 @@ from spatialavatar0.ground.files import (
 )
 
 # %% ../../nbs/avatar/40_avatar.ipynb #3285b1b4
-from ..ground.core import InputError, printable
+from ..ground.core import InputError, is_on, printable
 from ..ground.geometry import sh0_to_rgb
 from ..head.flame_files import fitting_head
 from ..head.head import Head
@@ -73,6 +74,18 @@ class Avatar:
     def world(self, **params):
         "What the rasterizer takes: means, quats, scales, opacities, colors."
         return open_splats(self.splats, fast_frames(self.binding, self.verts(**params)))
+
+
+# %% ../../nbs/avatar/40_avatar.ipynb #a7a70001
+@patch
+def to(self: Avatar, device):
+    "The same on a device; itself where it is there already."
+    if is_on(self.shape, device):
+        return self
+    tensors = {k: getattr(self, k).to(device) for k in ('shape', 'static_offset', 'seen')}
+    splats = {k: x.to(device) for k, x in self.splats.items()}
+    moved = dict(splats=splats, binding=self.binding.to(device), head=self.head.to(device))
+    return replace(self, **moved, **tensors)
 
 
 # %% ../../nbs/avatar/40_avatar.ipynb #683a0851
@@ -110,17 +123,12 @@ def render_avatar(
     **params,  # pose: expr rotation neck jaw eyes translation, each (1,n)
 ) -> tuple:  # rgb (H,W,3), alpha (H,W)
     "Picture and alpha of the posed avatar."
+    world = avatar.world(**params)
+    device = world.means.device
     if background is not None:
-        background = torch.as_tensor(background).float().expand(3)[None]
-    rgb, alpha, _ = rasterize(
-        *avatar.world(**params),
-        viewmat[None],
-        K[None],
-        width,
-        height,
-        backgrounds=background,
-        backend=backend,
-    )
+        background = torch.as_tensor(background).float().to(device).expand(3)[None]
+    camera = viewmat[None].to(device), K[None].to(device), width, height
+    rgb, alpha, _ = rasterize(*world, *camera, backgrounds=background, backend=backend)
     return rgb[0], alpha[0, ..., 0]
 
 

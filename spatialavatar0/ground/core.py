@@ -8,6 +8,8 @@ __all__ = [
     'InputError',
     'printable',
     'expect_tensor',
+    'is_on',
+    'send',
     'atomic_path',
     'progress',
     'Timer',
@@ -92,6 +94,28 @@ def expect_tensor(
     if not x.sum().isfinite() and not x.isfinite().all():
         count = int((~x.isfinite()).sum())
         raise InputError(f'{name} should be finite; got {count} NaN or infinite values')
+
+
+# %% ../../nbs/ground/00_core.ipynb #5e4d0002
+def is_on(
+    x: torch.Tensor,
+    device,  # 'cuda' means any GPU, 'cuda:1' that one
+) -> bool:
+    "Whether a tensor is on a device already."
+    device = torch.device(device)
+    return x.device.type == device.type and device.index in (None, x.device.index)
+
+
+def send(
+    x: torch.Tensor,  # on the host, or where it should be
+    device,  # where it should be
+) -> torch.Tensor:
+    "A tensor on a device; a copy from the host to a GPU is not waited for."
+    if is_on(x, device):
+        return x
+    if torch.device(device).type == 'cuda' and x.device.type == 'cpu':
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 # %% ../../nbs/ground/00_core.ipynb #222d110c

@@ -134,7 +134,7 @@ def axis_angle_to_mat(
     angle = torch.where(small, torch.ones_like(square), square).sqrt()
     a = torch.where(small, 1 - square / 6, angle.sin() / angle)
     b = torch.where(small, 0.5 - square / 24, (1 - angle.cos()) / angle**2)
-    return torch.eye(3).to(v) + a * k + b * (k @ k)
+    return torch.eye(3, dtype=v.dtype, device=v.device) + a * k + b * (k @ k)
 
 
 # %% ../../nbs/ground/01_geometry.ipynb #797f19c8

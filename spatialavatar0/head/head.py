@@ -110,6 +110,7 @@ class Head(nn.Module):
                 continue
             kind = np.float32 if x.dtype.kind == 'f' else np.int64
             self.register_buffer(name, torch.as_tensor(x.astype(kind)), persistent=False)
+        self.tree = self.parents.tolist()  # stays on the host when the head moves to a GPU
 
     num_shape = property(lambda self: len(self.shape_basis))
     num_expr = property(lambda self: len(self.expr_basis))
@@ -125,9 +126,12 @@ class Head(nn.Module):
             raise Lacks(f'{self.name} has {_MISSING[name]}')
         return super().__getattr__(name)
 
-    def to(self, *args, **kwargs):
-        "A copy elsewhere or in another precision; `open_head()` is shared and stays as it is."
-        return super(Head, copy.deepcopy(self)).to(*args, **kwargs)
+
+# %% ../../nbs/head/10_head.ipynb #1f87f51b
+@patch
+def to(self: Head, *args, **kwargs):
+    "A copy elsewhere or in another precision; `open_head()` is shared and stays as it is."
+    return nn.Module.to(copy.deepcopy(self), *args, **kwargs)
 
 
 # %% ../../nbs/head/10_head.ipynb #61d9fcac
@@ -160,7 +164,8 @@ def correctives(
     basis = self._buffers.get('pose_basis')
     if basis is None:
         return 0
-    bends = (rots[:, 1:] - torch.eye(3).to(rots)).flatten(1)
+    eye = torch.eye(3, dtype=rots.dtype, device=rots.device)
+    bends = (rots[:, 1:] - eye).flatten(1)
     return (bends @ basis.flatten(1)).unflatten(-1, (-1, 3))
 
 
@@ -190,7 +195,7 @@ def forward(
     rest = rest.expand(B, -1, -1)
     joints = self.J_regressor @ rest
     bent = rest + self.correctives(rots)
-    verts = skin(bent, joints, rots, self.weights, self.parents.tolist())
+    verts = skin(bent, joints, rots, self.weights, self.tree)
     return verts if translation is None else verts + rows(translation, 3)[:, None]
 
 

@@ -300,7 +300,7 @@ def method_of(
 
 
 # %% ../../nbs/judge/92_benchmark.ipynb #b46b3d4a
-def _first_avatar(method, part, head):
+def _first_avatar(method, part, head, device):
     "Where a method starts: a frame, warped, or four frames through a network."
     train, source = part['train'], part['source']
     if method.start == 'warp':
@@ -308,7 +308,8 @@ def _first_avatar(method, part, head):
         return from_frame(frame, method.resolution, head=head)
     known = [train[i * len(train) // 4] for i in range(4)] if len(train) >= 4 else [source]
     generator = from_pretrained('toy' if method.start == 'network' else method.start, head)
-    return generator(list(head_squares(known, head, generator.config.image_size)))
+    squares = list(head_squares(known, head, generator.config.image_size))
+    return generator.to(device)(squares)
 
 
 # %% ../../nbs/judge/92_benchmark.ipynb #06421962
@@ -324,7 +325,7 @@ def avatar_by(
     "A person's avatar, made from what the protocol allows."
     if method.refine and not len(part['train']):
         raise InputError(f'{p.id} gives one picture of each person; there is nothing to refine on')
-    start = _first_avatar(method, part, head)
+    start = _first_avatar(method, part, head, device)
     if not method.refine:
         return start
     how = dict(config=method.config(), seed=seed, state=state, device=device, unfinished=False)
@@ -448,6 +449,7 @@ def run_job(job: Job) -> Line:
     part = _parts_of(job.shown, _path_of(job.shown_at), p, head)
     method = method_of(job.method, job.iters, job.resolution)
     avatar = avatar_by(method, p, part, head, job.seed, _state_file(job), job.device)
+    avatar = avatar.to(job.device)
     render, test, source = renderer(avatar), part['test'], None
     if job.driver != job.shown:
         driven = _parts_of(job.driver, _path_of(job.driver_at), p, head)

@@ -30,6 +30,7 @@ import math
 import platform
 import subprocess
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -55,6 +56,7 @@ from ..ground.core import InputError, atomic_path, to_uint8
 from ..ground.lease import locked
 from ..ground.pickles import file_text, printable
 from ..pictures.scores import PRESETS
+from ..splats.renderers import receipt
 
 # %% ../../nbs/judge/91_results.ipynb #5c211643
 ARCFACE_POINTS = (  # eyes, nose, corners of the mouth in 112 x 112
@@ -316,7 +318,8 @@ class Line:
     scores: dict
     code: str = None  # see code_state
     seed: int
-    device: str = None
+    device: str = None  # on which the pictures lay
+    rendered: dict = None  # renderer -> pictures
     torch: str = None  # its version
     seconds: float = None
     more: dict = field(default_factory=dict)  # what else the caller said: anything JSON can hold
@@ -421,10 +424,45 @@ def evaluate(
             f'{driver} drives {subject}: give source=, a picture of {subject}, to judge identity by'
         )
     how = dict(judges=judges, lpips=lpips, source=source, pixels=driver == subject)
-    scores = all_scores(render, clip, p, **how)
+    scores, where = _scores_and_place(render, clip, p, how)
     names = dict(method=method, subject=subject, driver=driver, seed=seed)
     seconds = round(time.perf_counter() - start, 2)
-    return Line(**names, scores=scores, **_circumstances(p), seconds=seconds, more=more)
+    return Line(**names, scores=scores, **_circumstances(p), **where, seconds=seconds, more=more)
+
+
+# %% ../../nbs/judge/91_results.ipynb #7ec1e002
+def _noting(render, devices):
+    "A renderer that adds the device of each picture to a set."
+
+    def noted(*args):
+        rgb = render(*args)
+        devices.add(_name_of(rgb.device))
+        return rgb
+
+    return noted
+
+
+def _scores_and_place(render, clip, protocol, how):
+    "What the judges say; on which device the pictures lay, and who rendered them."
+    devices = set()
+    with receipt() as rendered:
+        scores = all_scores(_noting(render, devices), clip, protocol, **how)
+    return scores, dict(device=', '.join(sorted(devices)), rendered=_by_renderer(rendered))
+
+
+def _name_of(device):
+    "A device, as a line of results says it."
+    if device.type == 'cuda':
+        return f'cuda ({torch.cuda.get_device_name(device)})'
+    return f'cpu ({platform.machine()})'
+
+
+def _by_renderer(counts):
+    "Pictures by renderer."
+    total = Counter()
+    for (backend, _), pictures in counts.items():
+        total[backend] += pictures
+    return dict(total)
 
 
 # %% ../../nbs/judge/91_results.ipynb #0dcbdd9a
@@ -440,7 +478,6 @@ def _circumstances(p):
         mask="the clip's matte",
         preset=json.loads(json.dumps(asdict(preset))),
         code=code_state(),
-        device='cuda' if torch.cuda.is_available() else f'cpu ({platform.machine()})',
         torch=torch.__version__,
     )
 

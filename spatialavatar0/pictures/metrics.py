@@ -25,6 +25,7 @@ __all__ = [
 ]
 
 # %% ../../nbs/pictures/30_metrics.ipynb #45d79634
+import functools
 import math
 from functools import lru_cache
 
@@ -150,11 +151,17 @@ SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2
 
 
 # %% ../../nbs/pictures/30_metrics.ipynb #4387c8fa
+@functools.cache
+def _window(dtype, device):
+    "The window's eleven weights; sent to a GPU once."
+    return torch.as_tensor(SSIM_WINDOW).to(device, dtype)
+
+
 def _blur(planes, padding):
     "Gaussian window average of (B,H,W) pictures: down the columns, then along the rows."
     count = len(planes)
     pad = 5 if padding == 'same' else 0
-    window = torch.as_tensor(SSIM_WINDOW).to(planes)
+    window = _window(planes.dtype, planes.device)
     column = window.view(1, 1, 11, 1).expand(count, 1, 11, 1)
     row = window.view(1, 1, 1, 11).expand(count, 1, 1, 11)
     down = F.conv2d(planes[None], column, padding=(pad, 0), groups=count)

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..ground.core import InputError
+from ..ground.core import InputError, is_on
 from ..ground.geometry import mat_to_quat, quat_mul, quat_rotate
 
 
@@ -82,7 +82,7 @@ class Binding:
 
     def to(self, device):
         "The same on a device; itself where its tensors are there already."
-        if self.faces.device == torch.device(device):
+        if is_on(self.faces, device):
             return self
         moved = {k: getattr(self, k).to(device) for k in ('face_ids', 'bary', 'texels', 'faces')}
         return replace(self, **moved)

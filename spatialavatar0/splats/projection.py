@@ -62,11 +62,12 @@ def project_gaussians(
     W = viewmat[:3, :3]
     p = means @ W.T + viewmat[:3, 3]
     depths = p[:, 2]
-    p = torch.where(depths[:, None] >= near_plane, p, p.new_tensor([0, 0, 1]))
+    eye = torch.eye(3, dtype=p.dtype, device=p.device)
+    p = torch.where(depths[:, None] >= near_plane, p, eye[2])
     axes = W @ quat_to_mat(quats) * scales[:, None]
     U = camera_jacobian(p, K, width, height) @ axes
     means2d = (p @ K.T)[:, :2] / p[:, 2:]
-    return ScreenGaussians(means2d, depths, U @ U.mT + eps2d * torch.eye(2).to(U))
+    return ScreenGaussians(means2d, depths, U @ U.mT + eps2d * eye[:2, :2])
 
 
 # %% ../../nbs/splats/21_projection.ipynb #d41e0c25

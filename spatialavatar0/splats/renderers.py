@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = [
+    'TOOLS',
     'order_by_depth',
     'pack_splats',
     'tile_spans',
@@ -15,13 +16,20 @@ __all__ = [
     'blend_pixels_backward',
     'hand_back',
     'gsplat_max_alpha',
+    'lacking_tools',
+    'missing_for_gsplat',
     'Rendering',
+    'receipt',
     'rasterize',
 ]
 
 # %% ../../nbs/splats/24_renderers.ipynb #c818c741
 import functools
 import math
+import os
+import shutil
+from collections import Counter
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numba as nb
@@ -705,11 +713,42 @@ def gsplat_max_alpha() -> float:
     return round(alpha.item(), 4)
 
 
+# %% ../../nbs/splats/24_renderers.ipynb #6e5c0002
+TOOLS = dict(
+    nvcc='pip install nvidia-cuda-nvcc, and set CUDA_HOME to its folder',
+    ninja='pip install ninja',
+    **{'c++': "the system's C++ compiler: apt-get install g++"},
+)
+
+
+def lacking_tools() -> str:  # empty: none
+    "What gsplat needs to compile and this machine lacks, each with its remedy."
+    home = os.environ.get('CUDA_HOME') or os.environ.get('CUDA_PATH') or '/usr/local/cuda'
+    places = os.pathsep.join([os.environ.get('PATH', ''), f'{home}/bin'])
+    lacking = [tool for tool in TOOLS if not shutil.which(tool, path=places)]
+    return '; '.join(f'{tool} is missing ({TOOLS[tool]})' for tool in lacking)
+
+
+def missing_for_gsplat() -> str:  # empty: nothing
+    "Why gsplat cannot use this machine's GPU; compiles it where that was not done yet."
+    try:
+        from gsplat.cuda import _backend
+
+        if _backend._C is not None:
+            return ''
+        why = 'what it printed above says why'
+    except RuntimeError as error:  # the compiler's
+        why = ' '.join(str(error).split())[:200]
+    return f'gsplat could not be compiled: {lacking_tools() or why}'
+
+
 # %% ../../nbs/splats/24_renderers.ipynb #3159eb66
 def _need_cuda(means):
     "One clear error instead of gsplat's many."
     if not torch.cuda.is_available():
         raise InputError('gsplat needs a CUDA GPU and there is none here; use backend="cpu"')
+    if missing := missing_for_gsplat():
+        raise InputError(f'{missing}; or use backend="cpu"')
     if not means.is_cuda:
         raise InputError(
             f'gsplat needs CUDA tensors; got {means.device}: move everything with .cuda(), or use '
@@ -812,8 +851,9 @@ def _check_range(name, x, lo, hi, hint):
 
 
 # %% ../../nbs/splats/24_renderers.ipynb #ece092f5
-def _check_values(gaussians, Ks):
-    "Numbers that look raw, as before exp or sigmoid, and focal lengths."
+def _check_tensors(gaussians, viewmats, Ks, backgrounds):
+    "Shapes; then numbers that look raw, as before exp or sigmoid, and focal lengths."
+    _check_shapes(gaussians, viewmats, Ks, backgrounds)
     _check_range('scales', gaussians.scales, 0, math.inf, 'pass exp(log_scales)')
     _check_range('opacities', gaussians.opacities, 0, 1, 'pass sigmoid(logit_opacities)')
     focal = 'Ks[:,0,0] and Ks[:,1,1], the focal lengths,'
@@ -902,15 +942,38 @@ def _rasterize_here(backend, gaussians, viewmats, Ks, width, height, options):
 
 
 # %% ../../nbs/splats/24_renderers.ipynb #e9647754
-def _renderer(backend, means):
-    "The function behind a backend's name."
+def _chosen(backend, means):
+    "A backend's name, where 'auto' leaves it open."
     if backend == 'auto':
         backend = 'gsplat' if means.is_cuda else 'cpu'
     if backend not in ('gsplat', *_BACKENDS):
         raise InputError(
             f'backend should be one of auto, gsplat, {", ".join(_BACKENDS)}; got {backend!r}'
         )
-    return _rasterize_gsplat if backend == 'gsplat' else functools.partial(_rasterize_here, backend)
+    return backend
+
+
+def _render(backend, gaussians, camera, options):
+    "By the backend that was asked for; every open receipt notes it."
+    backend = _chosen(backend, gaussians.means)
+    for counts in _receipts:
+        counts[backend, str(gaussians.means.device)] += len(camera[0])
+    if backend == 'gsplat':
+        return _rasterize_gsplat(gaussians, *camera, options)
+    return _rasterize_here(backend, gaussians, *camera, options)
+
+
+_receipts = []  # open ones
+
+
+@contextmanager
+def receipt():  # yields a Counter: (backend, device) -> pictures
+    "What renders inside the block, and where: taken from the tensors that did it."
+    _receipts.append(Counter())
+    try:
+        yield _receipts[-1]
+    finally:
+        _receipts.pop()
 
 
 # %% ../../nbs/splats/24_renderers.ipynb #cc1e42aa
@@ -933,12 +996,12 @@ def rasterize(
     backend: str = 'auto',  # gsplat, cpu, per_pixel, torch, dense; auto: gsplat on CUDA, else cpu
     max_alpha: float = None,  # no splat hides more; None: gsplat's own on CUDA, else .999
     absgrad: bool = False,  # give meta['means2d'] an .absgrad; at most 4 channels with depth
+    check: bool = True,  # look at every value first; a GPU has to wait for the answer
 ) -> Rendering:  # colors, alphas, meta
     "Pictures of 3D Gaussians and their alpha (Eq. 12); differentiable in all but the cameras."
     gaussians = Gaussians(means, quats, scales, opacities, colors)
     options = _Options(backgrounds, near_plane, far_plane, eps2d, render_mode, max_alpha, absgrad)
-    _check_shapes(gaussians, viewmats, Ks, backgrounds)
-    _check_values(gaussians, Ks)
+    if check:
+        _check_tensors(gaussians, viewmats, Ks, backgrounds)
     _check_options(width, height, colors, options)
-    draw = _renderer(backend, means)
-    return draw(gaussians, viewmats, Ks, int(width), int(height), options)
+    return _render(backend, gaussians, (viewmats, Ks, int(width), int(height)), options)

@@ -53,7 +53,7 @@ from spatialavatar0.stage1.network import (
 from ..avatar.avatar import Avatar, head_id, need_head, new_avatar, open_splats
 from ..avatar.portrait import sink_offsets
 from ..avatar.warp import mirror_texels
-from ..ground.core import InputError
+from ..ground.core import InputError, send
 from ..ground.files import Field, FileKind, read_header, read_tensors, write_tensors
 from ..ground.geometry import quat_mul, rgb_to_sh0
 from ..head.head import Head, open_head
@@ -307,7 +307,8 @@ def warp(
     "Encode pictures and read them at the points of every Gaussian (A.1)."
 
     def stack(name):
-        return torch.stack([getattr(look, name) for look in looks]).to(self.base.device).float()
+        stacked = torch.stack([getattr(look, name) for look in looks])
+        return send(stacked, self.base.device).float()
 
     image, uv, weights = stack('image') / 255, stack('uv'), stack('weight') / 255
     image = torch.cat([image[:, :3] * image[:, 3:], image[:, 3:]], 1)  # black around the person
@@ -398,14 +399,14 @@ def _pool_people(self: Generator, sources):
     counts = [len(looks) for looks in sources]
     if not counts or min(counts) == 0:
         raise InputError('a person needs at least one source picture; got none (K = 0)')
-    warped = self.warp([look for looks in sources for look in looks])
-    people = zip(*[part.split(counts) for part in warped])
-    pooled, seen, token = (torch.stack(x) for x in zip(*[self.gather(*p) for p in people]))
-    if not seen.any(1).all():
+    if not all(any(look.weight[0].any() for look in looks) for looks in sources):
         raise InputError(
             'no source shows anything of the head: check that matte, camera and head parameters '
             'belong to the picture'
         )
+    warped = self.warp([look for looks in sources for look in looks])
+    people = zip(*[part.split(counts) for part in warped])
+    pooled, seen, token = (torch.stack(x) for x in zip(*[self.gather(*p) for p in people]))
     return pooled, seen, token
 
 
@@ -442,7 +443,7 @@ def decode(
     if view is None:
         view = torch.tensor([[0.0, 0, -1]]).expand(people, 3)
     if gamma is None:
-        gamma = harmonics(view.to(code.seen))
+        gamma = harmonics(send(view, code.seen.device).to(code.seen))
     inputs = torch.cat([code.map, code.extra, self.base.expand(people, -1, -1)], -1)
     means = self.mean.split(list(CHANNELS.values()), -1)
     drawn = self.heads(inputs, gamma).items()
@@ -461,7 +462,7 @@ def _residual(self: Generator, code, expr_code):
         return {}
     if expr_code is None:
         expr_code = code.seen.new_zeros(len(code.seen), self.code_size)
-    return self.residual(code.map, expr_code.to(code.seen))
+    return self.residual(code.map, send(expr_code, code.seen.device).to(code.seen))
 
 
 @patch
@@ -483,8 +484,8 @@ def to_splats(
 ) -> list:  # B dicts of raw local attributes
     """Maps to Gaussians: each number moves its Gaussian away from a flat one on the skin in the
     colour that was seen."""
-    unturned = maps['rotation'].new_tensor([1.0, 0, 0, 0])
-    turn = F.normalize(maps['rotation'] + unturned, dim=-1)
+    w, xyz = maps['rotation'].split((1, 3), -1)  # no turn is 1 0 0 0
+    turn = F.normalize(torch.cat([1 + w, xyz], -1), dim=-1)
     out = dict(
         offsets=self.rest_offsets + (self.axes @ maps['position'][..., None])[..., 0],
         quats=quat_mul(self.rest_quats.expand_as(turn), turn),
@@ -506,12 +507,13 @@ def draw(
     "Pose one person's Gaussians as in a look (Eq. 1) and render them from there."
     device = splats['sh0'].device
     head, binding = self._laid_out_on(device)
-    verts = head(**{name: values.to(device) for name, values in look.params.items()})[0]
+    verts = head(**{name: send(values, device) for name, values in look.params.items()})[0]
     world = open_splats(splats, fast_frames(binding, verts))
-    camera = look.viewmat[None].to(device), look.K[None].to(device)
+    camera = send(look.viewmat[None], device), send(look.K[None], device), look.size, look.size
     if background is not None:
-        background = torch.as_tensor(background, device=device).float().expand(3)[None]
-    rgb, alpha, _ = rasterize(*world, *camera, look.size, look.size, backgrounds=background)
+        background = send(torch.as_tensor(background).float().expand(3)[None], device)
+    on_cpu = device.type == 'cpu'  # a GPU would have to wait for the checks
+    rgb, alpha, _ = rasterize(*world, *camera, backgrounds=background, check=on_cpu)
     return rgb[0], alpha[0, ..., 0]
 
 

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..ground.core import send
 from ..ground.geometry import project
 from ..pictures.fast_metrics import ssim
 from ..pictures.metrics import ms_ssim
@@ -136,7 +137,8 @@ def view_jacobian(
     "The penalty of Eq. 3, one Hutchinson probe per output and sample (A.3, Eq. 9)."
     squares = 0.0
     for out, v in zip(outputs, probes):
-        (slope,) = torch.autograd.grad((out * v).sum(), gamma, create_graph=True)
+        seen = out * send(v, out.device)
+        (slope,) = torch.autograd.grad(seen.sum(), gamma, create_graph=True)
         squares = squares + slope.square().sum(-1)
     return torch.log1p(squares)
 

@@ -46,7 +46,7 @@ from spatialavatar0.stage1.objective import (
     weighted_sum,
 )
 
-from ..ground.core import InputError
+from ..ground.core import InputError, send
 from .generator import Decoded, Generator
 from .network import harmonics
 
@@ -205,6 +205,7 @@ class Phase:
     warmup: int = 0  # steps of a rising rate
     layer_decay: float = 1.0  # each layer of the encoder learns this much slower than the next
     bf16: bool = False  # mixed precision, on CUDA only
+    accumulate: int = 1  # parts of a batch, one after another: the same gradient in less memory
     name = 'phase'
 
     def ramp(self, t):
@@ -304,6 +305,17 @@ class Batch:
     probes: list  # two tensors of signs (B,N,3), for the view-Jacobian
     names: list  # what to call each target in an error
 
+    def __len__(self):
+        return len(self.targets)
+
+    def parts(self, count):
+        "The batch in so many equal parts."
+        size = len(self) // count
+        for part in (slice(i, i + size) for i in range(0, len(self), size)):
+            rows = {k: getattr(self, k)[part] for k in ('sources', 'targets', 'boxes', 'names')}
+            probes = [probe[part] for probe in self.probes]
+            yield Batch(**rows, backgrounds=self.backgrounds[part], probes=probes)
+
 
 # %% ../../nbs/stage1/54_schedule.ipynb #44afea9d
 def _name(person, sources, target):
@@ -355,7 +367,7 @@ class Compared(NamedTuple):
 def view_input(generator: Generator, batch: Batch, weights: Weights) -> Tensor:  # (B,27)
     "gamma(d) of the targets (Eq. 6); with a gradient where the view-Jacobian wants one."
     directions = torch.stack([look.direction for look in batch.targets])
-    gamma = harmonics(directions).to(generator.base.device)
+    gamma = send(harmonics(directions), generator.base.device)
     return gamma.requires_grad_(bool(weights.jacobian) and generator.config.view)
 
 

@@ -51,7 +51,7 @@ from spatialavatar0.stage1.schedule import (
 )
 
 from ..ground.content import branches, hash_of, refuse_other
-from ..ground.core import InputError, atomic_path, progress
+from ..ground.core import InputError, atomic_path, progress, send
 from ..ground.lease import finish_first, interruption, sweep
 from ..ground.pickles import file_json, refuse_odd_file
 from ..pictures.clips import Clip, head_content
@@ -287,7 +287,7 @@ class Trainer:
         self.accelerator = accelerator
         self.rank = accelerator.process_index if accelerator else 0
         self.world = accelerator.num_processes if accelerator else 1
-        self.pairs = texel_pairs(generator.binding)
+        self.pairs = [send(p, generator.base.device) for p in texel_pairs(generator.binding)]
         self.rng = torch.Generator().manual_seed(seed)
         self.step_number = 0
         self.seconds = 0.0
@@ -368,10 +368,10 @@ def begin(self: Trainer, number: int):
 def draw(self: Trainer) -> Batch:  # this process's share
     "People, sources, targets, backgrounds and probes of the next step."
     number, phase, t = self.now()
-    if phase.batch % self.world:
+    if phase.batch % (self.world * phase.accumulate):
         raise InputError(
-            f'the batch of {phase.batch} cannot be shared by {self.world} processes; make it a '
-            'multiple'
+            f'the batch of {phase.batch} cannot be shared by {self.world} processes with '
+            f'{phase.accumulate} parts each; make it a multiple'
         )
     share = slice(self.rank, None, self.world)
     gaussians = len(self.generator.binding)
@@ -388,7 +388,7 @@ def render(self: Trainer, batch: Batch, weights: Weights, bf16: bool = False) ->
         decoded = decode_batch(self.generator, batch, gamma)
     people = zip(decoded.splats, batch.targets, batch.backgrounds, batch.names)
     rgb = torch.stack([_drawn(self.generator, *person) for person in people])
-    return Compared(rgb, truths(batch).to(device), decoded, gamma)
+    return Compared(rgb, send(truths(batch), device), decoded, gamma)
 
 
 # %% ../../nbs/stage1/55_trainer.ipynb #050cf5be
@@ -430,16 +430,33 @@ def share_gradients(self: Trainer):
 
 # %% ../../nbs/stage1/55_trainer.ipynb #e90c64da
 @patch
-def backward(self: Trainer, batch: Batch, weights: Weights, bf16: bool = False) -> tuple:
-    "Gradients of the mean over the whole batch; the terms as numbers; L1 per picture."
-    terms, each = self.terms(batch, weights, bf16)
+def backward(
+    self: Trainer,
+    batch: Batch,
+    weights: Weights,
+    bf16: bool = False,
+    parts: int = 1,  # one after another, to save memory
+) -> tuple:  # the terms as numbers; L1 per picture
+    "Gradients of the mean over the whole batch."
     self.opt.zero_grad(set_to_none=True)
-    weighted_sum(weights, terms).backward()
+    rows, errors = [], []
+    for part in batch.parts(parts):
+        terms, each = self.terms(part, weights, bf16)
+        (weighted_sum(weights, terms) / parts).backward()
+        rows.append({name: term.detach() for name, term in terms.items()})
+        errors.append(each)
     self.share_gradients()
     if weights.l2sp:
-        terms['l2sp'] = l2_sp(self.params, self.home)
+        rows = [dict(row, l2sp=l2_sp(self.params, self.home)) for row in rows]
         pull_home(self.params, self.home, weights.l2sp)
-    return {name: float(term.detach()) for name, term in terms.items()}, each
+    return _means(rows), torch.cat(errors)
+
+
+# %% ../../nbs/stage1/55_trainer.ipynb #6d3a0001
+def _means(rows):
+    "Numbers by name, averaged over rows of tensors; a GPU is waited for once."
+    sums = torch.stack([torch.stack([row[name] for row in rows]).mean() for name in rows[0]])
+    return dict(zip(rows[0], sums.tolist()))
 
 
 # %% ../../nbs/stage1/55_trainer.ipynb #0e1e8a89
@@ -460,10 +477,24 @@ def step(self: Trainer) -> dict:
         raise BadBatch(
             f'at step {self.step_number}: {error}; look at these frames, or lower the learning rate'
         ) from None
+    except torch.OutOfMemoryError as error:
+        self.rng.set_state(before)
+        raise _too_large(now.phase, error) from None
     self.opt.step()
     self.step_number += 1
     self.seconds += time.perf_counter() - started
     return costs
+
+
+# %% ../../nbs/stage1/55_trainer.ipynb #6d3a0002
+def _too_large(phase, error):
+    "What to do when the GPU has no room for a step."
+    parts = f'{phase.accumulate} parts' if phase.accumulate > 1 else 'one part'
+    more = phase.accumulate * 2
+    return InputError(
+        f'no memory on the GPU for a batch of {phase.batch} in {parts} ({str(error)[:120]}); take '
+        f'accumulate={more}, which gives the same gradient, or a smaller batch'
+    )
 
 
 # %% ../../nbs/stage1/55_trainer.ipynb #fe698503
@@ -478,7 +509,7 @@ def _set_rates(self: Trainer, now: Now):
 @patch
 def _gradients(self: Trainer, batch, phase):
     "Gradients, clipped and checked; what the batch costs."
-    terms, each = self.backward(batch, phase.weights, phase.bf16)
+    terms, each = self.backward(batch, phase.weights, phase.bf16, phase.accumulate)
     norm = nn.utils.clip_grad_norm_(self.params, phase.clip)
     loss = self.check(batch, phase.weights, terms, each, norm)
     return dict(loss=loss, **terms)

@@ -29,7 +29,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..avatar.avatar import Avatar, open_splats
-from ..ground.core import InputError
+from ..ground.core import InputError, send
 from ..ground.geometry import quat_rotate
 from ..pictures.clips import Clip, Frame
 from ..splats.binding import Binding, TriangleFrames
@@ -116,7 +116,7 @@ def clone_and_split(
     spread = new['log_scales'][last].exp() * z
     new['offsets'][last] += quat_rotate(F.normalize(new['quats'][last], dim=-1), spread)
     new['log_scales'][last] -= math.log(shrink)
-    return Grown(new, rows, torch.arange(len(rows)) >= len(stay))
+    return Grown(new, rows, torch.arange(len(rows), device=rows.device) >= len(stay))
 
 
 # %% ../../nbs/stage2/62_densify.ipynb #3a48264d
@@ -185,16 +185,16 @@ def same_layout(
 class Densification(Refinement):
     "Refinement whose layout is not frozen."
 
-    def __init__(self, avatar, clip, cfg, iters, seed=0):
-        super().__init__(avatar, clip, cfg, iters, seed)
-        self.root = torch.arange(len(avatar))
+    def __init__(self, avatar, clip, cfg, iters, seed=0, device='cpu'):
+        super().__init__(avatar, clip, cfg, iters, seed, device=device)
+        self.root = torch.arange(len(avatar), device=self.device)
         self.dice = torch.Generator().manual_seed(seed + 1)
-        self.triangles = fast_frames(avatar.binding, avatar.verts()).scales
+        self.triangles = fast_frames(avatar.binding, avatar.verts()).scales.to(self.device)
         self.reset_pull()
 
     def reset_pull(self):
-        self.pull = torch.zeros(len(self.root))  # sum over views
-        self.times = torch.zeros(len(self.root))  # number of views
+        self.pull = torch.zeros(len(self.root), device=self.device)  # sum over views
+        self.times = torch.zeros_like(self.pull)  # number of views
 
     def splats(self):
         return {k: self.start[k] + self.delta[k] for k in RAW}
@@ -213,7 +213,7 @@ class Densification(Refinement):
 @patch
 def binding(self: Densification):
     "Triangles and barycentrics of all descendants; resolution 0: no grid."
-    first = self.avatar.binding
+    first = self.layout
     rows = [x[self.root] for x in (first.face_ids, first.bary, first.texels)]
     return Binding(*rows, first.faces, 0)
 
@@ -221,9 +221,9 @@ def binding(self: Densification):
 @patch
 def result(self: Densification):
     "The avatar as it is now."
-    splats = {k: v.detach() for k, v in self.splats().items()}
-    seen = self.avatar.seen[self.root]
-    return replace(self.avatar, splats=splats, binding=self.binding(), seen=seen)
+    splats = {k: v.detach().cpu() for k, v in self.splats().items()}
+    seen = self.avatar.seen[self.root.cpu()]
+    return replace(self.avatar, splats=splats, binding=self.binding().to('cpu'), seen=seen)
 
 
 @patch
@@ -270,7 +270,7 @@ def loss(self: Densification, view, background):
 @patch
 def add_pull(self: Densification):
     "Add up how hard each Gaussian in view is pulled, in half pictures."
-    half = torch.tensor([self.meta['width'], self.meta['height']]) / 2
+    half = send(torch.tensor([self.meta['width'], self.meta['height']]) / 2, self.device)
     self.pull += (self.meta['means2d'].grad[0] * half).norm(dim=-1) * self.visible
     self.times += self.visible
 
@@ -287,9 +287,9 @@ def growth(self: Densification):
 def go_on_with(self: Densification, splats, rows=None, fresh=None):
     "Continue with other values, or other Gaussians."
     if rows is None:
-        rows = torch.arange(len(self.root))
+        rows = torch.arange(len(self.root), device=self.device)
     if fresh is None:
-        fresh = torch.zeros(len(rows), dtype=torch.bool)
+        fresh = torch.zeros_like(rows, dtype=torch.bool)
     self.root, self.start = self.root[rows], splats
     self.delta = {k: torch.zeros_like(v, requires_grad=True) for k, v in splats.items()}
     carry_over(self.opt, self.delta, rows, fresh)
@@ -332,7 +332,6 @@ def step(self: Densification):
         self.grow_and_prune()
     if self._is_due(self.cfg.reset):
         self.reset_opacities()
-    return self.row()
 
 
 # %% ../../nbs/stage2/62_densify.ipynb #b97207e7
@@ -359,6 +358,7 @@ def densify(
     seed: int = 0,
     callback=None,  # called as callback(step, avatar) every 50 steps
     budget_seconds: float = None,  # end then, wherever the schedule is (looked at every 50 steps)
+    device='cpu',  # where to compute; avatars stay on the CPU
 ) -> tuple:  # the Avatar, with another count; a log: list of dict(step, loss, psnr, count, seconds)
     "Adaptive densification on the binding, frames and rasterizer of `refine`, to compare with it."
     clip = Clip([clip]) if isinstance(clip, Frame) else clip
@@ -372,4 +372,4 @@ def densify(
         if budget_seconds is not None and time.perf_counter() - begun > budget_seconds:
             raise KeyboardInterrupt
 
-    return Densification(avatar, clip, config or DensifyConfig(), iters, seed).go(watch)
+    return Densification(avatar, clip, config or DensifyConfig(), iters, seed, device).go(watch)

@@ -46,6 +46,7 @@ from spatialavatar0.stage2.refine import (
     KEEP,
     RAW,
     RefineConfig,
+    aspect_loss,
     clamp_scales,
     keep_loss,
     learning_rates,
@@ -58,7 +59,7 @@ from spatialavatar0.stage2.refine import (
 
 from ..avatar.avatar import Avatar, avatar_tensors
 from ..ground.content import hash_of, refuse_other
-from ..ground.core import InputError, progress
+from ..ground.core import InputError, progress, send
 from ..ground.geometry import SH_C0
 from ..ground.lease import finish_first, interruption
 from ..pictures.clips import Clip, Frame, head_content, on_background
@@ -121,7 +122,7 @@ def to(self: View, device, binding):  # binding: on that device already, one for
     if device.type == 'cpu':
         return self
     tensors = {k: getattr(self, k) for k in ('image', 'mask', 'viewmat', 'K', 'verts', 'care')}
-    there = {k: x.to(device) for k, x in tensors.items() if x is not None}
+    there = {k: send(x, device) for k, x in tensors.items() if x is not None}
     return replace(self, binding=binding, **there)
 
 
@@ -257,7 +258,9 @@ def fast_aspect_loss(
     frame,  # has viewmat, K, width, height
     tau: float,  # log ratio that costs nothing
 ) -> Tensor:
-    "L_aspect (Eq. 4) as `aspect_loss` gives it; only the long splats are differentiated."
+    "L_aspect (Eq. 4) as `aspect_loss` gives it; the CPU differentiates only the long splats."
+    if means.is_cuda:  # to list them, the host would have to wait
+        return aspect_loss(means, quats, scales, frame, tau)
     camera = frame.viewmat, frame.K, frame.width, frame.height
     with torch.no_grad():
         long = (fast_log_aspects(means, quats, scales, *camera) > tau).nonzero()[:, 0]
@@ -367,7 +370,7 @@ def _set_up_ties(self: Refinement):
     "Who is tied to whom, and how strongly (the remedy of page 60)."
     if self.cfg.keep:
         self.near = texel_neighbours(self.avatar.binding).to(self.device)
-        share = light_share(self.avatar, self.clip)
+        share = light_share(self.avatar.to(self.device), self.clip)
         self.tie = tie_strength(share, self.cfg.dim).to(self.device)
 
 
@@ -486,15 +489,14 @@ def _pulled_back(self: Refinement):
 # %% ../../nbs/stage2/61_loop.ipynb #05d61ff1
 @patch
 def step(self: Refinement):
-    "One random picture, one step; returns what it cost."
+    "One random picture, one step; `row` says what it cost."
     self.set_lrs()
     view, background = self._draw()
     loss, *self.pair = self.loss(view, background)  # pair: render and target
     self._descend(loss, view)
     self.keep_bounds()
     self.step_number += 1
-    self.cost = float(loss.detach())
-    return self.row()
+    self.cost = loss.detach()  # not a number yet: the host would have to wait for it
 
 
 # %% ../../nbs/stage2/61_loop.ipynb #77ca9b86
@@ -505,7 +507,7 @@ def _draw(self: Refinement):
     background = torch.rand(3, generator=self.rng)
     is_extra = self.extra and self.step_number % 4 == 3
     view = self.extra[i % len(self.extra)] if is_extra else self.view(i)
-    return view, background.to(self.device)
+    return view, send(background, self.device)
 
 
 # %% ../../nbs/stage2/61_loop.ipynb #adab1720
@@ -541,7 +543,7 @@ def check_finite(self: Refinement, loss, view):
 @patch
 def row(self: Refinement):
     "What the last step cost."
-    return dict(step=self.step_number - 1, loss=self.cost)
+    return dict(step=self.step_number - 1, loss=float(self.cost))
 
 
 @patch
@@ -773,7 +775,8 @@ def screen_aspect(
     "How elongated the splats appear."
     with torch.no_grad():
         means, quats, scales, opacities, _ = avatar.world(**params)
-    log_ratio = fast_log_aspects(means, quats, scales, viewmat, K, width, height)
+    camera = send(viewmat, means.device), send(K, means.device), width, height
+    log_ratio = fast_log_aspects(means, quats, scales, *camera)
     return log_ratio[(opacities > min_opacity) & (log_ratio >= 0)].exp()
 
 
@@ -795,9 +798,9 @@ def _likeness(avatar, frame):
     camera = frame.viewmat, frame.K, frame.width, frame.height
     with torch.no_grad():
         rgb = avatar.render(*camera, background=1.0, **frame.pose)[0].clamp(0, 1)
-    target = on_background(frame, 1.0)
-    inside = psnr(rgb, target, mask=frame.mask > 0.5)
-    return psnr(rgb, target), ssim(rgb, target), inside
+    target = send(on_background(frame, 1.0), rgb.device)
+    inside = psnr(rgb, target, mask=send(frame.mask > 0.5, rgb.device))
+    return [float(score) for score in (psnr(rgb, target), ssim(rgb, target), inside)]
 
 
 # %% ../../nbs/stage2/61_loop.ipynb #75a193f9
@@ -810,4 +813,4 @@ def _longest(avatar, frame):
             f'frame {frame.time} shows none of the {len(avatar):,} Gaussians; look at its camera '
             'and translation'
         )
-    return torch.stack([ratios[-1], ratios[int(0.999 * (len(ratios) - 1))]])
+    return torch.stack([ratios[-1], ratios[int(0.999 * (len(ratios) - 1))]]).cpu()

@@ -113,7 +113,8 @@ def render_frame(
     "Render splats on a background as a frame's camera sees them: alpha C + (1 - alpha) b (Eq. 13)."
     world = open_splats(splats, frames)
     camera = frame.viewmat[None], frame.K[None], frame.width, frame.height
-    rgb, _, _ = rasterize(*world, *camera, backgrounds=background[None])
+    on_cpu = not world.means.is_cuda  # a GPU would have to wait for the checks
+    rgb, _, _ = rasterize(*world, *camera, backgrounds=background[None], check=on_cpu)
     return rgb[0], world[:3]
 
 
@@ -177,7 +178,7 @@ def light_share(
     frames: int = 64,  # at most so many, evenly spaced
 ) -> Tensor:  # (N,) light taken per frame, 1 = the average Gaussian
     "How much the clip sees of each Gaussian: its accumulated blending weight (ours)."
-    taken = torch.zeros(len(avatar))
+    taken = torch.zeros(len(avatar), device=avatar.splats['sh0'].device)
     for frame in clip[:: max(1, len(clip) // frames)]:
         taken += _light(avatar, frame)
     return taken / taken.mean().clamp_min(1e-12)
@@ -190,9 +191,9 @@ def _light(avatar, frame):
             world = open_splats(avatar.splats, frame.mesh)
         else:
             world = avatar.world(**frame.pose)
-    colors = torch.ones(len(avatar), 1, requires_grad=True)
-    camera = frame.viewmat[None], frame.K[None], frame.width, frame.height
-    image, _, _ = rasterize(*world[:4], colors, *camera)
+    colors = torch.ones_like(world.means[:, :1], requires_grad=True)
+    camera = [x[None].to(colors.device) for x in (frame.viewmat, frame.K)]
+    image, _, _ = rasterize(*world[:4], colors, *camera, frame.width, frame.height)
     image.sum().backward()
     return colors.grad[:, 0]
 
@@ -231,11 +232,10 @@ def keep_loss(
     s: Tensor,  # (N,) from `tie_strength`
 ) -> Tensor:
     "Squared differences between neighbouring texels, weighted by the mean of their ties (ours)."
-    i, k = (near >= 0).nonzero(as_tuple=True)
-    j = near[i, k].long()
-    difference = (change[i] - change[j]).flatten(1).square().sum(1)
-    # every pair is met twice, so a quarter of s_i + s_j
-    return (0.25 * (s[i] + s[j]) * difference).sum() / max(1, len(change))
+    j = near.clamp_min(0).long()
+    weight = 0.25 * (s[:, None] + s[j]) * (near >= 0)  # every pair is met twice
+    difference = (change[:, None] - change[j]).flatten(2).square().sum(2)
+    return (weight * difference).sum() / max(1, len(change))
 
 
 # %% ../../nbs/stage2/60_refine.ipynb #7b943e7e

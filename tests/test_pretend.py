@@ -1,0 +1,430 @@
+"""The CUDA path on a machine without CUDA (tests/pretend.py): every tensor on the device it should
+be on, the same numbers as on the CPU, and the host hardly ever waiting."""
+
+import json
+from dataclasses import replace
+from importlib import import_module
+from itertools import product
+from types import SimpleNamespace
+
+import gsplat
+import house
+import pytest
+import torch
+from conftest import ROOT
+from pretend import pretend_cuda
+
+from spatialavatar0.avatar.avatar import load_avatar
+from spatialavatar0.avatar.portrait import from_frame
+from spatialavatar0.cli import doctor
+from spatialavatar0.ground.core import InputError, is_on, send, set_seed
+from spatialavatar0.judge.evaluate import renderer
+from spatialavatar0.judge.results import evaluate
+from spatialavatar0.pictures.domains import Trial, multi, people
+from spatialavatar0.pictures.people import make_person, mono_clip
+from spatialavatar0.splats.renderers import missing_for_gsplat, rasterize, receipt
+from spatialavatar0.stage1.generator import from_preset
+from spatialavatar0.stage1.objective import Weights
+from spatialavatar0.stage1.schedule import MonoPhase, MultiPhase
+from spatialavatar0.stage1.trainer import Shelf, Trainer, score_generator
+from spatialavatar0.stage2.densify import Densification, DensifyConfig
+from spatialavatar0.stage2.loop import Refinement, measure, refine
+from spatialavatar0.stage2.refine import RefineConfig, light_share, paper_config
+
+
+@pytest.fixture
+def gpu():
+    with pretend_cuda() as there:
+        yield there
+
+
+# ----------------------------------------------------------------------------- the rules of CUDA
+
+
+def test_devices_do_not_mix(gpu):
+    there, here = torch.ones(3, device='cuda'), torch.ones(3)
+    with pytest.raises(RuntimeError, match='on the same device'):
+        there + here
+    with pytest.raises(RuntimeError, match='on the same device'):
+        there[:2] = here[:2] * torch.ones(2, device='cuda')
+    assert (there + here.sum()).sum().item() == 12  # a number may come along
+
+
+def test_numpy_is_refused(gpu):
+    with pytest.raises(TypeError, match='Tensor.cpu'):
+        torch.ones(3, device='cuda').numpy()
+    assert torch.ones(3, device='cuda').cpu().numpy().sum() == 3
+
+
+def test_indices_come_from_either_side(gpu):
+    there, here = torch.arange(3, device='cuda'), torch.arange(3)
+    assert there[here].sum().item() == 3
+    with pytest.raises(RuntimeError, match='indices should be'):
+        here[there]
+
+
+def test_generators_of_the_other_side(gpu):
+    with pytest.raises(RuntimeError, match='for generator'):
+        torch.rand(3, device='cuda', generator=torch.Generator())
+
+
+def test_waits_are_counted_by_place(gpu):
+    x = torch.ones(3, device='cuda')
+    with gpu.watch() as seen:
+        x.sum().item()
+        x.nonzero()
+        x[x > 0]
+        torch.ones(3).to('cuda')
+        send(torch.ones(3), 'cuda')
+    kinds = sorted(kind for kind, _ in seen.waits)
+    assert kinds == ['item', 'mask', 'nonzero', 'to the GPU']
+    assert all('test_waits_are_counted' in place for _, place in seen.waits)
+
+
+def test_gradients_and_optimisers(gpu):
+    x = torch.ones(3, device='cuda').requires_grad_()
+    adam = torch.optim.Adam([x], lr=0.5, fused=True)
+    (x**2).sum().backward()
+    adam.step()
+    assert x.is_cuda and x.grad.is_cuda
+    assert torch.allclose(x.detach().cpu(), torch.full((3,), 0.5), atol=1e-4)
+
+
+def test_autocast(gpu):
+    x = torch.ones(2, 2, device='cuda')
+    with torch.autocast('cuda', torch.bfloat16):
+        assert (x @ x).dtype == torch.bfloat16
+        assert (x @ x).softmax(0).dtype == torch.float32
+        assert torch.cat([x @ x, x]).dtype == torch.float32
+    assert (x @ x).dtype == torch.float32
+
+
+def gaussians(device, dtype=torch.float32):
+    set_seed(0)
+    n = 5
+    means = torch.randn(n, 3) * 0.1 + torch.tensor([0, 0, 1.0])
+    world = means, torch.randn(n, 4), torch.full((n, 3), 0.05), torch.rand(n), torch.rand(n, 3)
+    K = torch.tensor([[[16.0, 0, 8], [0, 16, 8], [0, 0, 1]]])
+    camera = torch.eye(4)[None], K
+    return [x.to(device, dtype) for x in (*world, *camera)]
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.float64])
+def test_gsplat_takes_float32_alone(gpu, dtype):
+    with pytest.raises(RuntimeError, match='expected scalar type Float'):
+        gsplat.rasterization(*gaussians('cuda', dtype), 16, 16)
+
+
+def test_gsplat_takes_no_host_tensors(gpu):
+    with pytest.raises(RuntimeError, match='must be a CUDA tensor'):
+        gsplat.rasterization(*gaussians('cpu'), 16, 16)
+    with pytest.raises(TypeError, match='unexpected keyword'):
+        gsplat.rasterization(*gaussians('cuda'), 16, 16, max_alpha=0.9)
+
+
+def test_the_same_picture_and_a_receipt_for_it(gpu):
+    with receipt() as rendered:
+        here = rasterize(*gaussians('cpu'), 16, 16).colors
+        there = rasterize(*gaussians('cuda'), 16, 16).colors
+    assert torch.equal(here, there.cpu())
+    assert rendered == {('cpu', 'cpu'): 1, ('gsplat', 'cuda:0'): 1}
+
+
+def test_nothing_of_it_stays():
+    before = torch.cuda.is_available, torch.Tensor.to, torch.tensor, gsplat.rasterization
+    with pretend_cuda():
+        assert torch.cuda.is_available()
+    assert before == (torch.cuda.is_available, torch.Tensor.to, torch.tensor, gsplat.rasterization)
+    assert type(torch.ones(1)) is torch.Tensor
+
+
+# ------------------------------------------------------------------------------------ Stage 1
+
+FEW = Weights(ms_ssim=0.0, ssim=1.0, lpips=0.0, residual=1e-2)
+
+
+@pytest.fixture(scope='module')
+def tiny():
+    return from_preset('tiny')
+
+
+@pytest.fixture(scope='module')
+def film():
+    return mono_clip(make_person(3, resolution=64), 8, 64, seed=1)
+
+
+@pytest.fixture(scope='module')
+def shelf(tiny, film):
+    return Shelf([film, film], tiny)
+
+
+@pytest.fixture(scope='module')
+def studio(tiny):
+    return Shelf(people(multi(64, instants=5, cameras=5), 1, seed=1), tiny)
+
+
+def trainer_on(device, data, phase=MonoPhase, weights=FEW, **changes):
+    how = {k: changes.pop(k) for k in ('bf16', 'accumulate', 'batch') if k in changes}
+    generator = from_preset('tiny', **changes).to(device)
+    return Trainer(generator, [phase(4, how.pop('batch', 2), 1e-4, weights, **how)], [data], seed=1)
+
+
+PARTS = dict(
+    phase=(MonoPhase, MultiPhase),
+    pool=('visible', 'plain', 'attention'),
+    residual=(True, False),
+    jacobian=(0.0, 0.1),
+)
+
+
+@pytest.mark.parametrize('phase, pool, residual, jacobian', list(product(*PARTS.values())))
+def test_a_training_step(gpu, shelf, studio, phase, pool, residual, jacobian):
+    data = shelf if phase is MonoPhase else studio
+    weights = replace(FEW, jacobian=jacobian, l2sp=1e-3 * (phase is MultiPhase))
+    how = dict(phase=phase, weights=weights, pool=pool, residual=residual)
+    here, there = (trainer_on(device, data, **how).step() for device in ('cpu', 'cuda'))
+    assert here.keys() == there.keys()
+    for name, cost in here.items():
+        assert there[name] == pytest.approx(cost, rel=1e-3, abs=1e-5), name
+
+
+@pytest.mark.parametrize('pool', PARTS['pool'])
+def test_a_training_step_in_half_precision(gpu, shelf, pool):
+    how = dict(pool=pool, weights=replace(FEW, jacobian=0.1))
+    whole = trainer_on('cuda', shelf, **how).step()
+    half = trainer_on('cuda', shelf, bf16=True, **how).step()
+    assert half['l1'] == pytest.approx(whole['l1'], rel=0.05)
+
+
+@pytest.mark.parametrize('device', ['cpu', 'cuda'])
+def test_parts_of_a_batch_have_the_gradient_of_the_whole(gpu, shelf, device):
+    weights = replace(FEW, jacobian=0.1)
+    trainer = trainer_on(device, shelf, weights=weights, batch=4)
+    batch = trainer.draw()
+
+    def gradient(parts):
+        costs, each = trainer.backward(batch, weights, parts=parts)
+        grads = [p.grad.flatten() for p in trainer.params if p.grad is not None]
+        return costs, len(each), torch.cat(grads).cpu()
+
+    costs, count, whole = gradient(1)
+    for parts in (2, 4):
+        again, same, sum_of_parts = gradient(parts)
+        assert again == pytest.approx(costs, rel=1e-5) and same == count == 4
+        assert (sum_of_parts - whole).norm() <= 1e-5 * whole.norm()
+
+
+def test_a_batch_that_cannot_be_cut(shelf):
+    with pytest.raises(InputError, match='3 parts each; make it a multiple'):
+        trainer_on('cpu', shelf, batch=4, accumulate=3).draw()
+
+
+def weights_of(trainer):
+    return torch.cat([p.detach().cpu().flatten() for p in trainer.params])
+
+
+@pytest.mark.parametrize('first, then', [('cpu', 'cuda'), ('cuda', 'cpu')])
+def test_training_goes_on_across_devices(gpu, shelf, tmp_path, first, then):
+    begun = trainer_on(first, shelf)
+    begun.run(2, tmp_path / 'state.safetensors', show=False)
+    moved = trainer_on(then, shelf)
+    moved.load(tmp_path / 'state.safetensors')
+    assert torch.equal(weights_of(begun), weights_of(moved))
+    costs = begun.step(), moved.step()
+    assert costs[1] == pytest.approx(costs[0], rel=1e-3, abs=1e-5)
+    assert torch.allclose(weights_of(begun), weights_of(moved), atol=3e-4)
+
+
+def test_two_processes(gpu, shelf):
+    trainer = trainer_on('cuda', shelf)
+    other = trainer_on('cuda', shelf)
+    for rank, who in enumerate((trainer, other)):
+        who.rank, who.world = rank, 2
+        who.accelerator = SimpleNamespace(reduce=lambda grads, how: grads / 2)
+    shares = trainer.draw(), other.draw()
+    assert [len(share) for share in shares] == [1, 1] and shares[0].names != shares[1].names
+    costs, _ = trainer.backward(shares[0], FEW)
+    assert costs['l1'] > 0 and all(p.grad is None or p.grad.is_cuda for p in trainer.params)
+
+
+def test_a_generator_is_judged_and_makes_an_avatar(gpu, tiny, film):
+    trials = [Trial(film[:2], film[5], 0)]
+    here, there = (score_generator(from_preset('tiny').to(d), trials, 2) for d in ('cpu', 'cuda'))
+    assert there == pytest.approx(here, rel=1e-3)
+    avatar = from_preset('tiny').to('cuda')(film[:2])
+    assert all(is_on(x, 'cpu') for x in avatar.splats.values())
+
+
+def test_memory_that_is_not_there(shelf, monkeypatch):
+    trainer = trainer_on('cpu', shelf)
+    before = trainer.rng.get_state()
+
+    def full(*_):
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')
+
+    monkeypatch.setattr(trainer.generator, 'encode', full)
+    with pytest.raises(InputError, match='batch of 2 in one part.*accumulate=2'):
+        trainer.step()
+    assert torch.equal(before, trainer.rng.get_state())
+
+
+# ------------------------------------------------------------------------------------ Stage 2
+
+
+@pytest.fixture(scope='module')
+def start(film):
+    return from_frame(film[0], 32)
+
+
+GUARDED = dict(freeze=2, aspect_from=2)
+CONFIGS = dict(paper=paper_config(**GUARDED), ours=RefineConfig(**GUARDED))
+
+
+@pytest.mark.parametrize('config', CONFIGS)
+def test_refinement(gpu, start, film, config):
+    how = dict(config=CONFIGS[config], seed=0)
+    here, _ = refine(start, film[:6], 8, **how)
+    there, _ = refine(start, film[:6], 8, device='cuda', **how)
+    assert all(is_on(x, 'cpu') for x in there.splats.values())
+    psnrs = [measure(avatar, film[6:])['psnr'] for avatar in (here, there)]
+    assert psnrs[1] == pytest.approx(psnrs[0], abs=0.05)
+
+
+@pytest.mark.parametrize('first, then', [('cpu', 'cuda'), ('cuda', 'cpu')])
+def test_refinement_goes_on_across_devices(gpu, start, film, tmp_path, first, then):
+    begun = Refinement(start, film[:6], CONFIGS['ours'], 8, device=first)
+    for _ in range(4):
+        begun.step()
+    begun.save(tmp_path / 'state.safetensors')
+    moved = Refinement(start, film[:6], CONFIGS['ours'], 8, device=then)
+    moved.load(tmp_path / 'state.safetensors')
+    for name in begun.delta:
+        assert torch.equal(begun.delta[name].detach().cpu(), moved.delta[name].detach().cpu())
+    for run in (begun, moved):
+        run.step()
+    assert float(moved.cost) == pytest.approx(float(begun.cost), rel=1e-3)
+
+
+def test_an_avatar_moves(gpu, start, film, tmp_path):
+    there = start.to('cuda')
+    assert there.to('cuda') is there and there.to('cuda:0') is there
+    frame = film[0]
+    camera = frame.viewmat, frame.K, frame.width, frame.height
+    pictures = [a.render(*camera, background=1.0, **frame.pose)[0] for a in (start, there)]
+    assert pictures[1].is_cuda
+    assert torch.allclose(pictures[0], pictures[1].cpu(), atol=1e-4)
+    there.save(tmp_path / 'there.safetensors')
+    assert torch.equal(
+        load_avatar(tmp_path / 'there.safetensors').splats['sh0'], start.splats['sh0']
+    )
+    assert measure(there, film[:2]) == pytest.approx(measure(start, film[:2]), rel=1e-3)
+    shares = light_share(start, film[:2]), light_share(there, film[:2])
+    assert shares[1].is_cuda and torch.allclose(shares[0], shares[1].cpu(), atol=1e-3)
+
+
+def test_growing_and_pruning(gpu, start, film):
+    cfg = DensifyConfig(begin=0.2, every=0.1, reset=0.5)
+    counts = []
+    for device in ('cpu', 'cuda'):
+        run = Densification(start, film[:6], cfg, 20, device=device)
+        for _ in range(12):
+            run.step()
+        counts.append(run.row()['count'])
+    assert counts[1] == pytest.approx(counts[0], rel=0.05)
+
+
+def test_an_evaluation_says_where_it_was_rendered(gpu, start, film):
+    lines = []
+    for device in ('cpu', 'cuda'):
+        avatar = start.to(device)
+        names = dict(method='warp', subject='nobody')
+        lines.append(evaluate(renderer(avatar), film[5:], 'splattingavatar', **names, lpips=None))
+    assert [line.device.split(' ')[0] for line in lines] == ['cpu', 'cuda']
+    assert [line.rendered for line in lines] == [dict(cpu=3), dict(gsplat=3)]
+    assert lines[1].scores['psnr'] == pytest.approx(lines[0].scores['psnr'], abs=1e-2)
+
+
+# ----------------------------------------------------------------------------- the host's waiting
+
+
+def test_refinement_hardly_waits(gpu, start, film):
+    for config in CONFIGS.values():
+        run = Refinement(start, film[:6], config, 12, device='cuda')
+        for i in range(6):
+            run.view(i)
+        for _ in range(4):
+            run.step()
+        with gpu.watch() as seen:
+            run.step()
+        assert sum(seen.gsplat.values()) == 1  # which waits once by itself
+        assert sum(seen.waits.values()) + 1 <= 2, seen.waits
+
+
+def test_training_hardly_waits(gpu, shelf):
+    trainer = trainer_on('cuda', shelf, weights=replace(FEW, jacobian=0.1, l2sp=1e-3), bf16=True)
+    trainer.step()
+    with gpu.watch() as seen:
+        trainer.step()
+    assert sum(seen.waits.values()) <= 2, seen.waits
+    assert sum(seen.gsplat.values()) == 2  # one per picture, each waits once by itself
+
+
+# --------------------------------------------------------------------------------- what is missing
+
+
+def test_gsplat_that_was_not_compiled(gpu, monkeypatch):
+    monkeypatch.setattr(gsplat.cuda._backend, '_C', None)
+    monkeypatch.setenv('PATH', '/nowhere')
+    monkeypatch.setenv('CUDA_HOME', '/nowhere')
+    assert 'nvcc is missing' in missing_for_gsplat() and 'ninja is missing' in missing_for_gsplat()
+    with pytest.raises(InputError, match='could not be compiled: nvcc is missing.*backend="cpu"'):
+        rasterize(*gaussians('cuda'), 16, 16)
+
+
+def test_doctor_says_what_gsplat_lacks(gpu, monkeypatch):
+    monkeypatch.setenv('PATH', '/nowhere')
+    monkeypatch.setenv('CUDA_HOME', '/nowhere')
+    (row,) = [row for row in doctor() if row[0] == 'gsplat']
+    assert not row[1] and 'nvcc is missing (pip install' in row[2]
+
+
+# ------------------------------------------------------------------------ the cells marked `cuda`
+
+
+# page -> the cells that its cuda cells stand on
+NEEDED = {
+    'splats/24_renderers': 'dfd107c6 add9a189 815fc290 7cd0bb37 5f7eb83d',
+    'stage2/61_loop': '07392f0c f5eee0e1',
+    'doit/real_data': '21dfb45d 909040e1 b90b176f 76ff16aa 8cccf172 9b2d0dc8 0b0ed22b ec5873bc '
+    'ed577df5',
+}
+
+
+def cells_of(page):
+    "Code by the cell's id, and the names of the page's module."
+    cells = [c for c in json.loads(page.read_text())['cells'] if c['cell_type'] == 'code']
+    codes = {cell['id']: ''.join(cell['source']) for cell in cells}
+    exports = [code.split()[-1] for code in codes.values() if code.startswith('#| default_exp')]
+    modules = [import_module(f'spatialavatar0.{name}') for name in exports]
+    return codes, {name: value for module in modules for name, value in vars(module).items()}
+
+
+def test_every_cell_marked_cuda_is_here():
+    pages = [house.name(p) for p in house.notebooks() if '"#| cuda' in p.read_text()]
+    assert sorted(pages) == sorted(NEEDED)
+
+
+@pytest.mark.parametrize('name', NEEDED)
+def test_cells_marked_cuda(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    codes, place = cells_of(ROOT / 'nbs' / f'{name}.ipynb')
+
+    def run(code):
+        exec(compile(code, name, 'exec'), place)
+
+    for cell in NEEDED[name].split():
+        run(codes[cell])
+    with pretend_cuda():
+        for code in codes.values():
+            if code.startswith('#| cuda'):
+                run(code)
