@@ -318,7 +318,7 @@ def test_a_line_says_everything():
     row = row_of(made)
     wanted = (
         'method protocol data kind split subject driver background mask preset scores code seed '
-        'device torch seconds note'
+        'device rendered torch seconds note'
     )
     assert list(row) == wanted.split()
     assert all(value is not None for value in row.values())

@@ -105,12 +105,11 @@ class Head(nn.Module):
         super().__init__()
         for name, x in arrays.items():
             x = np.asarray(x)
-            if x.dtype.kind in 'US':
+            if x.dtype.kind in 'US' or name == 'parents':  # lists stay on the host
                 setattr(self, name, x.tolist())
                 continue
             kind = np.float32 if x.dtype.kind == 'f' else np.int64
             self.register_buffer(name, torch.as_tensor(x.astype(kind)), persistent=False)
-        self.tree = self.parents.tolist()  # stays on the host when the head moves to a GPU
 
     num_shape = property(lambda self: len(self.shape_basis))
     num_expr = property(lambda self: len(self.expr_basis))
@@ -126,12 +125,9 @@ class Head(nn.Module):
             raise Lacks(f'{self.name} has {_MISSING[name]}')
         return super().__getattr__(name)
 
-
-# %% ../../nbs/head/10_head.ipynb #1f87f51b
-@patch
-def to(self: Head, *args, **kwargs):
-    "A copy elsewhere or in another precision; `open_head()` is shared and stays as it is."
-    return nn.Module.to(copy.deepcopy(self), *args, **kwargs)
+    def to(self, *args, **kwargs):
+        "A copy elsewhere or in another precision; `open_head()` is shared and stays as it is."
+        return super(Head, copy.deepcopy(self)).to(*args, **kwargs)
 
 
 # %% ../../nbs/head/10_head.ipynb #61d9fcac
@@ -195,7 +191,7 @@ def forward(
     rest = rest.expand(B, -1, -1)
     joints = self.J_regressor @ rest
     bent = rest + self.correctives(rots)
-    verts = skin(bent, joints, rots, self.weights, self.tree)
+    verts = skin(bent, joints, rots, self.weights, self.parents)
     return verts if translation is None else verts + rows(translation, 3)[:, None]
 
 
