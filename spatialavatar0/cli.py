@@ -527,6 +527,8 @@ def _run_refine(
 _NETWORK = 'paper: DINOv3, 512 pixels, 58,000 Gaussians, 250,000 steps; wants a GPU.'
 _STEPS = "Of both phases; default: 10,000, or the paper's."
 _MONO = 'Folder of clips to take their place: one camera each.'
+_TARGETS = "Targets per step; default: the preset's."
+_IN_PARTS = 'Parts of a batch, one after another: the same gradient in less memory.'
 _Count = typer.Option(min=1, help='Painted people in front of one camera.')
 _Sixteen = typer.Option(min=1, help='Painted people in front of sixteen.')
 
@@ -545,9 +547,8 @@ def _run_train(
     num_shape: _NumShape = None,
     num_expr: _NumExpr = None,
     follow_links: _FollowLinks = False,
-    batch: Annotated[
-        int, typer.Option(min=1, help="Targets per step; default: the preset's.")
-    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help=_TARGETS)] = None,
+    accumulate: Annotated[int, typer.Option(min=1, help=_IN_PARTS)] = 1,
     seed: _Seed = 0,
     restart: _Restart = False,
     device: _Device = Device.cpu,
@@ -558,7 +559,8 @@ def _run_train(
     where = check_device(device.value, True)
     model = _model(head, num_shape, num_expr)
     data = dict(people=people, subjects=subjects, mono=mono, multi=multi, head=model)
-    options = TrainOptions(preset.value, steps, **data, batch=batch, seed=seed, device=where)
+    how = dict(batch=batch, accumulate=accumulate, seed=seed, device=where)
+    options = TrainOptions(preset.value, steps, **data, **how)
     train_generator(out, options, _say, restart)
 
 

@@ -1007,6 +1007,7 @@ class TrainOptions:
     multi: str = None  # folder of clips in place of the subjects: several cameras
     head: str = None  # FLAME model of those clips; default: the open head
     batch: int = None  # default: the preset's
+    accumulate: int = 1  # parts of a batch: the same gradient in less memory
     seed: int = 0
     device: str = 'cpu'
 
@@ -1128,6 +1129,7 @@ def train_generator(
 def _trainer(generator, out, options, head, say):
     "A trainer with its data, where an earlier call left it."
     phases = _phases(options.preset, options.steps, options.batch)
+    phases = [replace(phase, accumulate=options.accumulate) for phase in phases]
     data = _training_sets(generator, out, options, head, say)
     trainer = Trainer(generator, phases, data[: len(phases)], options.seed)
     state = out / 'state.safetensors'

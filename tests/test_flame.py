@@ -89,7 +89,7 @@ def test_original_encodings(tmp_path, protocol, kintree):
     ):
         assert torch.equal(ours, torch.as_tensor(theirs.astype(np.float32)))
     assert torch.equal(head.faces, torch.as_tensor(m['f'].astype(np.int64)))
-    assert head.parents == [-1, 0, 1, 1, 1]
+    assert head.parents.tolist() == [-1, 0, 1, 1, 1]
     assert head.parts.bincount().tolist() == [84, 8, 8]
     assert head.masks['eyeballs'].sum() == 20
 

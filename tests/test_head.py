@@ -127,7 +127,7 @@ def test_weights_and_joints():
     assert torch.allclose(head.weights.sum(1), torch.ones(head.num_verts), atol=1e-6)
     assert head.weights.min() >= 0
     assert torch.allclose(head.J_regressor.sum(1), torch.ones(5), atol=1e-5)
-    assert head.parents == [-1, 0, 1, 1, 1]
+    assert head.parents.tolist() == [-1, 0, 1, 1, 1]
     J = head.J_regressor @ head.template
     assert J[:3, 0].abs().max() < 1e-5
     assert J[3, 0] > 0.02

@@ -322,3 +322,19 @@ def test_ask_refuses():
         ask(two_codes, PAIRS, 'l2')
     with pytest.raises(InputError, match='numbers for one picture'):
         ask(lambda image: torch.zeros(1 + int(image.max())), PAIRS, 'l1')
+
+
+def test_lpips_does_not_tell_how_many_threads_there_were():
+    lpips = open_lpips()
+    if lpips is None:
+        pytest.skip('the weights of LPIPS are not here')
+    torch.manual_seed(0)
+    a, b = torch.rand(2, 64, 64, 3)
+    before = torch.get_num_threads()
+    values = set()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        values.add(float(lpips(a, b)))
+        assert torch.get_num_threads() == threads
+    torch.set_num_threads(before)
+    assert len(values) == 1

@@ -215,7 +215,7 @@ def test_parts_of_a_batch_have_the_gradient_of_the_whole(gpu, shelf, device):
 
 
 def test_a_batch_that_cannot_be_cut(shelf):
-    with pytest.raises(InputError, match='3 parts each; make it a multiple'):
+    with pytest.raises(InputError, match='1 processes in 3 parts each; make it a multiple'):
         trainer_on('cpu', shelf, batch=4, accumulate=3).draw()
 
 

@@ -105,7 +105,7 @@ class Head(nn.Module):
         super().__init__()
         for name, x in arrays.items():
             x = np.asarray(x)
-            if x.dtype.kind in 'US' or name == 'parents':  # lists stay on the host
+            if x.dtype.kind in 'US':
                 setattr(self, name, x.tolist())
                 continue
             kind = np.float32 if x.dtype.kind == 'f' else np.int64
@@ -151,6 +151,14 @@ def rest(
 
 
 # %% ../../nbs/head/10_head.ipynb #83a5f16a
+@patch(as_prop=True)
+def tree(self: Head):  # list
+    "The parent of each joint, known to the host: a GPU need not be asked."
+    if '_tree' not in vars(self):
+        self._tree = self.parents.tolist()
+    return self._tree
+
+
 @patch
 def correctives(
     self: Head,
@@ -191,7 +199,7 @@ def forward(
     rest = rest.expand(B, -1, -1)
     joints = self.J_regressor @ rest
     bent = rest + self.correctives(rots)
-    verts = skin(bent, joints, rots, self.weights, self.parents)
+    verts = skin(bent, joints, rots, self.weights, self.tree)
     return verts if translation is None else verts + rows(translation, 3)[:, None]
 
 

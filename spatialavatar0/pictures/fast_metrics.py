@@ -8,6 +8,7 @@ __all__ = ['ssim_forward', 'ssim_backward', 'ssim', 'open_lpips']
 # %% ../../nbs/pictures/31_fast_metrics.ipynb #02b2f833
 import hashlib
 import warnings
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -251,6 +252,17 @@ def _fill(net, trunk):
 
 
 # %% ../../nbs/pictures/31_fast_metrics.ipynb #f1d2e89c
+@contextmanager
+def _one_thread():
+    "Sums of several threads have other last digits; a score should not tell how many there were."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 class _Lpips:
     def __init__(self, net, source):
         self.net = net
@@ -265,7 +277,9 @@ class _Lpips:
         a, b = two_pictures(a, b)
         self.net.to(a.device)
         a, b = ((x if x.ndim == 4 else x[None]).movedim(-1, 1).float() for x in (a, b))
-        return self.net(a, b, normalize=normalize).flatten()
+        learns = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
+        with nullcontext() if learns else _one_thread():
+            return self.net(a, b, normalize=normalize).flatten()
 
 
 # %% ../../nbs/pictures/31_fast_metrics.ipynb #f84ca5ad

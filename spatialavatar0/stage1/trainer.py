@@ -369,9 +369,10 @@ def draw(self: Trainer) -> Batch:  # this process's share
     "People, sources, targets, backgrounds and probes of the next step."
     number, phase, t = self.now()
     if phase.batch % (self.world * phase.accumulate):
+        parts = f' in {phase.accumulate} parts each' * (phase.accumulate > 1)
         raise InputError(
-            f'the batch of {phase.batch} cannot be shared by {self.world} processes with '
-            f'{phase.accumulate} parts each; make it a multiple'
+            f'the batch of {phase.batch} cannot be shared by {self.world} processes{parts}; make '
+            'it a multiple'
         )
     share = slice(self.rank, None, self.world)
     gaussians = len(self.generator.binding)

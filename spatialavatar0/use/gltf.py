@@ -189,7 +189,7 @@ _HEAD_NODE = len(JOINTS)  # the node behind the joints holds the mesh
 def _skeleton(file, head, rest):
     "Nodes 0..4 are joints; the skin."
     places = (head.J_regressor @ rest).numpy()
-    parents = head.parents
+    parents = head.tree
     nodes = []
     for joint, name in enumerate(JOINTS):
         offset = places[joint] - (places[parents[joint]] if joint else 0)

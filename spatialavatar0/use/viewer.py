@@ -290,7 +290,7 @@ def _header(avatar, table, motions, background):
     return dict(
         arrays=table,
         names=names,
-        parents=avatar.head.parents,
+        parents=avatar.head.tree,
         groups=control_groups(names),
         home=home_view(avatar),
         motions={name: bake_motion(frames, names) for name, frames in motions.items()},
