@@ -431,7 +431,7 @@ def _gsplat_rasterization(*args, **kwargs):
 
     taken = 'width', 'height', 'near_plane', 'far_plane', 'eps2d', 'render_mode', 'absgrad'
     options = {name: given[name] for name in taken}
-    with _unseen(), mock.patch.object(renderers, '_receipts', []):
+    with _unseen(), mock.patch.object(renderers, '_receipts', [], create=True):
         here = {name: x if x is None else _Down.apply(x) for name, x in tensors.items()}
         colors, alphas, meta = renderers.rasterize(**here, **options, backend='cpu')
         return _Up.apply(colors), _Up.apply(alphas), _meta_there(meta, options['absgrad'])
