@@ -249,7 +249,7 @@ def test_two_processes(gpu, shelf):
 
 def test_a_generator_is_judged_and_makes_an_avatar(gpu, tiny, film):
     trials = [Trial(film[:2], film[5], 0)]
-    here, there = (score_generator(from_preset('tiny').to(d), trials, 2) for d in ('cpu', 'cuda'))
+    here, there = (score_generator(from_preset('tiny').to(d), trials, 2) for d in PLACES)
     assert there == pytest.approx(here, rel=1e-3)
     avatar = from_preset('tiny').to('cuda')(film[:2])
     assert all(is_on(x, 'cpu') for x in avatar.splats.values())
@@ -276,6 +276,7 @@ def start(film):
     return from_frame(film[0], 32)
 
 
+PLACES = 'cpu', 'cuda'
 GUARDED = dict(freeze=2, aspect_from=2)
 CONFIGS = dict(paper=paper_config(**GUARDED), ours=RefineConfig(**GUARDED))
 
@@ -342,6 +343,23 @@ def test_an_evaluation_says_where_it_was_rendered(gpu, start, film):
     assert [line.device.split(' ')[0] for line in lines] == ['cpu', 'cuda']
     assert [line.rendered for line in lines] == [dict(cpu=3), dict(gsplat=3)]
     assert lines[1].scores['psnr'] == pytest.approx(lines[0].scores['psnr'], abs=1e-2)
+
+
+def test_pictures_stay_where_there_is_room(gpu, start, film):
+    rooms = [Refinement(start, film[:2], CONFIGS['paper'], 8, device=d).room for d in PLACES]
+    assert rooms == [256e6, 35 * gpu.GIB]  # half of what is free
+
+
+def test_refinement_without_memory(start, film, monkeypatch, tmp_path):
+    run = Refinement(start, film[:6], CONFIGS['paper'], 8)
+
+    def full(*_):
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')
+
+    monkeypatch.setattr(run, 'loss', full)
+    with pytest.raises(InputError, match='no memory on the GPU for [0-9,]+ Gaussians.*fewer'):
+        run.go(state=tmp_path / 'state.safetensors')
+    assert (tmp_path / 'state.safetensors').exists()
 
 
 # ----------------------------------------------------------------------------- the host's waiting

@@ -302,11 +302,16 @@ def _set_up_views(self: Refinement):
     "The pictures that are kept, and room for more."
     self.layout = self.avatar.binding.to(self.device)
     self.views = {}
-    self.room = 256e6  # bytes
+    self.room = _room_on(self.device)
     self.extra = [view.to(self.device, self.layout) for view in self.extra]
 
 
 # %% ../../nbs/stage2/61_loop.ipynb #504c8e63
+def _room_on(device):
+    "Bytes for pictures: half of what a GPU has left; 256 MB of the host's memory."
+    return torch.cuda.mem_get_info(device)[0] / 2 if device.type == 'cuda' else 256e6
+
+
 @patch
 def view(self: Refinement, i):
     "View i, kept while there is room."
@@ -698,6 +703,12 @@ def _try_step(self: Refinement):
     before = self.rng.get_state()
     try:
         self.step()
+    except torch.OutOfMemoryError as error:
+        self.rng.set_state(before)
+        raise InputError(
+            f'no memory on the GPU for {len(self.avatar):,} Gaussians ({str(error)[:120]}); take '
+            'smaller pictures, or a start of fewer texels'
+        ) from None
     except Exception:
         self.rng.set_state(before)
         raise
