@@ -640,7 +640,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def launch(rank, port, out):
+def launch(rank, port, out, script=SHARE):
     "One of two processes."
     env = dict(
         os.environ,
@@ -654,8 +654,9 @@ def launch(rank, port, out):
         NUMBA_NUM_THREADS='1',
         ACCELERATE_USE_CPU='true',
     )
-    call = [sys.executable, '-c', SHARE, str(out)]
-    return subprocess.Popen(call, env=env, stderr=subprocess.PIPE, text=True)
+    call = [sys.executable, '-c', script, str(out)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(call, env=env, **pipes)
 
 
 @pytest.fixture(scope='module')
@@ -728,3 +729,51 @@ def test_decibels_inside_the_head_by_hand(questions):
     mse = ((rgb - truth) ** 2 * matte[..., None]).sum() / (3 * matte.sum())
     found = score_generator(generator, [trial], 1)['head_psnr']
     assert abs(found + 10 * math.log10(float(mse))) < 1e-4
+
+
+TROUBLE = (
+    SHARE[: SHARE.index('trainer.backward(')]
+    + """
+import os
+import signal
+from spatialavatar0.stage1.trainer import BadBatch
+
+steps = []
+
+
+def trouble(trainer):
+    steps.append(trainer.step_number)
+    if sys.argv[1] == 'stop' and trainer.rank == 0 and len(steps) == 1:
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def ill(*args):
+    if steps and trainer.rank == 1:
+        raise BadBatch('nan in frame 7')
+    return sound(*args)
+
+
+sound = trainer.terms
+if sys.argv[1] == 'fail':
+    trainer.terms = ill
+try:
+    trainer.run(callback=trouble, show=False)
+    print('ended after', trainer.step_number)
+except BadBatch as why:
+    print('ended after', trainer.step_number, why)
+torch.distributed.destroy_process_group()
+"""
+)
+
+
+@pytest.mark.parametrize('how', ['fail', 'stop'])
+def test_nobody_waits_for_a_process_that_ended(how):
+    port = free_port()
+    pair = [launch(rank, port, how, TROUBLE) for rank in (0, 1)]
+    said = [process.communicate(timeout=180)[0] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], said
+    if how == 'fail':
+        assert 'ended after 1 at step 1: another process met a bad batch' in said[0]
+        assert 'ended after 1 at step 1: nan in frame 7' in said[1]
+    else:
+        assert all('ended after 2' in words for words in said)  # the first to hear of it

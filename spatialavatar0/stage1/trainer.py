@@ -417,16 +417,31 @@ def terms(self: Trainer, batch: Batch, weights: Weights, bf16: bool = False) -> 
 
 # %% ../../nbs/stage1/55_trainer.ipynb #2fad6859
 @patch
-def share_gradients(self: Trainer):
+def share_gradients(self: Trainer, failed: bool = False):
     """The mean over processes, in one exchange. (A double backward, A.3, rules out hooks that
     exchange while the backward runs.)"""
     if self.world == 1:
         return
     grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.params]
-    flat = torch.cat([grad.flatten() for grad in grads])
-    mean = self.accelerator.reduce(flat, 'mean')
-    for param, grad in zip(self.params, mean.split([p.numel() for p in self.params])):
+    words = grads[0].new_tensor([failed, bool(getattr(self, 'flag', ()))])
+    mean = self.accelerator.reduce(torch.cat([*map(torch.flatten, grads), words]), 'mean')
+    *means, words = mean.split([*(p.numel() for p in self.params), 2])
+    self._listen(failed, *words.tolist())
+    for param, grad in zip(self.params, means):
         param.grad = grad.view_as(param).clone()
+
+
+@patch
+def _listen(self: Trainer, failed, failures, stops):
+    "What the other processes say: nobody may wait for one that has ended."
+    if failures and not failed:
+        raise BadBatch('another process met a bad batch, and says which')
+    if stops:
+        self.agreed = True
+        self.flag = self.flag or [signal.SIGINT]
+
+
+Trainer.agreed = False  # several processes stop after the same step
 
 
 # %% ../../nbs/stage1/55_trainer.ipynb #e90c64da
@@ -441,11 +456,15 @@ def backward(
     "Gradients of the mean over the whole batch."
     self.opt.zero_grad(set_to_none=True)
     rows, errors = [], []
-    for part in batch.parts(parts):
-        terms, each = self.terms(part, weights, bf16)
-        (weighted_sum(weights, terms) / parts).backward()
-        rows.append({name: term.detach() for name, term in terms.items()})
-        errors.append(each)
+    try:
+        for part in batch.parts(parts):
+            terms, each = self.terms(part, weights, bf16)
+            (weighted_sum(weights, terms) / parts).backward()
+            rows.append({name: term.detach() for name, term in terms.items()})
+            errors.append(each)
+    except BadBatch:
+        self.share_gradients(failed=True)  # the others are waiting for it
+        raise
     self.share_gradients()
     if weights.l2sp:
         rows = [dict(row, l2sp=l2_sp(self.params, self.home)) for row in rows]
@@ -656,7 +675,7 @@ def run(
             if time.monotonic() - saved > save_every:
                 self._keep(state)
                 saved = time.monotonic()
-            if self.flag:
+            if self.flag and (self.world == 1 or self.agreed):
                 break
         self._keep(state)
     if self.flag:
@@ -688,6 +707,7 @@ def _try_step(self: Trainer, state):
 @patch
 def _tell_stopped(self: Trainer, state):
     "Where it stopped, and how to go on; whoever is asked to end does not go on."
+    self.agreed = False
     again = f'; the same call goes on from {state}' if state else ''
     print(f'stopped after {self.step_number} of {self.total} steps{again}')
     if self.flag[0] != signal.SIGINT:
