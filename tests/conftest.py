@@ -57,6 +57,7 @@ def pytest_cmdline_main(config):
         config.option.dist = 'no'
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     "Tests of a file share what they set up, so one process takes them all; pages share nothing."
     for item in items:

@@ -292,6 +292,7 @@ def pretend(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.Tensor, 'is_cuda', True, raising=False)
     monkeypatch.setattr(gsplat, 'rasterization', rasterization)
+    monkeypatch.setattr(renderers, 'missing_for_gsplat', str)  # nothing is
     return calls
 
 

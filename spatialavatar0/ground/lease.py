@@ -78,7 +78,7 @@ def _tell_lockless(why):
 # %% ../../nbs/ground/06_lease.ipynb #15743667
 def _open_locked(path, wait, links=True):
     "The file at a path, open and locked by us; None where another process holds the lock."
-    how = os.O_RDWR | os.O_CREAT | (0 if links else getattr(os, 'O_NOFOLLOW', 0))
+    how = os.O_RDWR | os.O_CREAT | os.O_APPEND | (0 if links else getattr(os, 'O_NOFOLLOW', 0))
     while True:
         file = os.open(path, how, 0o666)
         is_ours = False
@@ -196,6 +196,26 @@ def _release(path, drop):
             drop(lock)
 
 
+# %% ../../nbs/ground/06_lease.ipynb #3e6ab7a6
+def _remove_empty(folders):
+    "Whether all of them could be removed."
+    try:
+        for empty in folders:
+            empty.rmdir()
+    except OSError:  # something was written, or somebody was faster
+        return False
+    return True
+
+
+def _pass_on(folder, made):
+    "Folders that we made and cannot remove are the holder's to remove: a line for each."
+    with contextlib.suppress(OSError):
+        file = os.open(folder / LEASE, os.O_WRONLY | os.O_APPEND | getattr(os, 'O_NOFOLLOW', 0))
+        os.write(file, b'\n' * len(made))
+        os.close(file)
+    _remove_empty(made)  # in case the holder has just gone
+
+
 # %% ../../nbs/ground/06_lease.ipynb #2f0e21eb
 def _made_folders(folder):
     "Make a folder; -> those that were missing, the innermost first."
@@ -213,11 +233,13 @@ def _take_lease(folder):
             file = _open_locked(folder / LEASE, wait=False, links=False)
             break
     if file is None:
+        _pass_on(folder, made)
         raise _refusal(
             f'{folder} is being written by {_holder(folder / LEASE)}; wait until it has ended, or '
             'choose another --out'
         )
-    os.ftruncate(file, 0)
+    if os.read(file, 1 << 16).strip():  # left by a holder that was killed
+        os.ftruncate(file, 0)
     os.write(file, json.dumps(_about_us()).encode())
     return file, made
 
@@ -227,10 +249,12 @@ def _drop_lease(folder, lock):
     "Tidy up while the lock is held, then give it back."
     file, made = lock
     (folder / LEASE).unlink(missing_ok=True)
+    os.lseek(file, 0, os.SEEK_SET)
+    passed_on = os.read(file, 1 << 16).count(b'\n')
     os.close(file)
-    with contextlib.suppress(OSError):  # something was written
-        for empty in made:
-            empty.rmdir()
+    made = [folder, *folder.parents][: max(len(made), passed_on)]
+    if not _remove_empty(made):  # somebody else may hold it by now
+        _pass_on(folder, made)
 
 
 # %% ../../nbs/ground/06_lease.ipynb #a2d27377

@@ -4,6 +4,7 @@ import io
 import struct
 import subprocess
 import zlib
+from itertools import islice
 
 import imageio_ffmpeg
 import numpy as np
@@ -159,9 +160,7 @@ def photo_cases():
 
 def watch(path, most=5):
     "The first pictures of a film."
-    film = open_film(path)
-    pictures = film_pictures(film)
-    return [next(pictures).shape for _ in range(min(most, film.about))]
+    return [picture.shape for picture in islice(film_pictures(open_film(path)), most)]
 
 
 def watch_all(path):
