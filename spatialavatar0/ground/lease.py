@@ -207,21 +207,37 @@ def _remove_empty(folders):
     return True
 
 
-def _pass_on(folder, made):
-    "Folders that we made and cannot remove are the holder's to remove: a line for each."
-    with contextlib.suppress(OSError):
+def _note_for_holder(folder, made):
+    "Whether the holder will find a line in its file for each folder it is to remove."
+    try:
         file = os.open(folder / LEASE, os.O_WRONLY | os.O_APPEND | getattr(os, 'O_NOFOLLOW', 0))
+    except OSError:  # nobody holds it
+        return False
+    try:
         os.write(file, b'\n' * len(made))
+        return os.fstat(file).st_nlink > 0  # it reads after it has unlinked
+    finally:
         os.close(file)
-    _remove_empty(made)  # in case the holder has just gone
+
+
+def _tidy(folder, made):
+    "Remove empty folders that we made, or leave it to whoever holds them by now."
+    for _ in range(20):
+        if _remove_empty(made) or _note_for_holder(folder, made):
+            break
 
 
 # %% ../../nbs/ground/06_lease.ipynb #2f0e21eb
 def _made_folders(folder):
-    "Make a folder; -> those that were missing, the innermost first."
-    missing = [p for p in (folder, *folder.parents) if not p.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    return missing
+    "Make a folder; -> those that were missing, and that nobody else made, the innermost first."
+    made = []
+    for each in reversed([folder, *folder.parents]):
+        if each.exists():
+            continue
+        with contextlib.suppress(FileExistsError):
+            each.mkdir()
+            made.insert(0, each)
+    return made
 
 
 def _take_lease(folder):
@@ -233,7 +249,7 @@ def _take_lease(folder):
             file = _open_locked(folder / LEASE, wait=False, links=False)
             break
     if file is None:
-        _pass_on(folder, made)
+        _tidy(folder, made)
         raise _refusal(
             f'{folder} is being written by {_holder(folder / LEASE)}; wait until it has ended, or '
             'choose another --out'
@@ -252,9 +268,7 @@ def _drop_lease(folder, lock):
     os.lseek(file, 0, os.SEEK_SET)
     passed_on = os.read(file, 1 << 16).count(b'\n')
     os.close(file)
-    made = [folder, *folder.parents][: max(len(made), passed_on)]
-    if not _remove_empty(made):  # somebody else may hold it by now
-        _pass_on(folder, made)
+    _tidy(folder, [folder, *folder.parents][: max(len(made), passed_on)])
 
 
 # %% ../../nbs/ground/06_lease.ipynb #a2d27377
