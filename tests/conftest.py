@@ -57,14 +57,6 @@ def pytest_cmdline_main(config):
         config.option.dist = 'no'
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    "Tests of a file share what they set up, so one process takes them all; pages share nothing."
-    for item in items:
-        if not item.name.startswith('test_notebook['):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-
 PAGE_TIMES = """write results/pages.json, the seconds every page took, and, if the whole suite ran,
 results/suite.json; tools/statistics_of_pages.py sets them beside what the pages state"""
 
