@@ -761,7 +761,9 @@ try:
     print('ended after', trainer.step_number)
 except BadBatch as why:
     print('ended after', trainer.step_number, why)
-torch.distributed.destroy_process_group()
+torch.distributed.barrier()
+sys.stdout.flush()
+os._exit(0)  # gloo may abort while it is taken down
 """
 )
 
