@@ -775,7 +775,7 @@ def test_nobody_waits_for_a_process_that_ended(how):
     said = [process.communicate(timeout=180)[0] for process in pair]
     assert [process.returncode for process in pair] == [0, 0], said
     if how == 'fail':
-        assert 'ended after 1 at step 1: another process met a bad batch' in said[0]
+        assert 'ended after 1 at step 1: another process could not do its part' in said[0]
         assert 'ended after 1 at step 1: nan in frame 7' in said[1]
     else:
         assert all('ended after 2' in words for words in said)  # the first to hear of it

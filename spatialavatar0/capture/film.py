@@ -63,7 +63,6 @@ from spatialavatar0.capture.landmarks import (
     LandmarkModel,
     landmark_model,
     landmark_table,
-    one_thread,
 )
 from spatialavatar0.pictures.clips import (
     Clip,
@@ -80,7 +79,7 @@ from ..avatar.avatar import part_is, texel_mask
 from ..avatar.portrait import without_clothes
 from ..avatar.warp import sample_picture, see_texels
 from ..ground.content import file_hash, file_hashes, hash_of, refuse_other
-from ..ground.core import InputError, atomic_path, progress
+from ..ground.core import InputError, atomic_path, one_thread, progress
 from ..ground.geometry import crop_intrinsics, mat_to_axis_angle, orbit, project
 from ..ground.media import pictures_in
 from ..head.head import Head, open_head

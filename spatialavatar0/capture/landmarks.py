@@ -21,7 +21,6 @@ __all__ = [
     'overlay',
     'LandmarkModel',
     'landmark_model',
-    'one_thread',
     'point_gradients',
 ]
 
@@ -559,18 +558,6 @@ def landmark_model(
         turns=turns.T.reshape(3, 3, -1),
         bary=bary,
     )
-
-
-# %% ../../nbs/capture/70_landmarks.ipynb #ecc5f3fc
-@contextlib.contextmanager
-def one_thread():
-    "Hundreds of small matrices: handing them to several threads costs more than it saves."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # %% ../../nbs/capture/70_landmarks.ipynb #23454d2e

@@ -36,10 +36,10 @@ from spatialavatar0.capture.landmarks import (
     landmark_model,
     landmark_table,
     load_photo,
-    one_thread,
     point_gradients,
 )
 
+from ..ground.core import one_thread
 from ..ground.geometry import axis_angle_to_mat
 from ..head.head import open_head
 from ..pictures.clips import Frame

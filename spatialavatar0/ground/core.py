@@ -5,6 +5,7 @@
 # %% auto #0
 __all__ = [
     'set_seed',
+    'one_thread',
     'InputError',
     'printable',
     'expect_tensor',
@@ -49,6 +50,18 @@ def set_seed(
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     return seed
+
+
+# %% ../../nbs/ground/00_core.ipynb #5e4d0004
+@contextlib.contextmanager
+def one_thread():
+    "PyTorch on one thread: the same last digits everywhere, and none woken for little work."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 # %% ../../nbs/ground/00_core.ipynb #adcc677c

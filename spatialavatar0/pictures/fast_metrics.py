@@ -8,7 +8,7 @@ __all__ = ['ssim_forward', 'ssim_backward', 'ssim', 'open_lpips']
 # %% ../../nbs/pictures/31_fast_metrics.ipynb #02b2f833
 import hashlib
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..ground.core import InputError
+from ..ground.core import InputError, one_thread
 from .metrics import SSIM_WINDOW, plain_ssim, ssim_batches, two_pictures
 
 # %% ../../nbs/pictures/31_fast_metrics.ipynb #c3337f21
@@ -174,12 +174,11 @@ class _FusedSSIM(torch.autograd.Function):
 # %% ../../nbs/pictures/31_fast_metrics.ipynb #fed3d388
 def ssim(
     a: Tensor,  # (H,W,D), (B,H,W,D) or (H,W), 0..1
-    b: Tensor,  # the same shape
+    b: Tensor,  # the same shape, gradients reach both
     # 'same': zeros around the picture, for training; 'valid': only whole windows, for reporting
     padding: str = 'same',
 ) -> Tensor:  # scalar, 1 = equal
-    """Mean structural similarity (Eq. 5, Sec. 4.1), 11x11 Gaussian window of sigma 1.5; the
-    gradient reaches a and b."""
+    "Mean structural similarity (Eq. 5, Sec. 4.1), 11x11 Gaussian window of sigma 1.5."
     a, b = ssim_batches(a, b, padding)
     if a.device.type == 'cpu' and a.dtype == b.dtype == torch.float32 and not b.requires_grad:
         return _FusedSSIM.apply(a, b, padding)
@@ -236,8 +235,7 @@ def _trunk():
 # %% ../../nbs/pictures/31_fast_metrics.ipynb #fe7a3d4f
 @torch.no_grad()
 def _fill(net, trunk):
-    """Put AlexNet's own convolutions where `lpips` has random ones; its heads must be those of the
-    file."""
+    "Put AlexNet's own convolutions where `lpips` has random ones. Its heads must be the file's."
     own = [m for m in net.net.modules() if isinstance(m, torch.nn.Conv2d)]
     for conv, (weight, bias) in zip(own, trunk.convs, strict=True):
         conv.weight.copy_(weight)
@@ -252,17 +250,6 @@ def _fill(net, trunk):
 
 
 # %% ../../nbs/pictures/31_fast_metrics.ipynb #f1d2e89c
-@contextmanager
-def _one_thread():
-    "Sums of several threads have other last digits; a score should not tell how many there were."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 class _Lpips:
     def __init__(self, net, source):
         self.net = net
@@ -278,7 +265,7 @@ class _Lpips:
         self.net.to(a.device)
         a, b = ((x if x.ndim == 4 else x[None]).movedim(-1, 1).float() for x in (a, b))
         learns = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
-        with nullcontext() if learns else _one_thread():
+        with nullcontext() if learns else one_thread():  # a score does not tell how many
             return self.net(a, b, normalize=normalize).flatten()
 
 

@@ -310,7 +310,9 @@ class Batch:
 
     def parts(self, count):
         "The batch in so many equal parts."
-        size = len(self) // count
+        size, left = divmod(len(self), count)
+        if left:
+            raise InputError(f'a batch of {len(self)} has no {count} equal parts')
         for part in (slice(i, i + size) for i in range(0, len(self), size)):
             rows = {k: getattr(self, k)[part] for k in ('sources', 'targets', 'boxes', 'names')}
             probes = [probe[part] for probe in self.probes]

@@ -435,7 +435,7 @@ def share_gradients(self: Trainer, failed: bool = False):
 def _listen(self: Trainer, failed, failures, stops):
     "What the other processes say: nobody may wait for one that has ended."
     if failures and not failed:
-        raise BadBatch('another process met a bad batch, and says which')
+        raise BadBatch('another process could not do its part, and says why')
     if stops:
         self.agreed = True
         self.flag = self.flag or [signal.SIGINT]
@@ -462,7 +462,7 @@ def backward(
             (weighted_sum(weights, terms) / parts).backward()
             rows.append({name: term.detach() for name, term in terms.items()})
             errors.append(each)
-    except BadBatch:
+    except Exception:
         self.share_gradients(failed=True)  # the others are waiting for it
         raise
     self.share_gradients()
@@ -513,7 +513,7 @@ def _too_large(phase, error):
     more = phase.accumulate * 2
     return InputError(
         f'no memory on the GPU for a batch of {phase.batch} in {parts} ({str(error)[:120]}); take '
-        f'accumulate={more}, which gives the same gradient, or a smaller batch'
+        f'--accumulate {more}, which gives the same gradient, or a smaller batch'
     )
 
 

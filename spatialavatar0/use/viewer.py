@@ -452,9 +452,11 @@ _PIXELS = """([viewmat, K, width, height, values]) => {
     avatar.set(values);
     avatar.camera(viewmat, K, width, height);
     const pixels = avatar.pixels();
+    const count = Math.ceil(pixels.length / 8192);
+    const starts = Array.from({ length: count }, (_, k) => 8192 * k);
     let text = "";
-    for (let i = 0; i < pixels.length; i += 8192)
-        text += String.fromCharCode(...pixels.subarray(i, i + 8192));
+    for (const start of starts)
+        text += String.fromCharCode(...pixels.subarray(start, start + 8192));
     return btoa(text);
 }"""
 
