@@ -11,13 +11,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from spatialavatar0.avatar.avatar import Avatar
+from spatialavatar0.avatar.avatar import Avatar, part_is
 from spatialavatar0.ground.core import InputError
 from spatialavatar0.ground.geometry import axis_angle_to_mat
 from spatialavatar0.head.flame_files import load_flame, write_flame_folder
 from spatialavatar0.head.head import open_head
 from spatialavatar0.pictures.people import make_person, mono_clip
-from spatialavatar0.stage1.generator import Generator
+from spatialavatar0.stage1.backbone import backbone_of
+from spatialavatar0.stage1.generator import Generator, preset
 from spatialavatar0.stage1.network import CHANNELS, harmonics
 
 SMALL = dict(unet=(8, 16, 24, 32), encoder=(8, 8, 16, 16), features=8, hidden=8)
@@ -99,12 +100,14 @@ def test_what_is_seen_grows_with_sources(gen, looks):
     assert seen[0] <= seen[1] <= seen[2]
 
 
-# ---- gradients
+# ---- gradients and switches
 
 PLAIN = dict(residual=False, view=False, mirror=False, shells=(0.0,))
+SWITCHES = 'pool', 'shells', 'mirror', 'visibility', 'bypass', 'teeth'
+AS_PRINTED = {name: getattr(preset('paper'), name) for name in SWITCHES}
 
 
-@pytest.mark.parametrize('changes', [{}, dict(pool='attention'), PLAIN])
+@pytest.mark.parametrize('changes', [{}, dict(pool='attention'), PLAIN, AS_PRINTED])
 def test_gradients_reach_every_weight(clip, changes):
     generator = stir(Generator.from_preset('tiny', **{**SMALL, **changes}))
     looks = generator.looks(clip)
@@ -116,6 +119,96 @@ def test_gradients_reach_every_weight(clip, changes):
     dead = [name for name, param in params.items() if param.grad is None or not param.grad.any()]
     assert not dead
     assert all(param.grad.isfinite().all() for param in params.values())
+
+
+def test_presets():
+    "`ours` has all that we add, `paper` nothing of it; their sizes are the same."
+    ours, paper = preset('ours'), preset('paper')
+    assert AS_PRINTED == dict(
+        pool='plain', shells=(0.0,), mirror=False, visibility=False, bypass=False, teeth=False
+    )
+    assert replace(ours, **AS_PRINTED) == paper
+    added = {name: getattr(ours, name) for name in SWITCHES}
+    assert added == {name: getattr(preset('laptop'), name) for name in SWITCHES}
+    assert (paper.image_size, paper.resolution, paper.features) == (512, 256, 32)
+    assert [backbone_of(size)['token'] for size in 'SBL'] == [384, 768, 1024]
+    with pytest.raises(InputError, match='S, B or L'):
+        backbone_of('XL')
+
+
+@torch.no_grad()
+def test_the_paper_knows_no_visibility(clip):
+    "What a z-buffer says changes our network's answer, and not the paper's."
+    for switches, same in ((AS_PRINTED, True), ({}, False)):
+        generator = stir(Generator.from_preset('tiny', **SMALL, **switches))
+        looks = generator.looks(clip[:2])
+        half = [replace(look, weight=look.weight // 2) for look in looks[:1]] + looks[1:]
+        there, other = generator.encode([looks, half]).map
+        assert torch.equal(there, other) == same
+
+
+@torch.no_grad()
+def test_colours_go_around_our_network_only(clip):
+    "Untrained, ours draws the person and the paper's a grey head; teeth are left bare."
+    first = {}
+    for name, switches in dict(ours={}, paper=AS_PRINTED).items():
+        generator = Generator.from_preset('tiny', **SMALL, **switches)
+        avatar = generator(clip[:2])
+        first[name] = avatar.splats['sh0'].std(0).mean()
+        on_teeth = part_is(avatar.head, avatar.binding, 'teeth_up', 'teeth_low')
+        assert bool(on_teeth.any()) == (name == 'ours')
+        assert len(avatar.seen) == len(avatar) == len(avatar.splats['quats'])
+    assert first['ours'] > 10 * first['paper']
+
+
+@pytest.mark.parametrize('changes', [{}, AS_PRINTED])
+def test_a_file_keeps_the_switches(clip, tmp_path, changes):
+    generator = stir(Generator.from_preset('tiny', **SMALL, **changes)).eval()
+    generator.save(tmp_path / 'g.safetensors')
+    again = Generator.from_pretrained(tmp_path / 'g.safetensors')
+    assert again.config == generator.config
+    one, other = (g(clip[:2]).splats['sh0'] for g in (generator, again))
+    assert torch.equal(one, other)
+
+
+def kept_bytes(work):
+    "Bytes that autograd keeps for the way back; the loss of `work`."
+    seen = {}
+
+    def keep(x):
+        seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        loss = work()
+    return sum(seen.values()), loss
+
+
+def test_recomputed_is_the_same_in_less_memory(clip):
+    generator = stir(Generator.from_preset('tiny', **SMALL))
+    looks = generator.looks(clip)
+    backgrounds = torch.zeros(2, 3)
+
+    def loss():
+        code = generator.encode([looks[:4], looks[2:6]])
+        gamma = harmonics(FRONT).expand(2, -1).clone().requires_grad_()
+        decoded = generator.decode(code, gamma=gamma)
+        position = decoded.maps['position'].sum()
+        (slope,) = torch.autograd.grad(position, gamma, create_graph=True)
+        drawn = [generator.draw(*person) for person in zip(decoded.splats, looks, backgrounds)]
+        return sum(rgb.mean() for rgb, _ in drawn) + slope.square().sum()
+
+    found = []
+    for rows in (0, 2):
+        generator.recompute = rows
+        generator.zero_grad()
+        size, _ = kept_bytes(lambda: generator.encode([looks[:4], looks[2:6]]))
+        loss().backward()
+        found.append((size, {name: p.grad.clone() for name, p in generator.named_parameters()}))
+    (whole, grads), (lean, again) = found
+    assert lean < 0.4 * whole
+    for name, grad in grads.items():
+        assert largest(again[name] - grad) <= 1e-5 * largest(grad) + 1e-9, name
 
 
 def test_residual_starts_as_nothing_and_leaves_opacity_alone(gen, looks):
@@ -328,6 +421,9 @@ def test_wrong_frames(gen, clip):
     [
         (dict(pool='max'), 'pool should be'),
         (dict(shells=(0.01,)), 'start at 0'),
+        (dict(visibility=False), "pool='visible' weighs by visibility"),
+        (dict(visibility=False, pool='plain'), 'bypass completes'),
+        (dict(bypass=False), 'shells give colours that go around'),
         (dict(resolution=30), 'multiple of 8'),
         (dict(image_size=50), 'multiple of 16'),
         (dict(width=3), 'width'),
@@ -339,7 +435,7 @@ def test_wrong_configurations(changes, match):
 
 
 def test_an_unknown_preset():
-    with pytest.raises(InputError, match='tiny, laptop, paper'):
+    with pytest.raises(InputError, match='tiny, laptop, ours, paper'):
         Generator.from_preset('large')
 
 

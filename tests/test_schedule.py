@@ -348,9 +348,12 @@ def test_papers_numbers():
     assert second.rate(0) < 1e-6
     assert abs(second.rate(1000) - 1e-4) < 1e-6
     assert second.rate(second.steps - 1) < 1e-9
-    weights = [torch.zeros(1).requires_grad_()]
-    assert type(first.optimiser(weights)) is torch.optim.Adam
-    assert type(second.optimiser(weights)) is torch.optim.AdamW
+    weight = torch.zeros(1).requires_grad_()
+    assert type(first.optimiser([weight])) is torch.optim.Adam
+    groups = [dict(params=[torch.zeros_like(weight)]), dict(params=[weight], residual=True)]
+    other = second.optimiser(groups)
+    assert type(other) is torch.optim.AdamW
+    assert [group['weight_decay'] for group in other.param_groups] == [0, 1e-2]
 
 
 def test_deeper_layers_learn_slower():
@@ -603,6 +606,72 @@ def test_a_shelf_in_a_folder(tmp_path):
         Shelf(people(mono(64, instants=4), 2), generator, folder)
 
 
+# ---- drawn ahead
+
+
+@pytest.fixture(scope='module')
+def on_disk(tmp_path_factory):
+    "The data of `data`, kept in folders."
+    folder = tmp_path_factory.mktemp('looks')
+    many, few = people(mono(64, instants=6), 3), people(multi(64, instants=5, cameras=5), 2)
+    return [Shelf(many, network(), folder / 'one'), Shelf(few, network(), folder / 'many')]
+
+
+def test_ahead_is_not_other(data, on_disk, tmp_path):
+    "From memory in turn, from a disk three ahead, stopped and gone on: the same to the bit."
+    whole = Trainer(network(), schedule(), data, 3)
+    assert whole.ahead == 0
+    whole.run(show=False)
+    early = Trainer(network(), schedule(), on_disk, 3, ahead=3, readers=2)
+    early.run(show=False)
+    assert same(whole, early)
+    assert torch.equal(whole.rng.get_state(), early.rng.get_state())
+    state = tmp_path / 's.safetensors'
+    kept = Trainer(network(), schedule(), data, 3, ahead=2)
+    kept.run(3, callback=lambda trainer: trainer.save(state), show=False)
+    assert not kept.coming
+    resumed = Trainer(network(9), schedule(), data, 3)
+    resumed.load(state)
+    for trainer in (kept, resumed):
+        trainer.run(show=False)
+        assert same(whole, trainer)
+
+
+def test_looks_from_a_disk_are_read_by_default_ahead(on_disk):
+    trainer = Trainer(network(), schedule(), on_disk, 3)
+    assert trainer.ahead == 2
+    trainer.step()
+    assert len(trainer.coming) == 2
+    one, other = on_disk[0].look(1, 2), on_disk[0].look(1, 2)
+    assert torch.equal(one.image, other.image)
+    assert one.image.data_ptr() != other.image.data_ptr()  # read, not mapped
+
+
+def test_a_bad_step_ahead_leaves_the_state_before_it(data, tmp_path):
+    trainer = Trainer(network(), schedule(), data, 3, ahead=2)
+    trainer.run(1, show=False)
+    before = trainer.random_state()
+    bias = trainer.generator.heads.last['color'].bias
+    ill = bias.register_hook(lambda grad: grad * float('inf'))
+    with pytest.raises(BadBatch, match='at step 1: a gradient'):
+        trainer.run(state=tmp_path / 's.safetensors', show=False)
+    assert torch.equal(trainer.random_state(), before) and not trainer.coming
+    ill.remove()
+    trainer.run(show=False)
+    whole = Trainer(network(), schedule(), data, 3)
+    whole.run(show=False)
+    assert same(trainer, whole)
+
+
+def test_too_few_pictures_ahead():
+    "An error of a thread that draws ahead is that of a trainer that does not."
+    clip = Clip(people(mono(64, instants=3), 1)[0].frames)
+    trainer = Trainer(network(), schedule(), [[clip], [clip]], ahead=2)
+    with pytest.raises(InputError, match='person 0: . sources and a target need . pictures'):
+        for _ in range(20):
+            trainer.step()
+
+
 # ---- several processes
 
 SHARE = """
@@ -693,6 +762,33 @@ def test_a_batch_that_cannot_be_shared(data):
         Trainer(network(), schedule(), data, accelerator=Three()).draw()
 
 
+OTHER = (
+    SHARE[: SHARE.index('trainer = Trainer(')].replace('mono(64, instants=6), 3', 'MANY')
+    + """
+from spatialavatar0.ground.core import InputError
+
+try:
+    Trainer(generator, plan, data, 3, accelerator=accelerator)
+except InputError as why:
+    print(why)
+sys.stdout.flush()
+torch.distributed.barrier()
+import os
+os._exit(0)  # gloo may abort while it is taken down
+"""
+)
+
+
+def test_processes_with_different_data():
+    port = free_port()
+    scripts = [OTHER.replace('MANY', f'mono(64, instants=6), {count}') for count in (3, 2)]
+    pair = [launch(rank, port, '', script) for rank, script in enumerate(scripts)]
+    for process in pair:
+        said, wrong = process.communicate(timeout=180)
+        assert 'the pictures of mono differ between process 0 and process 1' in said, wrong
+        assert len(said.splitlines()) == 1
+
+
 # ---- evaluation
 
 
@@ -775,7 +871,7 @@ def test_nobody_waits_for_a_process_that_ended(how):
     said = [process.communicate(timeout=180)[0] for process in pair]
     assert [process.returncode for process in pair] == [0, 0], said
     if how == 'fail':
-        assert 'ended after 1 at step 1: another process could not do its part' in said[0]
+        assert 'ended after 1 at step 1: process 1: nan in frame 7' in said[0]
         assert 'ended after 1 at step 1: nan in frame 7' in said[1]
     else:
         assert all('ended after 2' in words for words in said)  # the first to hear of it

@@ -17,6 +17,7 @@ __all__ = [
     'double',
     'Encoder',
     'load_backbone',
+    'backbone_of',
     'DptEncoder',
     'make_encoder',
     'layer_scales',
@@ -328,6 +329,20 @@ def load_backbone(
         ) from error
 
 
+# %% ../../nbs/stage1/50_backbone.ipynb #50b0b001
+_DINOV3 = dict(S=('small', 384), B=('base', 768), L=('large', 1024))
+
+
+def backbone_of(
+    size: str,  # S, B or L: DINOv3's, as in the paper's Tab. 6
+) -> dict:  # fields of a GeneratorConfig: timm's name, and the length of its token
+    "The encoder that the paper uses (B), a smaller and a larger one."
+    if size not in _DINOV3:
+        raise InputError(f'the backbone should be S, B or L; got {size!r}')
+    name, token = _DINOV3[size]
+    return dict(backbone=f'vit_{name}_patch16_dinov3.lvd1689m', token=token)
+
+
 # %% ../../nbs/stage1/50_backbone.ipynb #f3bf542e
 class _Fuse(nn.Module):
     "One step of DPT's ladder: refine, add the finer level, refine, double."
@@ -458,7 +473,21 @@ CONFIG_FIELDS = dict(
     mirror=Field(bool),
     residual=Field(bool),
     view=Field(bool),
+    visibility=Field(bool, needed=False),  # generators of before have all three
+    bypass=Field(bool, needed=False),
+    teeth=Field(bool, needed=False),
 )
+
+
+# %% ../../nbs/stage1/50_backbone.ipynb #50c0f001
+def _check_switches(config):
+    "What one part of the network needs of another."
+    if config.pool == 'visible' and not config.visibility:
+        raise InputError("pool='visible' weighs by visibility: give visibility=True, or 'plain'")
+    if config.bypass and not config.visibility:
+        raise InputError('bypass completes the colours that were seen: give visibility=True')
+    if len(config.shells) > 1 and not config.bypass:
+        raise InputError('shells give colours that go around the network: give bypass=True')
 
 
 # %% ../../nbs/stage1/50_backbone.ipynb #8e821d74
@@ -472,6 +501,7 @@ def check_config(
         raise InputError(f"pool should be 'visible', 'plain' or 'attention'; got {config.pool!r}")
     if config.shells[0] != 0:
         raise InputError(f'shells should start at 0, the skin; got {config.shells}')
+    _check_switches(config)
     if not config.backbone and not config.encoder:
         raise InputError('without a backbone, encoder should name the channels of its levels')
     halved = 2 ** (len(config.unet) - 1)

@@ -27,10 +27,20 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from spatialavatar0.avatar.avatar import (
+    Avatar,
+    head_id,
+    need_head,
+    new_avatar,
+    open_splats,
+    part_is,
+)
 from spatialavatar0.stage1.backbone import (
     CONFIG_FIELDS,
     Look,
+    backbone_of,
     check_config,
     look_at,
     make_encoder,
@@ -50,7 +60,6 @@ from spatialavatar0.stage1.network import (
     pull_push,
 )
 
-from ..avatar.avatar import Avatar, head_id, need_head, new_avatar, open_splats
 from ..avatar.portrait import sink_offsets
 from ..avatar.warp import mirror_texels
 from ..ground.core import InputError, send
@@ -58,7 +67,7 @@ from ..ground.files import Field, FileKind, read_header, read_tensors, write_ten
 from ..ground.geometry import quat_mul, rgb_to_sh0
 from ..head.head import Head, open_head
 from ..pictures.clips import Frame
-from ..splats.binding import Binding, texel_steps
+from ..splats.binding import texel_steps
 from ..splats.kernels import fast_frames
 from ..splats.renderers import rasterize
 
@@ -84,6 +93,9 @@ class GeneratorConfig:
     mirror: bool = True  # also show the network each texel's mirror image
     residual: bool = True  # the FLAME-conditioned head (Eq. 7)
     view: bool = True  # the 27 numbers of the target's direction (Eq. 6)
+    visibility: bool = True  # tell the network how well each texel was seen
+    bypass: bool = True  # colours that were seen go around the network, to the Gaussians
+    teeth: bool = True  # Gaussians on the teeth, where the head has any
 
 
 # %% ../../nbs/stage1/52_generator.ipynb #73c9e9d9
@@ -98,24 +110,27 @@ _TINY = GeneratorConfig(
     hidden=12,
     base=4,
 )
-_PAPER = GeneratorConfig(
+_OURS = GeneratorConfig(
     image_size=512,
     resolution=256,
     encoder=(),
-    backbone='vit_base_patch16_dinov3.lvd1689m',
     source_features=64,
-    token=768,
     unet=(64, 128, 256, 384, 512),
     hidden=32,
+    **backbone_of('B'),
 )
-_PRESETS = dict(tiny=_TINY, laptop=GeneratorConfig(), paper=_PAPER)
+_AS_PRINTED = dict(
+    pool='plain', shells=(0.0,), mirror=False, visibility=False, bypass=False, teeth=False
+)
+_PAPER = replace(_OURS, **_AS_PRINTED)
+_PRESETS = dict(tiny=_TINY, laptop=GeneratorConfig(), ours=_OURS, paper=_PAPER)
 
 
 # %% ../../nbs/stage1/52_generator.ipynb #a6c02d6d
 def preset(
-    name: str,  # tiny, laptop or paper
+    name: str,  # tiny, laptop, ours or paper
 ) -> GeneratorConfig:
-    "Sizes by name."
+    "Sizes and switches by name; `paper` is the network of Sec. 3.2, `ours` adds to it."
     if name not in _PRESETS:
         raise InputError(f'preset should be one of {", ".join(_PRESETS)}; got {name!r}')
     return _PRESETS[name]
@@ -129,7 +144,7 @@ class Code:
     pooled: Tensor  # (B,N,C) features, colours and shells, averaged over the sources
     seen: Tensor  # (B,N) 0..1
     token: Tensor  # (B,token)
-    extra: Tensor  # (B,N,5) what the heads see besides: completed colour, seen, mirrored seen
+    extra: Tensor  # (B,N,5) completed colour, seen, mirrored seen; (B,N,0) without a bypass
     map: Tensor  # (B,N,features) of the UV network
 
 
@@ -165,6 +180,18 @@ def _texel_axes(avatar, verts, unit=0.02):
     return unit * torch.stack([right, out, down], -1) / sizes[:, None, None]
 
 
+def _grey_avatar(head, config):
+    "One Gaussian per texel, at rest; on the teeth, too, where the configuration wants it."
+    avatar = new_avatar(head, config.resolution)
+    if config.teeth:
+        return avatar
+    keep = ~part_is(head, avatar.binding, 'teeth_up', 'teeth_low')
+    rows = {k: getattr(avatar.binding, k)[keep] for k in ('face_ids', 'bary', 'texels')}
+    splats = {name: values[keep] for name, values in avatar.splats.items()}
+    binding = replace(avatar.binding, **rows)
+    return replace(avatar, splats=splats, binding=binding, seen=avatar.seen[keep])
+
+
 # %% ../../nbs/stage1/52_generator.ipynb #bc00c4f4
 class Generator(nn.Module):
     "K portraits in, one avatar out (Stage 1, Sec. 3.2)."
@@ -178,8 +205,9 @@ class Generator(nn.Module):
         super().__init__()
         check_config(config)
         self.config = config
+        self.recompute = 0  # see run_part
         self.head_ = [head or open_head()]  # in a list: a head is not trained and not saved
-        self.avatar_ = [new_avatar(self.head, config.resolution)]
+        self.avatar_ = [_grey_avatar(self.head, config)]
         self._lay_out()
         self._make_networks(weights)
 
@@ -198,21 +226,21 @@ def _make_networks(self: Generator, weights):
     self.attention = None
     if c.pool == 'attention':
         self.attention = AttentionPool(c.source_features + 4, c.token)
-    pooled = c.source_features + 5 + 5 * shells
+    pooled = c.source_features + 4 + c.visibility + 5 * shells
     self.base = nn.Parameter(0.1 * torch.randn(texels, c.base))
     self.mean = nn.Parameter(torch.zeros(texels, sum(CHANNELS.values())))
-    self.stem = nn.Linear((1 + c.mirror) * pooled + c.base + 3, c.unet[0])
+    self.stem = nn.Linear((1 + c.mirror) * pooled + c.base + 3 * c.bypass, c.unet[0])
     self.uvnet = UVNet(c.unet, c.features, c.token)
-    self.heads = Heads(c.features + c.base + 5, c.hidden, c.view, shells)
+    self.heads = Heads(c.features + c.base + 5 * c.bypass, c.hidden, c.view, shells)
     self.residual = ResidualHead(c.features, self.code_size) if c.residual else None
 
 
 # %% ../../nbs/stage1/52_generator.ipynb #9a030e0e
 def from_preset(
-    name: str,  # tiny, laptop or paper
+    name: str,  # tiny, laptop, ours or paper
     head: Head = None,  # default: the open head
     seed: int = 0,  # of the first weights
-    weights: bool = True,  # fetch those of the paper preset's backbone
+    weights: bool = True,  # fetch those of the backbone
     **changes,  # fields of GeneratorConfig
 ) -> Generator:
     "An untrained generator."
@@ -288,6 +316,24 @@ def as_looks(self: Generator, items):
     return looks
 
 
+# %% ../../nbs/stage1/52_generator.ipynb #52c0e001
+@patch
+def run_part(
+    self: Generator,
+    network: nn.Module,  # the encoder or the UV network
+    *inputs: Tensor,  # (n,...) each
+):  # what the network returns
+    """A part's output. With `recompute`, so many rows at a time, and what the part computes inside
+    is not kept but computed again on the way back: slower, in less memory."""
+    if not self.recompute or not torch.is_grad_enabled():
+        return network(*inputs)
+    pieces = zip(*[x.split(self.recompute) for x in inputs])
+    done = [checkpoint(network, *piece, use_reentrant=False) for piece in pieces]
+    if isinstance(done[0], Tensor):
+        return torch.cat(done)
+    return tuple(map(torch.cat, zip(*done)))
+
+
 # %% ../../nbs/stage1/52_generator.ipynb #bce79136
 class Warped(NamedTuple):
     "n pictures, read at the points on and above the skin under every Gaussian."
@@ -312,7 +358,8 @@ def warp(
 
     image, uv, weights = stack('image') / 255, stack('uv'), stack('weight') / 255
     image = torch.cat([image[:, :3] * image[:, 3:], image[:, 3:]], 1)  # black around the person
-    features, tokens = self.encoder(image.contiguous(memory_format=torch.channels_last))
+    image = image.contiguous(memory_format=torch.channels_last)
+    features, tokens = self.run_part(self.encoder, image)
     rgba = sample(image, uv.flatten(1, 2))
     N = weights.shape[-1]
     matte = rgba[:, :N, 3:]
@@ -342,6 +389,8 @@ def gather(
     pool = pool_plain if self.config.pool == 'plain' else pool_visible
     x, seen = (self.attention or pool)(skin, weights[:, 0])
     token = self.attention.tokens(tokens) if self.attention else tokens.mean(0)
+    if not self.config.visibility:
+        return Pooled(x, seen, token)
     above, near = pool(shells, weights[:, 1:].flatten(1))
     near = near[:, None]
 
@@ -392,6 +441,17 @@ def complete(
     return torch.cat([self.off_grid(pull_push(grid[:, :3], grid[:, 3:])), seen, other], -1)
 
 
+# %% ../../nbs/stage1/52_generator.ipynb #52b0e001
+@patch
+def _beside(self: Generator, pooled, seen):
+    "What the heads see besides the map: the completed colours, or nothing."
+    if not self.config.bypass:
+        return pooled[..., :0]
+    first = self.config.source_features
+    colour = pooled[..., first : first + 3] / seen[..., None].clamp_min(1e-6)
+    return self.complete(colour, seen)
+
+
 # %% ../../nbs/stage1/52_generator.ipynb #e836e40d
 @patch
 def _pool_people(self: Generator, sources):
@@ -418,15 +478,13 @@ def encode(
 ) -> Code:
     "Sources to a UV map: encode, warp, pool, UV network (Sec. 3.2)."
     pooled, seen, token = self._pool_people([self.as_looks(person) for person in looks])
-    first = self.config.source_features
-    colour = pooled[..., first : first + 3] / seen[..., None].clamp_min(1e-6)
-    extra = self.complete(colour, seen)
+    extra = self._beside(pooled, seen)
     known = [pooled]
     if self.config.mirror:
         known.append(pooled[:, self.partner] * self.has_partner[:, None])
     known += [extra[..., :3], self.base.expand(len(pooled), -1, -1)]
     grid = self.to_grid(self.stem(torch.cat(known, -1)))
-    return Code(pooled, seen, token, extra, self.off_grid(self.uvnet(grid, token)))
+    return Code(pooled, seen, token, extra, self.off_grid(self.run_part(self.uvnet, grid, token)))
 
 
 # %% ../../nbs/stage1/52_generator.ipynb #71930545
@@ -450,7 +508,7 @@ def decode(
     maps = {name: values + mean for (name, values), mean in zip(drawn, means)}
     residual = self._residual(code, expr_code)
     maps = {name: m + residual[name] if name in residual else m for name, m in maps.items()}
-    rgb = self.heads.climb(inputs, code.extra[..., :3], *self._shells_of(code))
+    rgb = self._seen_colour(code, inputs)
     return Decoded(self.to_splats(maps, rgb), maps, residual)
 
 
@@ -463,6 +521,14 @@ def _residual(self: Generator, code, expr_code):
     if expr_code is None:
         expr_code = code.seen.new_zeros(len(code.seen), self.code_size)
     return self.residual(code.map, send(expr_code, code.seen.device).to(code.seen))
+
+
+@patch
+def _seen_colour(self: Generator, code, inputs):
+    "(B,N,3) the colours that go around the network; grey where they may not."
+    if not self.config.bypass:
+        return code.map.new_full((*code.seen.shape, 3), 0.5)
+    return self.heads.climb(inputs, code.extra[..., :3], *self._shells_of(code))
 
 
 @patch
@@ -480,7 +546,7 @@ def _shells_of(self: Generator, code):
 def to_splats(
     self: Generator,
     maps: dict,  # position, rotation, scale, color, opacity: (B,N,c)
-    rgb: Tensor,  # (B,N,3) completed colour
+    rgb: Tensor,  # (B,N,3) what goes around the network
 ) -> list:  # B dicts of raw local attributes
     """Maps to Gaussians: each number moves its Gaussian away from a flat one on the skin in the
     colour that was seen."""
@@ -525,9 +591,7 @@ def _laid_out_on(self: Generator, device):
         return self.head, self.binding
     moved = getattr(self, 'moved_', None)
     if moved is None or moved[0].template.device != device:
-        parts = (self.binding.face_ids, self.binding.bary, self.binding.texels, self.binding.faces)
-        binding = Binding(*[part.to(device) for part in parts], self.binding.resolution)
-        self.moved_ = moved = self.head.to(device), binding
+        self.moved_ = moved = self.head.to(device), self.binding.to(device)
     return moved
 
 
@@ -625,7 +689,7 @@ def save(
 # %% ../../nbs/stage1/52_generator.ipynb #7e67a399
 def _rebuild(path, meta, head):
     "An untrained generator as a checkpoint describes it."
-    sizes = {name: meta['config'][name] for name in CONFIG_FIELDS}
+    sizes = {name: x for name, x in meta['config'].items() if name in CONFIG_FIELDS}
     sizes = {name: tuple(x) if isinstance(x, list) else x for name, x in sizes.items()}
     try:
         return Generator(GeneratorConfig(**sizes), head, weights=False)

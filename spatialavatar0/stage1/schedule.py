@@ -244,14 +244,16 @@ class MultiPhase(Phase):
     "Phase 2, multi-view-spatial (A.2): AdamW, a cosine with warm-up."
 
     cross_time: float = 0.25  # chance of a draw across time
-    weight_decay: float = 0.0  # ours: L2-SP is the only pull
+    weight_decay: float = 0.0  # of the residual head (A.2)
     name = 'multi'
 
     def rate(self, t):
         return self.lr * self.ramp(t) * (0.5 + 0.5 * math.cos(math.pi * t / self.steps))
 
     def optimiser(self, groups):
-        return torch.optim.AdamW(groups, weight_decay=self.weight_decay, fused=True)
+        decays = [self.weight_decay * group.get('residual', False) for group in groups]
+        groups = [dict(group, weight_decay=decay) for group, decay in zip(groups, decays)]
+        return torch.optim.AdamW(groups, fused=True)
 
     def draw(self, roll, K, t, rng):
         return draw_multi(roll, K, self.heat(t), rng, self.cross_time)
@@ -264,7 +266,7 @@ def paper_schedule(
     "Both phases with the paper's numbers (A.2)."
     first = MonoPhase(200_000, 48, 2.5e-4)
     held = Weights(residual=1e-2, l2sp=1e-3)
-    slow = dict(warmup=1000, layer_decay=0.65, bf16=True)
+    slow = dict(warmup=1000, layer_decay=0.65, weight_decay=1e-2, bf16=True)
     return [first, MultiPhase(multi_steps, 12, 1e-4, held, **slow)]
 
 
@@ -333,6 +335,7 @@ def draw_batch(
     gaussians: int,  # N
     rng: torch.Generator,
     share: slice = slice(None),  # of the batch: several processes draw alike and share
+    read=map,  # how the looks are fetched; threads may fetch several at a time
 ) -> Batch:
     "People, sources, targets, backgrounds and probes of a step (A.2)."
     people = torch.randint(len(album.rolls), (phase.batch,), generator=rng).tolist()
@@ -345,9 +348,12 @@ def draw_batch(
     if phase.weights.jacobian:
         probes = [signs((phase.batch, gaussians, 3), rng) for _ in range(2)]
     drawn = drawn[share]
+    places = [(who, frame) for who, sources, target in drawn for frame in (*sources, target)]
+    looks = iter(list(read(lambda place: album.look(*place), places)))
+    rows = [[next(looks) for _ in (*sources, target)] for _, sources, target in drawn]
     return Batch(
-        sources=[[album.look(who, frame) for frame in sources] for who, sources, _ in drawn],
-        targets=[album.look(who, target) for who, _, target in drawn],
+        sources=[row[:-1] for row in rows],
+        targets=[row[-1] for row in rows],
         boxes=[album.box(who, target) for who, _, target in drawn],
         backgrounds=backgrounds[share],
         probes=[probe[share] for probe in probes],
