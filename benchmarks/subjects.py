@@ -6,13 +6,14 @@ costs.
 
 Painted clips are written as VHAP folders, and `spatialavatar0 benchmark` runs over them, Stage 2 as
 in the paper, with 1 and with 2 processes of one thread each, in turns. Then Stage 1 likewise:
-accelerate launches one and two processes of the laptop preset, with the same global batch.
+torchrun launches one and two processes of the laptop preset, with the same global batch.
 """
 
 import argparse
 import json
 import os
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -42,7 +43,8 @@ trainer.run(5, show=False)
 before = trainer.seconds
 trainer.run(show=False)
 if me.is_main_process:
-    print(json.dumps(dict(step_ms=round(1e3 * (trainer.seconds - before) / 25, 1))))
+    step_ms = round(1e3 * (trainer.seconds - before) / 25, 1)
+    print(json.dumps(dict(processes=me.num_processes, step_ms=step_ms)))
 """
 
 
@@ -71,13 +73,12 @@ def trained(folder, processes):
     "Milliseconds of a step of Stage 1, batch 4 in all."
     script = Path(folder) / 'step.py'
     script.write_text(STEP)
-    options = dict(
-        num_processes=processes, num_machines=1, mixed_precision='no', dynamo_backend='no'
-    )
-    words = [str(word) for name, value in options.items() for word in (f'--{name}', value)]
-    call = ['accelerate', 'launch', '--cpu', *words, str(script), str(Path(folder) / 'looks')]
+    words = ['--nproc_per_node', str(processes), str(script), str(Path(folder) / 'looks')]
+    call = [sys.executable, '-m', 'torch.distributed.run', *words]
     done = subprocess.run(call, check=True, env=environment(), capture_output=True, text=True)
-    return json.loads(done.stdout.strip().splitlines()[-1])['step_ms']
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    assert found['processes'] == processes, found
+    return found['step_ms']
 
 
 def write_people(folder, given):

@@ -9,6 +9,9 @@ __all__ = [
     'Device',
     'HeadSize',
     'NetworkSize',
+    'Pool',
+    'Backbone',
+    'Precision',
     'check_device',
     'without_codes',
     'main',
@@ -166,7 +169,31 @@ class NetworkSize(StrEnum):
 
     tiny = 'tiny'
     laptop = 'laptop'
+    ours = 'ours'
     paper = 'paper'
+
+
+class Pool(StrEnum):
+    "How sources become one."
+
+    plain = 'plain'
+    visible = 'visible'
+    attention = 'attention'
+
+
+class Backbone(StrEnum):
+    "Sizes of DINOv3."
+
+    S = 'S'
+    B = 'B'
+    L = 'L'
+
+
+class Precision(StrEnum):
+    "Of the networks while they learn."
+
+    fp32 = 'fp32'
+    bf16 = 'bf16'
 
 
 # %% ../nbs/cli.ipynb #608af5d6
@@ -524,11 +551,22 @@ def _run_refine(
 
 
 # %% ../nbs/cli.ipynb #f5696ca6
-_NETWORK = 'paper: DINOv3, 512 pixels, 58,000 Gaussians, 250,000 steps; wants a GPU.'
+_NETWORK = (
+    'paper: its network, DINOv3, 512 pixels, 250,000 steps; wants a GPU. ours: that, and what we '
+    'add. laptop, tiny: small ones.'
+)
 _STEPS = "Of both phases; default: 10,000, or the paper's."
 _MONO = 'Folder of clips to take their place: one camera each.'
 _TARGETS = "Targets per step; default: the preset's."
 _IN_PARTS = 'Parts of a batch, one after another: the same gradient in less memory.'
+_POOL = "Mean of sources: plain, or by visibility; or attention. Default: the preset's."
+_BACKBONE = "DINOv3's size in place of the preset's encoder."
+_UNFROZEN = 'The backbone learns, too, each layer .65 times as fast as the next.'
+_TEETH = "Gaussians on the teeth. Default: the preset's."
+_DECAY = 'Weight decay of the residual head in Phase 2.'
+_PRECISION = 'bf16: mixed precision, on a GPU. Default: as the paper, bf16 in Phase 2.'
+_AGAIN = 'Compute activations again, so many pictures at a time: slower, in less memory.'
+_READERS = 'Threads that read prepared pictures from the disk.'
 _Count = typer.Option(min=1, help='Painted people in front of one camera.')
 _Sixteen = typer.Option(min=1, help='Painted people in front of sixteen.')
 
@@ -549,6 +587,14 @@ def _run_train(
     follow_links: _FollowLinks = False,
     batch: Annotated[int, typer.Option(min=1, help=_TARGETS)] = None,
     accumulate: Annotated[int, typer.Option(min=1, help=_IN_PARTS)] = 1,
+    pool: Annotated[Pool, typer.Option(help=_POOL)] = None,
+    backbone: Annotated[Backbone, typer.Option(help=_BACKBONE)] = None,
+    unfrozen: Annotated[bool, typer.Option('--unfrozen', help=_UNFROZEN)] = False,
+    teeth: Annotated[bool, typer.Option('--teeth/--no-teeth', help=_TEETH)] = None,
+    weight_decay: Annotated[float, typer.Option(min=0, help=_DECAY)] = None,
+    precision: Annotated[Precision, typer.Option(help=_PRECISION)] = None,
+    recompute: Annotated[int, typer.Option(min=0, help=_AGAIN)] = 0,
+    workers: Annotated[int, typer.Option(min=1, help=_READERS)] = 4,
     seed: _Seed = 0,
     restart: _Restart = False,
     device: _Device = Device.cpu,
@@ -560,7 +606,11 @@ def _run_train(
     model = _model(head, num_shape, num_expr)
     data = dict(people=people, subjects=subjects, mono=mono, multi=multi, head=model)
     how = dict(batch=batch, accumulate=accumulate, seed=seed, device=where)
-    options = TrainOptions(preset.value, steps, **data, **how)
+    network = dict(pool=pool, backbone=backbone, precision=precision)
+    network = {name: word and word.value for name, word in network.items()}
+    network |= dict(teeth=teeth, unfrozen=unfrozen, weight_decay=weight_decay)
+    how |= dict(recompute=recompute, workers=workers)
+    options = TrainOptions(preset.value, steps, **data, **network, **how)
     train_generator(out, options, _say, restart)
 
 
@@ -664,7 +714,9 @@ def _say(text):
 
 
 def _complain(text):
-    "Print one line about something that went wrong."
+    "Print one line about something that went wrong; of several processes, the first one does."
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1 and os.environ.get('RANK', '0') != '0':
+        return
     typer.echo(without_codes(text, keep=''), err=True)
 
 

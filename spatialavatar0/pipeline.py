@@ -34,6 +34,7 @@ __all__ = [
     'RefineOptions',
     'refine_clip',
     'TrainOptions',
+    'phases_of',
     'train_generator',
     'MotionOptions',
     'motion_for',
@@ -140,9 +141,10 @@ from .judge.results import Results, evaluate, judges_here, protocol_of, result_t
 from .pictures.checks import faults_of, left_out_in_words, usable
 from .pictures.domains import held_out, mono, multi, people
 from .pictures.formats import head_for, load_clip, train_test
+from .stage1.backbone import backbone_of
 from .stage1.generator import from_preset
-from .stage1.schedule import laptop_schedule, paper_schedule
-from .stage1.trainer import Shelf, Trainer, score_generator
+from .stage1.schedule import LAYER_DECAY, laptop_schedule, paper_schedule
+from .stage1.trainer import Shelf, Trainer, launched, score_generator, together
 from .stage2.loop import STATE, measure, refine, screen_aspect
 from .stage2.refine import RefineConfig, paper_config, start_frame
 from .use.export import write_ply, write_sequence, write_splats
@@ -600,6 +602,8 @@ def _given(options):
     usual = type(options)()
     said = {f.name: getattr(options, f.name) for f in fields(options)}
     said = {k: v for k, v in said.items() if v != getattr(usual, k) and k != 'restart'}
+    if said.get('teeth') is False:
+        said = {k: v for k, v in said.items() if k != 'teeth'} | dict(no_teeth=True)
     places = {k: Path(said[k]) for k in ('mono', 'multi') if k in said}
     return said | places | data_options(said.pop('head', None))
 
@@ -999,7 +1003,7 @@ def _refine_numbers(start, end, log, test, options):
 class TrainOptions:
     "How a generator is trained, and on whom."
 
-    preset: str = 'laptop'  # tiny, laptop or paper
+    preset: str = 'laptop'  # tiny, laptop, ours or paper
     steps: int = None  # of both phases; default: 10,000, or the paper's 250,000
     people: int = 300  # painted, in front of one camera
     subjects: int = 12  # painted, in front of sixteen
@@ -1008,6 +1012,14 @@ class TrainOptions:
     head: str = None  # FLAME model of those clips; default: the open head
     batch: int = None  # default: the preset's
     accumulate: int = 1  # parts of a batch: the same gradient in less memory
+    pool: str = None  # plain, visible or attention; default: the preset's, as for the next four
+    backbone: str = None  # DINOv3's S, B or L
+    teeth: bool = None  # Gaussians on the teeth
+    weight_decay: float = None  # of the residual head, in Phase 2
+    precision: str = None  # fp32, or bf16 on a GPU
+    unfrozen: bool = False  # the backbone learns, its first layers least (A.2's decay)
+    recompute: int = 0  # pictures at a time whose activations are computed again, to save memory
+    workers: int = 4  # threads that read looks from the disk
     seed: int = 0
     device: str = 'cpu'
 
@@ -1020,9 +1032,9 @@ def _folders_in(*places):
 
 
 # %% ../nbs/pipeline.ipynb #dc6e80f1
-def _training_sets(generator, out, options, head, say):
+def _training_sets(generator, out, options, head, say, first=True):
     "Looks of both data sets: folders of clips, or painted people."
-    size = generator.config.image_size
+    size, show = generator.config.image_size, None if first else False
     painted = f'{options.people} + {options.subjects} painted people'
     say('looking at ' + (f'{options.mono} and {options.multi}' if options.mono else painted))
 
@@ -1032,20 +1044,20 @@ def _training_sets(generator, out, options, head, say):
         return [head_squares(clip, generator.head, size) for clip in clips]
 
     def shelf(name, clips):
-        return Shelf(clips, generator, Path(out) / 'looks' / name)
+        return Shelf(clips, generator, Path(out) / 'looks' / name, show=show)
 
     one = read(options.mono) if options.mono else people(mono(size), options.people)
-    first = shelf('mono', one)
+    before_one = shelf('mono', one)
     many = (
         read(options.multi) if options.multi else people(multi(size, instants=6), options.subjects)
     )
-    return [first, shelf('multi', many)]
+    return [before_one, shelf('multi', many)]
 
 
 # %% ../nbs/pipeline.ipynb #ef474f2c
-def _phases(preset, steps, batch):
+def _schedule_of(preset, steps, batch):
     "The schedule of a preset; the paper's own (A.2) where nothing else is asked for."
-    if preset != 'paper':
+    if preset in ('tiny', 'laptop'):
         steps = steps or 10_000
         return laptop_schedule(steps - steps // 5, steps // 5, batch or 4)
     phases = paper_schedule()
@@ -1055,6 +1067,48 @@ def _phases(preset, steps, batch):
         replace(p, steps=max(1, round(p.steps * share[0] / share[1])), batch=batch or p.batch)
         for p in phases
     ]
+
+
+def phases_of(
+    options: TrainOptions,
+) -> list:  # of Phase
+    "The schedule that options ask for."
+    changes = dict(accumulate=options.accumulate)
+    if options.precision == 'bf16' and options.device == 'cpu':
+        raise InputError('bf16 is for a GPU: use --precision fp32, or --device cuda')
+    if options.precision:
+        changes['bf16'] = options.precision == 'bf16'
+    if options.unfrozen:
+        changes['layer_decay'] = LAYER_DECAY
+    phases = _schedule_of(options.preset, options.steps, options.batch)
+    phases = [replace(phase, **changes) for phase in phases]
+    if options.weight_decay is None:
+        return phases
+    return [
+        replace(phase, weight_decay=options.weight_decay) if phase.name == 'multi' else phase
+        for phase in phases
+    ]
+
+
+# %% ../nbs/pipeline.ipynb #9e70f001
+def _network_of(options, head):
+    "The untrained generator that options ask for."
+    changes = dict(pool=options.pool, teeth=options.teeth)
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if options.pool == 'visible':
+        changes['visibility'] = True
+    if options.backbone:
+        changes |= dict(backbone_of(options.backbone), encoder=())
+    if options.unfrozen:
+        changes['frozen'] = False
+    generator = from_preset(options.preset, head, options.seed, **changes)
+    if options.unfrozen and not generator.config.backbone:
+        raise InputError(
+            f'the preset {options.preset!r} has no backbone to unfreeze: its small encoder always '
+            'learns; give --backbone, or --preset paper'
+        )
+    generator.recompute = options.recompute
+    return generator
 
 
 # %% ../nbs/pipeline.ipynb #baff40af
@@ -1096,45 +1150,71 @@ def _trained_numbers(trainer, log):
 
 
 # %% ../nbs/pipeline.ipynb #f8ef9d71
-@one_writer
 def train_generator(
     out,  # folder for the results; looks are kept there, too
     options: TrainOptions = None,
     say=print,
     restart: bool = False,  # forget state and looks
-) -> dict:  # what metrics.json holds
+) -> dict:  # what metrics.json holds; of several processes, in the first alone
     "Train a generator; resumes from out/state.safetensors."
     options = options or TrainOptions()
-    head = _training_head(options)
-    out = Path(out)
-    generator = from_preset(options.preset, head, options.seed).to(options.device)
-    if restart:
-        _forget_state(out)
-        _forget_looks(out)
-    _keep_first(out, 'train', **_given(options))
-    trainer = _trainer(generator, out, options, head, say)
-    log = trainer.run(state=out / 'state.safetensors')
+    us = launched(options.device)
+    if us and not us.is_main_process:
+        return _train(Path(out), options, lambda text: None, restart, us)
+    with lease(out):
+        return _train(Path(out), options, say, restart, us)
+
+
+# %% ../nbs/pipeline.ipynb #f8e70001
+def _train(out, options, say, restart, us):
+    "What each process does; the first one alone writes."
+    first = us is None or us.is_main_process
+    head = together(us, lambda: _training_head(options))
+    generator = together(us, lambda: _network_of(options, head))
+    generator.to(us.device if us else options.device)
+    if first:
+        if restart:
+            _forget_state(out)
+            _forget_looks(out)
+        _keep_first(out, 'train', **_given(options))
+    trainer = _trainer(generator, out, options, head, say, us)
+    log = trainer.run(state=out / 'state.safetensors', show=None if first else False)
     if trainer.flag:
         raise interruption(trainer.flag[0])
+    numbers = _judged_training(trainer, log, out, options, head) if first else {}
+    if us:
+        us.wait_for_everyone()
+        us.end_training()
+    if first:
+        say(_trained_in_words(numbers, out / 'generator.safetensors'))
+    return numbers
+
+
+def _judged_training(trainer, log, out, options, head):
+    "Write the generator, and what metrics.json holds."
     numbers = _trained_numbers(trainer, log)
-    _save_generator(generator, out, trainer, options)
+    _save_generator(trainer.generator, out, trainer, options)
     if not options.mono and head is None:
-        numbers['held_out'] = _painted_scores(generator)
+        numbers['held_out'] = _painted_scores(trainer.generator)
     _write_json(out / 'metrics.json', numbers)
-    say(_trained_in_words(numbers, out / 'generator.safetensors'))
     return numbers
 
 
 # %% ../nbs/pipeline.ipynb #aa44716d
-def _trainer(generator, out, options, head, say):
-    "A trainer with its data, where an earlier call left it."
-    phases = _phases(options.preset, options.steps, options.batch)
-    phases = [replace(phase, accumulate=options.accumulate) for phase in phases]
-    data = _training_sets(generator, out, options, head, say)
-    trainer = Trainer(generator, phases, data[: len(phases)], options.seed)
+def _trainer(generator, out, options, head, say, us):
+    "A trainer with its data, where an earlier call left it; of several processes, one looks first."
+    phases, first = phases_of(options), us is None or us.is_main_process
+
+    def look():
+        return _training_sets(generator, out, options, head, say, first)
+
+    data = together(us, lambda: look() if first else None)
+    data = together(us, lambda: data or look())
+    how = dict(accelerator=us, readers=options.workers)
+    trainer = Trainer(generator, phases, data[: len(phases)], options.seed, **how)
     state = out / 'state.safetensors'
     if state.exists():
-        trainer.load(state)
+        together(us, lambda: trainer.load(state))
         say(f'going on from step {trainer.step_number}')
     return trainer
 

@@ -2,16 +2,19 @@
 resume after kill -9, several processes, what stops it."""
 
 import itertools
+import json
 import math
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from spatialavatar0.ground.core import InputError
@@ -676,6 +679,7 @@ def test_too_few_pictures_ahead():
 
 SHARE = """
 import sys
+import time
 from dataclasses import replace
 
 import torch
@@ -709,8 +713,8 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def launch(rank, port, out, script=SHARE):
-    "One of two processes."
+def launch(rank, port, out, script=SHARE, words=()):
+    "One of two processes: a script, or with words a command of ours."
     env = dict(
         os.environ,
         RANK=str(rank),
@@ -724,6 +728,8 @@ def launch(rank, port, out, script=SHARE):
         ACCELERATE_USE_CPU='true',
     )
     call = [sys.executable, '-c', script, str(out)]
+    if words:
+        call = [sys.executable, '-m', 'spatialavatar0', *words, '--out', str(out)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen(call, env=env, **pipes)
 
@@ -787,6 +793,70 @@ def test_processes_with_different_data():
         said, wrong = process.communicate(timeout=180)
         assert 'the pictures of mono differ between process 0 and process 1' in said, wrong
         assert len(said.splitlines()) == 1
+
+
+FEW = 'train --preset tiny --people 2 --subjects 1 --steps'.split()
+
+
+def test_a_command_in_several_processes_says_one_line(tmp_path):
+    "One of two was told other things: the first says so, in one line; both end."
+    port = free_port()
+    words = [[*FEW, '10'], [*FEW, '10', '--recompute', '2', '--seed', '3']]
+    pair = [launch(rank, port, tmp_path, words=words[rank]) for rank in (0, 1)]
+    said = [process.communicate(timeout=180)[1] for process in pair]
+    assert [process.returncode for process in pair] == [1, 1], said
+    wanted = 'error: seed (was 0, now 3) differ between process 0 and process 1; give all'
+    assert [line for line in said[0].splitlines() if 'rror' in line][0].startswith(wanted)
+    assert 'rror' not in said[1] and 'Traceback' not in ''.join(said)
+
+
+def wait_until_it_trains(out):
+    "Both sets of looks are made; then a few steps more."
+    while not (out / 'looks' / 'multi' / 'looks.bin').exists():
+        time.sleep(0.1)
+    time.sleep(6)
+
+
+def step_of(state):
+    with safe_open(state, 'pt') as file:
+        return json.loads(file.metadata()['training'])['step']
+
+
+slow = pytest.mark.skipif(not os.environ.get('SLOW'), reason='a minute; SLOW=1 runs it')
+
+
+@slow
+def test_a_killed_process_ends_the_others(tmp_path):
+    port = free_port()
+    pair = [launch(rank, port, tmp_path, words=[*FEW, '5000']) for rank in (0, 1)]
+    wait_until_it_trains(tmp_path)
+    pair[1].kill()
+    _, said = pair[0].communicate(timeout=60)
+    assert pair[0].returncode == 1
+    told = [line for line in said.splitlines() if line.startswith('error')]
+    assert len(told) == 1 and 'another process has ended' in told[0] and 'state' in told[0]
+    assert (tmp_path / 'state.safetensors').exists() and 'Traceback' not in said
+
+
+@slow
+def test_a_launched_command(tmp_path):
+    "`accelerate launch` of two, interrupted; one process goes on to the end of an undisturbed run."
+    words = [*FEW, '300']
+    start = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu']  # also without one
+    start += '--num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no'.split()
+    both, alone = tmp_path / 'both', tmp_path / 'alone'
+    launcher = subprocess.Popen([*start, '-m', 'spatialavatar0', *words, '--out', str(both)])
+    wait_until_it_trains(both)
+    launcher.send_signal(signal.SIGINT)
+    assert launcher.wait(timeout=60) != 0
+    assert 0 < step_of(both / 'state.safetensors') < 300
+    one = dict(os.environ, OMP_NUM_THREADS='1', NUMBA_NUM_THREADS='1')
+    for out in (both, alone):
+        call = [sys.executable, '-m', 'spatialavatar0', *words, '--out', str(out)]
+        subprocess.run(call, check=True, env=one)
+    there, here = (load_file(out / 'generator.safetensors') for out in (alone, both))
+    far = sum(float((here[name] - there[name]).square().sum()) for name in here) ** 0.5
+    assert far < 0.1 * sum(float(x.square().sum()) for x in there.values()) ** 0.5
 
 
 # ---- evaluation

@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = [
+    'LAYER_DECAY',
     'LAPTOP',
     'dissimilarity',
     'temperature',
@@ -260,13 +261,16 @@ class MultiPhase(Phase):
 
 
 # %% ../../nbs/stage1/54_schedule.ipynb #ff0065d4
+LAYER_DECAY = 0.65  # A.2's, per layer of the encoder
+
+
 def paper_schedule(
     multi_steps: int = 50_000,  # of Phase 2 (ours: the paper does not say)
 ) -> list:
     "Both phases with the paper's numbers (A.2)."
     first = MonoPhase(200_000, 48, 2.5e-4)
     held = Weights(residual=1e-2, l2sp=1e-3)
-    slow = dict(warmup=1000, layer_decay=0.65, weight_decay=1e-2, bf16=True)
+    slow = dict(warmup=1000, layer_decay=LAYER_DECAY, weight_decay=1e-2, bf16=True)
     return [first, MultiPhase(multi_steps, 12, 1e-4, held, **slow)]
 
 

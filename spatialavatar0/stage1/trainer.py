@@ -9,7 +9,9 @@ __all__ = [
     'BadBatch',
     'Trainer',
     'Now',
+    'launched',
     'gather_object',
+    'together',
     'look_at_trials',
     'score_generator',
 ]
@@ -23,6 +25,7 @@ import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -384,6 +387,22 @@ class Now(NamedTuple):
 
 
 # %% ../../nbs/stage1/55_trainer.ipynb #55b00001
+def launched(
+    device: str,  # cpu or cuda
+):  # accelerate.Accelerator; None: this process is alone
+    "What `accelerate launch` started: several processes that train one network."
+    if int(os.environ.get('WORLD_SIZE', 1)) == 1:
+        return None
+    try:
+        from accelerate import Accelerator, InitProcessGroupKwargs
+    except ImportError as error:
+        raise InputError(
+            "several processes need accelerate: pip install 'spatialavatar0[train]'"
+        ) from error
+    patient = InitProcessGroupKwargs(timeout=timedelta(days=7))  # one looks at all pictures first
+    return Accelerator(cpu=device == 'cpu', kwargs_handlers=[patient])
+
+
 def gather_object(
     mine: list,  # of anything that can be pickled
 ) -> list:  # those of all processes, in their order
@@ -391,6 +410,24 @@ def gather_object(
     from accelerate.utils import gather_object as of_all
 
     return of_all(mine)
+
+
+def together(
+    us,  # from `launched`
+    work,  # called without arguments
+):  # what it returns
+    "Do something in every process; where one fails, all stop with its words."
+    if us is None:
+        return work()
+    done, why = None, ''
+    try:
+        done = work()
+    except InputError as error:
+        why = f'{error}'
+    whys = gather_object([why])
+    if any(whys):
+        raise InputError(next(text for text in whys if text))
+    return done
 
 
 # %% ../../nbs/stage1/55_trainer.ipynb #aca7b01c
