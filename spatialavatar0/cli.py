@@ -173,6 +173,7 @@ class NetworkSize(StrEnum):
     paper = 'paper'
 
 
+# %% ../nbs/cli.ipynb #c0f09651
 class Pool(StrEnum):
     "How sources become one."
 
@@ -571,6 +572,18 @@ _Count = typer.Option(min=1, help='Painted people in front of one camera.')
 _Sixteen = typer.Option(min=1, help='Painted people in front of sixteen.')
 
 
+# %% ../nbs/cli.ipynb #f5696ca7
+def _train(out, restart, device, head, num_shape, num_expr, follow_links, **options):
+    "`train` with its options as the command line gives them."
+    from spatialavatar0.pipeline import TrainOptions, train_generator
+
+    where = check_device(device.value, True)
+    model = _model(head, num_shape, num_expr)
+    options = {k: x.value if isinstance(x, StrEnum) else x for k, x in options.items()}
+    options = TrainOptions(head=model, device=where, **options)
+    train_generator(out, options, _say, restart)
+
+
 # %% ../nbs/cli.ipynb #49b531b0
 @app.command('train')
 def _run_train(
@@ -600,18 +613,7 @@ def _run_train(
     device: _Device = Device.cpu,
 ):
     "Train a generator, on painted people or on your data; stopped, the same command goes on."
-    from spatialavatar0.pipeline import TrainOptions, train_generator
-
-    where = check_device(device.value, True)
-    model = _model(head, num_shape, num_expr)
-    data = dict(people=people, subjects=subjects, mono=mono, multi=multi, head=model)
-    how = dict(batch=batch, accumulate=accumulate, seed=seed, device=where)
-    network = dict(pool=pool, backbone=backbone, precision=precision)
-    network = {name: word and word.value for name, word in network.items()}
-    network |= dict(teeth=teeth, unfrozen=unfrozen, weight_decay=weight_decay)
-    how |= dict(recompute=recompute, workers=workers)
-    options = TrainOptions(preset.value, steps, **data, **network, **how)
-    train_generator(out, options, _say, restart)
+    _train(**locals())
 
 
 # %% ../nbs/cli.ipynb #18e00004

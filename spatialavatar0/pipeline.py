@@ -1069,6 +1069,7 @@ def _schedule_of(preset, steps, batch):
     ]
 
 
+# %% ../nbs/pipeline.ipynb #ef474f2d
 def phases_of(
     options: TrainOptions,
 ) -> list:  # of Phase
@@ -1190,6 +1191,7 @@ def _train(out, options, say, restart, us):
     return numbers
 
 
+# %% ../nbs/pipeline.ipynb #f8e70002
 def _judged_training(trainer, log, out, options, head):
     "Write the generator, and what metrics.json holds."
     numbers = _trained_numbers(trainer, log)

@@ -27,7 +27,6 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from spatialavatar0.avatar.avatar import (
     Avatar,
@@ -58,6 +57,7 @@ from spatialavatar0.stage1.network import (
     pool_plain,
     pool_visible,
     pull_push,
+    run_part,
 )
 
 from ..avatar.portrait import sink_offsets
@@ -205,7 +205,7 @@ class Generator(nn.Module):
         super().__init__()
         check_config(config)
         self.config = config
-        self.recompute = 0  # see run_part
+        self.recompute = 0  # rows at a time, see run_part; not a part of the checkpoint
         self.head_ = [head or open_head()]  # in a list: a head is not trained and not saved
         self.avatar_ = [_grey_avatar(self.head, config)]
         self._lay_out()
@@ -316,24 +316,6 @@ def as_looks(self: Generator, items):
     return looks
 
 
-# %% ../../nbs/stage1/52_generator.ipynb #52c0e001
-@patch
-def run_part(
-    self: Generator,
-    network: nn.Module,  # the encoder or the UV network
-    *inputs: Tensor,  # (n,...) each
-):  # what the network returns
-    """A part's output. With `recompute`, so many rows at a time, and what the part computes inside
-    is not kept but computed again on the way back: slower, in less memory."""
-    if not self.recompute or not torch.is_grad_enabled():
-        return network(*inputs)
-    pieces = zip(*[x.split(self.recompute) for x in inputs])
-    done = [checkpoint(network, *piece, use_reentrant=False) for piece in pieces]
-    if isinstance(done[0], Tensor):
-        return torch.cat(done)
-    return tuple(map(torch.cat, zip(*done)))
-
-
 # %% ../../nbs/stage1/52_generator.ipynb #bce79136
 class Warped(NamedTuple):
     "n pictures, read at the points on and above the skin under every Gaussian."
@@ -359,7 +341,7 @@ def warp(
     image, uv, weights = stack('image') / 255, stack('uv'), stack('weight') / 255
     image = torch.cat([image[:, :3] * image[:, 3:], image[:, 3:]], 1)  # black around the person
     image = image.contiguous(memory_format=torch.channels_last)
-    features, tokens = self.run_part(self.encoder, image)
+    features, tokens = run_part(self.encoder, self.recompute, image)
     rgba = sample(image, uv.flatten(1, 2))
     N = weights.shape[-1]
     matte = rgba[:, :N, 3:]
@@ -441,7 +423,6 @@ def complete(
     return torch.cat([self.off_grid(pull_push(grid[:, :3], grid[:, 3:])), seen, other], -1)
 
 
-# %% ../../nbs/stage1/52_generator.ipynb #52b0e001
 @patch
 def _beside(self: Generator, pooled, seen):
     "What the heads see besides the map: the completed colours, or nothing."
@@ -484,7 +465,9 @@ def encode(
         known.append(pooled[:, self.partner] * self.has_partner[:, None])
     known += [extra[..., :3], self.base.expand(len(pooled), -1, -1)]
     grid = self.to_grid(self.stem(torch.cat(known, -1)))
-    return Code(pooled, seen, token, extra, self.off_grid(self.run_part(self.uvnet, grid, token)))
+    return Code(
+        pooled, seen, token, extra, self.off_grid(run_part(self.uvnet, self.recompute, grid, token))
+    )
 
 
 # %% ../../nbs/stage1/52_generator.ipynb #71930545

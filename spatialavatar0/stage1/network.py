@@ -11,6 +11,7 @@ __all__ = [
     'pull_push',
     'Sft',
     'UVNet',
+    'run_part',
     'harmonics',
     'Heads',
     'ResidualHead',
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .backbone import double
 
@@ -110,6 +112,22 @@ class UVNet(nn.Module):
         for lift, up, skip in zip(self.lift[:0:-1], self.up[::-1], levels[-2:0:-1]):
             h = up(double(lift(h)) + skip, token)
         return self.out(double(self.lift[0](h)) + grid, token)
+
+
+# %% ../../nbs/stage1/51_network.ipynb #51c0e001
+def run_part(
+    network: nn.Module,
+    rows: int,  # at a time, their inner values computed again on the way back; 0: all, kept
+    *inputs: Tensor,  # (n,...) each
+):  # what the network returns
+    "A network's output, perhaps in less memory."
+    if not rows or not torch.is_grad_enabled():
+        return network(*inputs)
+    pieces = zip(*[x.split(rows) for x in inputs])
+    done = [checkpoint(network, *piece, use_reentrant=False) for piece in pieces]
+    if isinstance(done[0], Tensor):
+        return torch.cat(done)
+    return tuple(map(torch.cat, zip(*done)))
 
 
 # %% ../../nbs/stage1/51_network.ipynb #6f1a1ef7

@@ -331,6 +331,13 @@ def _name(person, sources, target):
     return f'person {person}, frame {target} (sources {", ".join(map(str, sources))})'
 
 
+def _looks_of(album, drawn, read):
+    "A row of looks for each draw: its sources, then its target."
+    places = [(who, frame) for who, sources, target in drawn for frame in (*sources, target)]
+    looks = iter(list(read(lambda place: album.look(*place), places)))
+    return [[next(looks) for _ in (*sources, target)] for _, sources, target in drawn]
+
+
 # %% ../../nbs/stage1/54_schedule.ipynb #ef298279
 def draw_batch(
     album,  # looks of all people: rolls, look(person, frame), box(person, frame)
@@ -352,9 +359,7 @@ def draw_batch(
     if phase.weights.jacobian:
         probes = [signs((phase.batch, gaussians, 3), rng) for _ in range(2)]
     drawn = drawn[share]
-    places = [(who, frame) for who, sources, target in drawn for frame in (*sources, target)]
-    looks = iter(list(read(lambda place: album.look(*place), places)))
-    rows = [[next(looks) for _ in (*sources, target)] for _, sources, target in drawn]
+    rows = _looks_of(album, drawn, read)
     return Batch(
         sources=[row[:-1] for row in rows],
         targets=[row[-1] for row in rows],

@@ -9,11 +9,11 @@ __all__ = [
     'BadBatch',
     'Trainer',
     'Now',
-    'launched',
     'gather_object',
     'together',
     'look_at_trials',
     'score_generator',
+    'launched',
 ]
 
 # %% ../../nbs/stage1/55_trainer.ipynb #51764815
@@ -319,15 +319,8 @@ class Trainer:
         self.rank = accelerator.process_index if accelerator else 0
         self.world = accelerator.num_processes if accelerator else 1
         self.pairs = [send(p, generator.base.device) for p in texel_pairs(generator.binding)]
-        self.rng = torch.Generator().manual_seed(seed)
-        self.ahead = 2 * any(s.on_disk for s in self.shelves) if ahead is None else ahead
-        self.coming = deque()
-        if self.ahead:
-            self.drawer, self.readers = ThreadPoolExecutor(1), ThreadPoolExecutor(readers)
-        self.step_number = 0
-        self.seconds = 0.0
-        self.log = []
-        self.rows = []  # costs of the steps since the last line of the log
+        self._start_count(seed)
+        self._start_threads(ahead, readers)
         self.lpips = _lpips_for(schedule)
         trained = [(n, p) for n, p in generator.named_parameters() if p.requires_grad]
         self.names, self.params = zip(*trained)
@@ -386,23 +379,7 @@ class Now(NamedTuple):
     t: int  # step within the phase
 
 
-# %% ../../nbs/stage1/55_trainer.ipynb #55b00001
-def launched(
-    device: str,  # cpu or cuda
-):  # accelerate.Accelerator; None: this process is alone
-    "What `accelerate launch` started: several processes that train one network."
-    if int(os.environ.get('WORLD_SIZE', 1)) == 1:
-        return None
-    try:
-        from accelerate import Accelerator, InitProcessGroupKwargs
-    except ImportError as error:
-        raise InputError(
-            "several processes need accelerate: pip install 'spatialavatar0[train]'"
-        ) from error
-    patient = InitProcessGroupKwargs(timeout=timedelta(days=7))  # one looks at all pictures first
-    return Accelerator(cpu=device == 'cpu', kwargs_handlers=[patient])
-
-
+# %% ../../nbs/stage1/55_trainer.ipynb #55b00002
 def gather_object(
     mine: list,  # of anything that can be pickled
 ) -> list:  # those of all processes, in their order
@@ -431,6 +408,26 @@ def together(
 
 
 # %% ../../nbs/stage1/55_trainer.ipynb #aca7b01c
+@patch
+def _start_count(self: Trainer, seed):
+    "At step 0."
+    self.rng = torch.Generator().manual_seed(seed)
+    self.step_number = 0
+    self.seconds = 0.0
+    self.log = []
+    self.rows = []  # costs of the steps since the last line of the log
+
+
+@patch
+def _start_threads(self: Trainer, ahead, readers):
+    "One draws, so that draws follow each other; some read."
+    from_disk = any(shelf.on_disk for shelf in self.shelves)
+    self.ahead = 2 * from_disk if ahead is None else ahead
+    self.coming = deque()
+    if self.ahead:
+        self.drawer, self.readers = ThreadPoolExecutor(1), ThreadPoolExecutor(readers)
+
+
 @patch
 def now(self: Trainer, step: int = None) -> Now:
     "Where in the schedule a step is; default: the next one."
@@ -495,6 +492,7 @@ def draw(self: Trainer) -> Batch:  # this process's share
     return batch
 
 
+# %% ../../nbs/stage1/55_trainer.ipynb #55ad0002
 @patch
 def random_state(self: Trainer) -> torch.Tensor:
     "The state of the random numbers before the next batch, also where some were drawn ahead."
@@ -823,9 +821,7 @@ def run(
             if self.flag and (self.world == 1 or self.agreed):
                 break
         self._keep(state)
-    self.rewind(self.random_state())
-    if self.flag:
-        self._tell_stopped(state)
+    self._end(state)
     return self.log
 
 
@@ -851,8 +847,11 @@ def _try_step(self: Trainer, state):
 
 # %% ../../nbs/stage1/55_trainer.ipynb #f1c03e79
 @patch
-def _tell_stopped(self: Trainer, state):
-    "Where it stopped, and how to go on; whoever is asked to end does not go on."
+def _end(self: Trainer, state):
+    "Nothing stays drawn ahead. A stop says where it is; whoever is asked to end does not go on."
+    self.rewind(self.random_state())
+    if not self.flag:
+        return
     self.agreed = False
     again = f'; the same call goes on from {state}' if state else ''
     print(f'stopped after {self.step_number} of {self.total} steps{again}')
@@ -919,3 +918,20 @@ def _errors(rgb, look, background):
     squares = (rgb - truth).square()
     inside = (squares * matte[..., None]).sum() / (3 * matte.sum())
     return squares.mean(), inside, ssim(rgb, truth)
+
+
+# %% ../../nbs/stage1/55_trainer.ipynb #55b00001
+def launched(
+    device: str,  # cpu or cuda
+):  # accelerate.Accelerator; None: this process is alone
+    "What `accelerate launch` started: several processes that train one network."
+    if int(os.environ.get('WORLD_SIZE', 1)) == 1:
+        return None
+    try:
+        from accelerate import Accelerator, InitProcessGroupKwargs
+    except ImportError as error:
+        raise InputError(
+            "several processes need accelerate: pip install 'spatialavatar0[train]'"
+        ) from error
+    patient = InitProcessGroupKwargs(timeout=timedelta(days=7))  # one looks at all pictures first
+    return Accelerator(cpu=device == 'cpu', kwargs_handlers=[patient])
