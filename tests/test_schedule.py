@@ -24,6 +24,7 @@ from spatialavatar0.pictures.clips import Clip
 from spatialavatar0.pictures.domains import Trial, mono, multi, people
 from spatialavatar0.pictures.fast_metrics import open_lpips
 from spatialavatar0.pictures.metrics import blur_matrix, ms_ssim
+from spatialavatar0.pipeline import TrainOptions, _network_of, phases_of
 from spatialavatar0.stage1.backbone import layer_scales
 from spatialavatar0.stage1.generator import from_preset
 from spatialavatar0.stage1.objective import (
@@ -945,3 +946,52 @@ def test_nobody_waits_for_a_process_that_ended(how):
         assert 'ended after 1 at step 1: nan in frame 7' in said[1]
     else:
         assert all('ended after 2' in words for words in said)  # the first to hear of it
+
+
+# ---- the options of the command
+
+
+def test_the_decay_of_layers_acts(data):
+    "Of an unfrozen backbone each layer moves .65 times as far as the next; a frozen one rests."
+    pytest.importorskip('timm')
+    vit = dict(encoder=(), backbone='vit_tiny_patch16_dinov3_qkvb', token=192)
+    phase = replace(schedule()[0], warmup=0, layer_decay=0.65)
+    moved = {}
+    for frozen in (False, True):
+        generator = from_preset('tiny', HEAD, 0, weights=False, frozen=frozen, **vit)
+        rng = torch.Generator().manual_seed(0)
+        weights = dict(generator.named_parameters())
+        with torch.no_grad():
+            for name, x in weights.items():  # at first, nothing asks the backbone to move
+                x += 0.05 * torch.randn(x.shape, generator=rng) * ('blocks' not in name)
+        before = {name: x.detach().clone() for name, x in weights.items()}
+        Trainer(generator, [phase], data[:1], 1).step()
+        moved[frozen] = {
+            name: float((x.detach() - before[name]).abs().max()) for name, x in weights.items()
+        }
+    blocks = [f'encoder.backbone.blocks.{n}.mlp.fc1.weight' for n in range(12)]
+    for name, after in itertools.pairwise(blocks):
+        assert abs(moved[False][name] / moved[False][after] - 0.65) < 0.03
+        assert moved[True][name] == 0
+    assert moved[True]['encoder.fine.weight'] > 0
+
+
+def test_options_become_a_network_and_a_schedule():
+    few = dict(preset='tiny', steps=100)
+    plain = phases_of(TrainOptions(**few))
+    assert [phase.steps for phase in plain] == [80, 20]
+    asked = dict(weight_decay=0.3, unfrozen=True, accumulate=2, precision='fp32')
+    first, second = phases_of(TrainOptions(**few, **asked))
+    assert not hasattr(first, 'weight_decay') and second.weight_decay == 0.3
+    assert {first.layer_decay, second.layer_decay} == {0.65}
+    assert {first.accumulate, second.accumulate} == {2}
+    paper = phases_of(TrainOptions(preset='paper'))
+    assert paper == phases_of(TrainOptions(preset='ours')) == paper_schedule()
+    both = phases_of(TrainOptions(preset='paper', precision='bf16', device='cuda'))
+    assert [phase.bf16 for phase in both] == [True, True]
+    with pytest.raises(InputError, match='bf16 is for a GPU'):
+        phases_of(TrainOptions(precision='bf16'))
+    with pytest.raises(InputError, match='no backbone to unfreeze'):
+        _network_of(TrainOptions(preset='tiny', unfrozen=True), HEAD)
+    network = _network_of(TrainOptions(preset='tiny', pool='plain', teeth=False, recompute=3), HEAD)
+    assert (network.config.pool, network.config.teeth, network.recompute) == ('plain', False, 3)
