@@ -1,5 +1,5 @@
-"""`spatialavatar0 gpu-check` on a GPU that is not there (tests/pretend.py): the whole command, a part
-that fails, a run that is killed, tools that are missing, and what may not be in the report."""
+"""`spatialavatar0 gpu-check` on a GPU that is not there (tests/pretend.py): the whole command, a
+part that fails, a run that is killed, tools that are missing, and what may not be in the report."""
 
 import getpass
 import json
@@ -134,7 +134,7 @@ def test_speed_waits_for_the_gpu(gpu):
     with gpu.watch() as seen:
         page.check_speed(SMALL)
     waits = sum(n for (kind, _), n in seen.waits.items() if kind == 'synchronize')
-    assert waits == 6  # before and after: two configurations, and pictures
+    assert waits == 8  # before and after: two configurations, and two kinds of pictures
 
 
 def test_no_gpu(tmp_path, capfd, monkeypatch):
@@ -321,7 +321,7 @@ def test_other_work_is_refused(cheap, tmp_path, monkeypatch):
 @pytest.mark.parametrize('text', ['{', '[]', '{"parts": 3}', '{"parts": {"speed": 1}}'])
 def test_a_report_that_is_none(cheap, tmp_path, text):
     (tmp_path / 'gpu_check.json').write_text(text)
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match='no report of gpu-check|not readable JSON'):
         gpu_check(tmp_path, SMALL, quiet)
     assert cheap == []
 
