@@ -738,6 +738,7 @@ def lacking_tools() -> str:  # empty: none
     return '; '.join(f'{tool} is missing ({TOOLS[tool]})' for tool in lacking)
 
 
+# %% ../../nbs/splats/24_renderers.ipynb #6e5c0003
 def _telling_line(text):
     "The line of a compiler's pages that names the error; else how they begin."
     lines = text.splitlines()
