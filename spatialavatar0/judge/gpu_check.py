@@ -446,22 +446,27 @@ def _apart(ours, truth, counted):
     return dict(most=differences.max().item(), mean=differences.mean().item())
 
 
+def _gradient_apart(ours, truth):
+    "The same of a gradient; and the length of the difference, of the gradient's own length."
+    everywhere = torch.ones(truth.shape, dtype=torch.bool)
+    relative = (ours - truth).norm() / truth.norm().clamp_min(1e-12)
+    return dict(relative=relative.item(), **_apart(ours, truth, everywhere))
+
+
 # %% ../../nbs/judge/94_gpu_check.ipynb #8a49076e
 def differences(
     ours: Drawn,
     truth: Drawn,
     counted: Tensor,  # (H,W) bool
     limits: Limits,
-) -> dict:  # colors, alphas: most and mean; grads: relative; limits; passed
+) -> dict:  # colors, alphas: most, mean; grads: per attribute, relative, too; limits; passed
     "How far two answers are apart, and whether that is within the limits."
     colors, alphas = (_apart(*pair, counted) for pair in zip(ours[:2], truth[:2]))
-    grads = {
-        name: ((ours.grads[name] - g).norm() / g.norm().clamp_min(1e-12)).item()
-        for name, g in truth.grads.items()
-    }
+    grads = {name: _gradient_apart(ours.grads[name], g) for name, g in truth.grads.items()}
+    farthest = max(row['relative'] for row in grads.values())
     largest = max(1.0, truth.colors[counted].abs().max().item())
     is_near = max(colors['most'] / largest, alphas['most']) <= limits.value
-    passed = is_near and max(grads.values()) <= limits.gradient
+    passed = is_near and farthest <= limits.gradient
     return dict(colors=colors, alphas=alphas, grads=grads, **limits._asdict(), passed=passed)
 
 
@@ -980,7 +985,7 @@ def _build_in_words(found):
 def _parity_in_words(found):
     rows = found['rows'].values()
     value = max(max(row['colors']['most'], row['alphas']['most']) for row in rows)
-    gradient = max(max(row['grads'].values()) for row in rows)
+    gradient = max(grad['relative'] for row in rows for grad in row['grads'].values())
     return f'values differ by {value:.1e} at most, gradients by {gradient:.1e}'
 
 
