@@ -467,7 +467,8 @@ def differences(
     largest = max(1.0, truth.colors[counted].abs().max().item())
     is_near = max(colors['most'] / largest, alphas['most']) <= limits.value
     passed = is_near and farthest <= limits.gradient
-    return dict(colors=colors, alphas=alphas, grads=grads, **limits._asdict(), passed=passed)
+    found = dict(colors=colors, alphas=alphas, grads=grads)
+    return dict(found, limits=limits._asdict(), passed=passed)
 
 
 # %% ../../nbs/judge/94_gpu_check.ipynb #f5496165
