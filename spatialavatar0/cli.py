@@ -701,6 +701,35 @@ def _run_assets():
     _say(assets_table())
 
 
+# %% ../nbs/cli.ipynb #a94c0002
+class _NotHere(typer.BadParameter):
+    "A command that this machine cannot run: called wrongly, exit code 2."
+
+    def format_message(self):
+        return self.message
+
+
+_REPORT = 'Folder for the report, or its name if that ends with .json.'
+_QUICK = "Fewer steps, and no step of the paper's generator."
+
+
+@app.command('gpu-check')
+def _run_gpu_check(
+    out: Annotated[Path, typer.Option(help=_REPORT)] = Path('gpu_check'),
+    quick: Annotated[bool, typer.Option('--quick', help=_QUICK)] = False,
+    restart: _Restart = False,
+):
+    "Test a GPU part by part, into one file that can be sent back; stopped, the same goes on."
+    from spatialavatar0.judge import gpu_check as page
+
+    if why := page.why_no_gpu():
+        raise _NotHere(f'there is no GPU to check: {why}')
+    sizes = page.quick_sizes() if quick else page.CheckSizes()
+    report = page.gpu_check(out, sizes, _say, restart)
+    _say(f'all of it: {page.check_file(out).resolve()}')
+    return int(any(entry['status'] != 'ok' for entry in report['parts'].values()))
+
+
 # %% ../nbs/cli.ipynb #ecd31de2
 def without_codes(
     text,  # a message that may quote a stranger

@@ -265,7 +265,8 @@ def test_help_lists_the_commands(capfd):
     code, out, _ = run(capfd, '--help')
     assert code == 0
     listed = (
-        'inspect demo build track view animate export refine evaluate benchmark train doctor assets'
+        'inspect demo build track view animate export refine evaluate benchmark train gpu-check '
+        'doctor assets'
     )
     assert all(command in out for command in listed.split())
     for command in ('animate', 'export'):

@@ -417,6 +417,7 @@ def test_doctor_says_what_gsplat_lacks(gpu, monkeypatch):
 
 # page -> the cells that its cuda cells stand on
 NEEDED = {
+    'judge/94_gpu_check': 'abeac04d',
     'splats/24_renderers': 'dfd107c6 add9a189 815fc290 7cd0bb37 5f7eb83d',
     'stage2/61_loop': '07392f0c f5eee0e1',
     'doit/real_data': '21dfb45d 909040e1 b90b176f 76ff16aa 8cccf172 9b2d0dc8 0b0ed22b ec5873bc '

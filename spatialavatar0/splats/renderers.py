@@ -16,6 +16,7 @@ __all__ = [
     'blend_pixels_backward',
     'hand_back',
     'gsplat_max_alpha',
+    'find_tool',
     'lacking_tools',
     'missing_for_gsplat',
     'Rendering',
@@ -27,6 +28,7 @@ __all__ = [
 import functools
 import math
 import os
+import re
 import shutil
 from collections import Counter
 from contextlib import contextmanager
@@ -721,12 +723,27 @@ TOOLS = dict(
 )
 
 
-def lacking_tools() -> str:  # empty: none
-    "What gsplat needs to compile and this machine lacks, each with its remedy."
+def find_tool(
+    name: str,  # one of TOOLS
+):  # its path, or None
+    "Where a tool is that gsplat is compiled with."
     home = os.environ.get('CUDA_HOME') or os.environ.get('CUDA_PATH') or '/usr/local/cuda'
     places = os.pathsep.join([os.environ.get('PATH', ''), f'{home}/bin'])
-    lacking = [tool for tool in TOOLS if not shutil.which(tool, path=places)]
+    return shutil.which(name, path=places)
+
+
+def lacking_tools() -> str:  # empty: none
+    "What gsplat needs to compile and this machine lacks, each with its remedy."
+    lacking = [tool for tool in TOOLS if not find_tool(tool)]
     return '; '.join(f'{tool} is missing ({TOOLS[tool]})' for tool in lacking)
+
+
+# %% ../../nbs/splats/24_renderers.ipynb #6e5c0003
+def _telling_line(text):
+    "The line of a compiler's pages that names the error; else how they begin."
+    lines = text.splitlines()
+    telling = (line for line in lines if re.search(r'\b(error|fatal)\b\s*:', line))
+    return ' '.join(next(telling, text).split())[:200]
 
 
 def missing_for_gsplat() -> str:  # empty: nothing
@@ -738,7 +755,7 @@ def missing_for_gsplat() -> str:  # empty: nothing
             return ''
         why = 'what it printed above says why'
     except RuntimeError as error:  # the compiler's
-        why = ' '.join(str(error).split())[:200]
+        why = _telling_line(str(error))
     return f'gsplat could not be compiled: {lacking_tools() or why}'
 
 
