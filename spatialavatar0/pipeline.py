@@ -362,7 +362,7 @@ def contact_sheet(
 ) -> list:  # (title, (size,size,3) picture)
     "The photo, the avatar beside it, and the views where weaknesses would show."
     photo = resize(on_background(cut, 1.0), size, size)
-    front = turned_view(avatar, cut, size)
+    front = turned_view(avatar, cut, size).cpu()
     matte = resize(cut.mask, size, size)[..., None].expand(-1, -1, 3)
     error = ((front - photo) * 5).abs().clamp(0, 1) * (matte > 0.5)
     first_row = [('photo', photo), ('avatar', front), ('error x 5', error), ('matte', matte)]
@@ -432,12 +432,13 @@ def turned_error(
     size: int = 384,  # of the render, pixels
 ) -> float:  # % of the unturned head's outer-eye distance; None where no face is found
     "Mean distance of landmarks found in a turned view from the mesh's own, outline left out."
-    table = landmark_table(avatar.head)
+    head = avatar.to('cpu').head
+    table = landmark_table(head)
     counted = table.valid & ~table.contour
 
     def on_mesh(yaw):
         camera = dict(viewmat=swung(avatar, cut, yaw), K=film_camera(cut, size))
-        return frame_landmarks(replace(cut, **camera), avatar.head, table)
+        return frame_landmarks(replace(cut, **camera), head, table)
 
     try:
         found = find_face(turned_view(avatar, cut, size, yaw, background=0.8))
