@@ -128,7 +128,7 @@ from .capture.film_avatar import first_film_avatar, refine_on_film, with_agreed_
 from .capture.footage import open_film
 from .capture.track import fit
 from .ground.content import file_hash, file_hashes, hash_of, refuse_other
-from .ground.core import InputError, atomic_path, progress, set_seed, to_uint8
+from .ground.core import InputError, atomic_path, gpu_memory, progress, set_seed, to_uint8
 from .ground.files import read_header
 from .ground.geometry import crop_intrinsics
 from .ground.lease import check_writable, interruption, lease, one_writer, sweep
@@ -1337,6 +1337,7 @@ def _own_protocol(name):
 
 
 # %% ../nbs/pipeline.ipynb #5460c39c
+@gpu_memory('use --device cpu')
 def _avatar_to_judge(avatar, protocol, part, head, given, seed, device):
     "An avatar file, or one made of a frame of the clip; on the device that is to render it."
     if str(avatar) in ('warp', 'network'):

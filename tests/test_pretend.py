@@ -22,6 +22,7 @@ from spatialavatar0.avatar.portrait import from_frame
 from spatialavatar0.capture.film_avatar import first_film_avatar, refine_on_film
 from spatialavatar0.capture.photo import front_psnr, refine_photo
 from spatialavatar0.cli import doctor
+from spatialavatar0.ground import core
 from spatialavatar0.ground.core import InputError, is_on, send, set_seed
 from spatialavatar0.judge.benchmark import Job, jobs_of, run_job
 from spatialavatar0.judge.evaluate import renderer
@@ -661,6 +662,99 @@ def test_doctor_says_what_gsplat_lacks(gpu, monkeypatch):
     monkeypatch.setenv('CUDA_HOME', '/nowhere')
     (row,) = [row for row in doctor() if row[0] == 'gsplat']
     assert not row[1] and 'nvcc is missing (pip install' in row[2]
+
+
+def full(*_, **__):
+    raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')
+
+
+def test_a_full_gpu_is_one_line(gpu, start, film, folder, tmp_path, monkeypatch):
+    there = start.to('cuda')
+    monkeypatch.setattr(gsplat, 'rasterization', full)
+    with pytest.raises(InputError, match='no memory on the GPU .*2.00 GiB.*; film it smaller'):
+        animate_avatar(there, 'nod', tmp_path / 'a.mp4', size=32, options=MotionOptions(0.08))
+    with pytest.raises(InputError, match='no memory on the GPU .*--device cpu'):
+        run_evaluate(folder, tmp_path)
+    with pytest.raises(InputError, match='no memory on the GPU .*--device cpu'):
+        run_benchmark(folder, tmp_path)
+    monkeypatch.setattr(type(there), 'to', full)
+    with pytest.raises(InputError, match='no memory on the GPU .*use --device cpu'):
+        run_evaluate(folder, tmp_path)
+    with pytest.raises(InputError, match='no memory on the GPU .*fewer --jobs'):
+        run_benchmark(folder, tmp_path)
+    with pytest.raises(InputError, match='no memory on the GPU .*fewer texels'):
+        refine(start, film, 2, device='cuda')
+
+
+TOO_OLD = (
+    'The NVIDIA driver on your system is too old (found version 11040). Please update your GPU '
+    'driver by downloading and installing a new version from the URL ...'
+)
+
+
+def no_driver(monkeypatch, tmp_path, has_driver):
+    "No GPU for torch; with a program `nvidia-smi`, or without."
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(core, '_PROC', tmp_path / 'nowhere')
+    monkeypatch.setenv('PATH', str(tmp_path))
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+    if has_driver:
+        program = tmp_path / 'nvidia-smi'
+        program.write_text('')
+        program.chmod(0o755)
+
+
+def refusal():
+    "What a command and doctor say."
+    with pytest.raises(InputError) as refused:
+        command('demo', '--device', 'cuda')
+    (row,) = [row for row in doctor() if row[0] == 'CUDA GPU']
+    assert not row[1] and '\n' not in str(refused.value) + row[2]
+    assert str(refused.value).startswith('--device cuda needs an NVIDIA GPU: ')
+    assert str(refused.value).endswith('or use --device cpu')
+    said = str(refused.value).split(': ', 1)[1].removesuffix('; or use --device cpu')
+    assert row[2].startswith(said)
+    return said
+
+
+def test_no_gpu_at_all(monkeypatch, tmp_path):
+    no_driver(monkeypatch, tmp_path, False)
+    assert "NVIDIA's driver is not installed here" in refusal()
+
+
+def test_torch_without_cuda_beside_a_gpu(monkeypatch, tmp_path):
+    no_driver(monkeypatch, tmp_path, True)
+    monkeypatch.setattr(torch.version, 'cuda', None)
+    assert 'was built without CUDA: pip uninstall torch torchvision, then pip' in refusal()
+    (tmp_path / 'nvidia-smi').unlink()
+    assert 'driver is not installed' in refusal()
+    monkeypatch.setattr(core, '_PROC', tmp_path)  # a container without the program
+    assert 'was built without CUDA' in refusal()
+
+
+def test_a_driver_that_is_too_old(monkeypatch, tmp_path):
+    no_driver(monkeypatch, tmp_path, True)
+    monkeypatch.setattr(torch.version, 'cuda', '13.0')
+
+    def init():
+        raise RuntimeError(TOO_OLD)
+
+    monkeypatch.setattr(torch.cuda, 'init', init)
+    said = refusal()
+    assert 'too old (found version 11040)"; it needs a driver for CUDA 13.0: update it' in said
+
+
+def test_a_gpu_that_is_hidden(monkeypatch, tmp_path):
+    no_driver(monkeypatch, tmp_path, True)
+    monkeypatch.setattr(torch.version, 'cuda', '13.0')
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
+    assert "CUDA_VISIBLE_DEVICES=''; unset it" in refusal()
+
+
+def test_a_gpu_of_another_maker(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.version, 'hip', '6.4')
+    assert 'is for AMD GPUs, and gsplat' in refusal()
 
 
 # ------------------------------------------------------------------------ the cells marked `cuda`

@@ -59,7 +59,7 @@ from spatialavatar0.stage2.refine import (
 
 from ..avatar.avatar import Avatar, avatar_tensors
 from ..ground.content import hash_of, refuse_other
-from ..ground.core import InputError, progress, send
+from ..ground.core import InputError, gpu_memory, progress, send
 from ..ground.geometry import SH_C0
 from ..ground.lease import finish_first, interruption
 from ..pictures.clips import Clip, Frame, head_content, on_background
@@ -765,7 +765,8 @@ def refine(
     clip = Clip([clip]) if isinstance(clip, Frame) else clip
     if not len(clip):
         raise InputError('refine needs at least one frame; the clip is empty')
-    run = Refinement(avatar, clip, cfg, iters, seed, gate, extra, device, also)
+    with gpu_memory('take a start of fewer texels, or device="cpu"'):
+        run = Refinement(avatar, clip, cfg, iters, seed, gate, extra, device, also)
     run.go_on_from(state)
     result = run.go(callback, state)
     if run.flag and not (unfinished and run.flag[0] == signal.SIGINT):

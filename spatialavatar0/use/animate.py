@@ -39,7 +39,7 @@ from torch import Tensor
 
 # %% ../../nbs/use/80_animate.ipynb #ccd4f7d6
 from ..avatar.avatar import Avatar
-from ..ground.core import InputError, atomic_path, progress, to_uint8
+from ..ground.core import InputError, atomic_path, gpu_memory, progress, to_uint8
 from ..ground.geometry import axis_angle_to_mat
 from ..head.head import open_head
 
@@ -410,6 +410,7 @@ def motions_for(
 
 # %% ../../nbs/use/80_animate.ipynb #1dd8f52b
 @torch.no_grad()
+@gpu_memory('film it smaller, or on the CPU: avatar.to("cpu")')
 def render_motion(
     avatar: Avatar,
     viewmats: list,  # one (4,4) per frame
