@@ -76,6 +76,14 @@ from spatialavatar0.capture.photo import (
     frontal_first,
     refine_photo,
 )
+from spatialavatar0.ground.core import (
+    InputError,
+    atomic_path,
+    gpu_memory,
+    progress,
+    set_seed,
+    to_uint8,
+)
 from spatialavatar0.inspection import (
     COMMAND,
     check_pictures,
@@ -128,7 +136,6 @@ from .capture.film_avatar import first_film_avatar, refine_on_film, with_agreed_
 from .capture.footage import open_film
 from .capture.track import fit
 from .ground.content import file_hash, file_hashes, hash_of, refuse_other
-from .ground.core import InputError, atomic_path, gpu_memory, progress, set_seed, to_uint8
 from .ground.files import read_header
 from .ground.geometry import crop_intrinsics
 from .ground.lease import check_writable, interruption, lease, one_writer, sweep

@@ -2,6 +2,9 @@
 be on, the same numbers as on the CPU, and the host hardly ever waiting."""
 
 import json
+import os
+import signal
+import threading
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -46,7 +49,7 @@ from spatialavatar0.stage1.objective import Weights
 from spatialavatar0.stage1.schedule import MonoPhase, MultiPhase
 from spatialavatar0.stage1.trainer import Shelf, Trainer, score_generator
 from spatialavatar0.stage2.densify import Densification, DensifyConfig
-from spatialavatar0.stage2.loop import Refinement, look, measure, refine
+from spatialavatar0.stage2.loop import Refinement, _thrown, look, measure, refine
 from spatialavatar0.stage2.refine import RefineConfig, light_share, paper_config
 from spatialavatar0.use.animate import pose_of
 from spatialavatar0.use.export import read_splats
@@ -643,6 +646,136 @@ def test_training_hardly_waits(gpu, shelf):
         trainer.step()
     assert sum(seen.waits.values()) <= 2, seen.waits
     assert sum(seen.gsplat.values()) == 2  # one per picture, each waits once by itself
+
+
+# -------------------------------------------------------------------- the next pictures, made ahead
+
+
+def slow_room(film, start, iters=12, ahead=3, device='cpu', kept=1, **how):
+    "A refinement that has room for so many views."
+    run = Refinement(start, film, CONFIGS['ours'], iters, ahead=ahead, device=device, **how)
+    run.room = kept * look(start, film[0]).bytes() - 1
+    return run
+
+
+def watched(film, looked):
+    "A clip that notes which thread asks for which frame."
+
+    def frame(i):
+        looked.append((threading.current_thread().name.split('_')[0], i))
+        return film[i]
+
+    return Clip(frame, len(film), leaf=Clip(film).leaf)
+
+
+def same(one, other):
+    return all(torch.equal(one.splats[name], other.splats[name]) for name in one.splats)
+
+
+@pytest.mark.parametrize('ahead', [1, 3, 50])
+def test_a_thread_changes_nothing(start, film, ahead):
+    view = look(start, film[0])
+    for how in (dict(), dict(extra=[view])):
+        looked = []
+        alone, _ = slow_room(film, start, ahead=0, **how).go()
+        run = slow_room(watched(film, looked), start, ahead=ahead, **how)
+        helped, log = run.go()
+        assert same(alone, helped) and len(log) == 2
+        helpers = [i for name, i in looked if name == 'look ahead']
+        dice, wanted = torch.Generator().manual_seed(0), []
+        for step in range(12):
+            i, _ = _thrown(dice, len(film))
+            wanted += [i] * (i != 0 and not (how and step % 4 == 3))  # view 0 is kept
+        assert helpers == wanted[-len(helpers) :] and len(helpers) >= len(wanted) - 1 > 3
+    assert not [t for t in threading.enumerate() if t.name.startswith('look ahead')]
+
+
+def test_a_thread_on_the_gpu(gpu, start, film):
+    looked = []
+    alone, _ = slow_room(film, start, ahead=0, device='cuda').go()
+    run = slow_room(watched(film, looked), start, ahead=None, device='cuda')
+    helped, _ = run.go()
+    assert same(alone, helped)
+    assert [name for name, _ in looked].count('look ahead') > 5
+
+
+def test_a_clip_that_fits_needs_no_thread(start, film):
+    looked = []
+    slow_room(watched(film, looked), start, kept=99).go()
+    assert {name for name, _ in looked} == {'MainThread'}
+
+
+def test_steps_hardly_wait_with_a_thread(gpu, start, film):
+    run = slow_room(film, start, iters=30, ahead=4, device='cuda', kept=0)
+    with run._looking_ahead():
+        for _ in range(4):
+            run.step()
+        with gpu.watch() as seen:
+            for _ in range(8):
+                run.step()
+    assert run.looker is None
+    assert sum(seen.gsplat.values()) == 8
+    assert sum(seen.waits.values()) + 8 <= 2 * 8, seen.waits
+
+
+@pytest.mark.parametrize('place', ['the thread', 'the step'])
+def test_an_error_is_the_same_from_a_thread(start, film, tmp_path, place):
+    frames = [film[i] for i in range(len(film))]
+    frames[5] = replace(frames[5], image=frames[5].image * float('nan'))
+    bad = Clip(frames)
+    said, states, results = [], [], []
+    for ahead in (0, 3):
+        run = slow_room(bad, start, iters=60, ahead=ahead)
+        run.cfg = replace(run.cfg, keep=0.0)
+        state = tmp_path / f'{ahead}.safetensors'
+        if place == 'the step':
+            frames[5], step = film[5], run.loss
+
+            def fail(*args, step=step, run=run):
+                if run.step_number == 7:
+                    raise InputError('no such step')
+                return step(*args)
+
+            run.loss = fail
+        with pytest.raises(InputError) as refused:
+            run.go(state=state)
+        said.append(str(refused.value))
+        states.append((run.step_number, run.rng.get_state().tolist()))
+        results.append(run.result())
+        assert state.exists()
+    assert said[0] == said[1] and states[0] == states[1] and same(*results)
+    assert 'no such step' in said[0] or 'the image of frame 5 holds nan' in said[0]
+    assert not [t for t in threading.enumerate() if t.name.startswith('look ahead')]
+
+
+def test_ctrl_c_and_going_on_with_a_thread(start, film, tmp_path):
+    whole, _ = slow_room(film, start, iters=20, ahead=0).go()
+    state = tmp_path / 'state.safetensors'
+
+    def stop(step, avatar):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    run = slow_room(film, start, iters=20)
+    run.go(callback=stop, state=state)
+    assert run.flag and 0 < run.step_number < 20
+    assert not [t for t in threading.enumerate() if t.name.startswith('look ahead')]
+    again = slow_room(film, start, iters=20)
+    again.go_on_from(state)
+    assert 0 < again.step_number < 20
+    helped, _ = again.go()
+    assert same(whole, helped)
+
+
+def test_other_random_numbers_are_met_by_the_thread(start, film):
+    "Whoever changes the run between two steps gets the picture that is asked for."
+    runs = [slow_room(film, start, iters=30, ahead=ahead, kept=0) for ahead in (0, 4)]
+    for run in runs:
+        with run._looking_ahead():
+            for step in range(12):
+                if step == 7:
+                    run.rng.manual_seed(11)
+                run.step()
+    assert same(runs[0].result(), runs[1].result())
 
 
 # --------------------------------------------------------------------------------- what is missing
