@@ -562,24 +562,31 @@ class _Looker:
         self._fill()
         return view.result()
 
-    def _start(self, i):
-        flush = dict(initializer=torch.set_flush_denormal, initargs=(True,))  # as in `calm`
-        self.pool = ThreadPoolExecutor(1, 'look ahead', **flush)
-        rng = torch.Generator()
-        rng.set_state(self.run.rng.get_state())
-        self.order = chain([i], self.run._missing(rng))
-        self._fill()
 
-    def _fill(self):
-        while len(self.coming) < self.count and (i := next(self.order, None)) is not None:
-            self.coming.append((i, self.pool.submit(self.run.view, i)))
+# %% ../../nbs/stage2/61_loop.ipynb #61a0ead6
+@patch
+def _start(self: _Looker, i):
+    flush = dict(initializer=torch.set_flush_denormal, initargs=(True,))  # as in `calm`
+    self.pool = ThreadPoolExecutor(1, 'look ahead', **flush)
+    rng = torch.Generator()
+    rng.set_state(self.run.rng.get_state())
+    self.order = chain([i], self.run._missing(rng))
+    self._fill()
 
-    def stop(self):
-        "Forget what was made ahead; wait for the view in hand."
-        if self.pool:
-            self.pool.shutdown(cancel_futures=True)
-        self.pool = None
-        self.coming.clear()
+
+@patch
+def _fill(self: _Looker):
+    while len(self.coming) < self.count and (i := next(self.order, None)) is not None:
+        self.coming.append((i, self.pool.submit(self.run.view, i)))
+
+
+@patch
+def stop(self: _Looker):
+    "Forget what was made ahead; wait for the view in hand."
+    if self.pool:
+        self.pool.shutdown(cancel_futures=True)
+    self.pool = None
+    self.coming.clear()
 
 
 # %% ../../nbs/stage2/61_loop.ipynb #61a0ead3
