@@ -341,8 +341,7 @@ def write_glb(
     avatar.binding.need_layout()
     avatar = avatar.to('cpu')
     targets = morph_targets(avatar)
-    if motions is None:
-        motions = motions_for(avatar.head, 100)
+    motions = motions_for(avatar.head, 100) if motions is None else motions
     for frame in (frame for frames in motions.values() for frame in frames):
         check_controls(frame, list(targets))
     file = _File()
