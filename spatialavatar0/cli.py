@@ -56,12 +56,15 @@ def _gpu():
     "A graphics card that torch can use."
     import importlib.util
 
+    cost = "everything runs on the CPU renderer; the paper's full size wants a GPU"
     if importlib.util.find_spec('torch'):
         import torch
 
-        if torch.cuda.is_available():
+        from spatialavatar0.ground.core import why_no_gpu
+
+        if not (why := why_no_gpu()):
             return 'CUDA GPU', True, torch.cuda.get_device_name(0)
-    cost = "everything runs on the CPU renderer; the paper's full size wants a GPU"
+        cost = f'{why}; {cost}'
     return 'CUDA GPU', False, cost
 
 
@@ -251,15 +254,10 @@ def check_device(
     "Refuse a device this machine, or this command, does not have."
     if device == 'cpu':
         return device
-    import torch
+    from spatialavatar0.ground.core import InputError, why_no_gpu
 
-    from spatialavatar0.ground.core import InputError
-
-    if not torch.cuda.is_available():
-        raise InputError(
-            f'--device cuda needs a CUDA GPU and torch {torch.__version__} sees none; use '
-            '--device cpu'
-        )
+    if why := why_no_gpu():
+        raise InputError(f'--device cuda needs an NVIDIA GPU: {why}; or use --device cpu')
     if not useful:
         raise InputError('this command has nothing for a GPU to do; use --device cpu')
     return device

@@ -77,6 +77,14 @@ from spatialavatar0.capture.photo import (
     frontal_first,
     refine_photo,
 )
+from spatialavatar0.ground.core import (
+    InputError,
+    atomic_path,
+    gpu_memory,
+    progress,
+    set_seed,
+    to_uint8,
+)
 from spatialavatar0.inspection import (
     COMMAND,
     check_pictures,
@@ -129,7 +137,6 @@ from .capture.film_avatar import first_film_avatar, refine_on_film, with_agreed_
 from .capture.footage import open_film
 from .capture.track import fit
 from .ground.content import file_hash, file_hashes, hash_of, refuse_other
-from .ground.core import InputError, atomic_path, progress, set_seed, to_uint8
 from .ground.files import read_header
 from .ground.geometry import crop_intrinsics
 from .ground.lease import check_writable, interruption, lease, one_writer, sweep
@@ -364,7 +371,7 @@ def contact_sheet(
 ) -> list:  # (title, (size,size,3) picture)
     "The photo, the avatar beside it, and the views where weaknesses would show."
     photo = resize(on_background(cut, 1.0), size, size)
-    front = turned_view(avatar, cut, size)
+    front = turned_view(avatar, cut, size).cpu()
     matte = resize(cut.mask, size, size)[..., None].expand(-1, -1, 3)
     error = ((front - photo) * 5).abs().clamp(0, 1) * (matte > 0.5)
     first_row = [('photo', photo), ('avatar', front), ('error x 5', error), ('matte', matte)]
@@ -434,12 +441,13 @@ def turned_error(
     size: int = 384,  # of the render, pixels
 ) -> float:  # % of the unturned head's outer-eye distance; None where no face is found
     "Mean distance of landmarks found in a turned view from the mesh's own, outline left out."
-    table = landmark_table(avatar.head)
+    head = avatar.to('cpu').head
+    table = landmark_table(head)
     counted = table.valid & ~table.contour
 
     def on_mesh(yaw):
         camera = dict(viewmat=swung(avatar, cut, yaw), K=film_camera(cut, size))
-        return frame_landmarks(replace(cut, **camera), avatar.head, table)
+        return frame_landmarks(replace(cut, **camera), head, table)
 
     try:
         found = find_face(turned_view(avatar, cut, size, yaw, background=0.8))
@@ -1418,6 +1426,7 @@ def _own_protocol(name):
 
 
 # %% ../nbs/pipeline.ipynb #5460c39c
+@gpu_memory('use --device cpu')
 def _avatar_to_judge(avatar, protocol, part, head, given, seed, device):
     "An avatar file, or one made of a frame of the clip; on the device that is to render it."
     if str(avatar) in ('warp', 'network'):

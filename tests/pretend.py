@@ -17,6 +17,7 @@ import contextlib
 import functools
 import inspect
 import sys
+import threading
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -521,11 +522,21 @@ _CUDA_SAYS = dict(
 )
 
 
+_thread_run = threading.Thread.run
+
+
+def _run_there(self):
+    "A thread that begins while the GPU is there sees it, too: modes belong to one thread."
+    with _Dispatch():
+        _thread_run(self)
+
+
 def _patches():
     "Everything that is replaced while the GPU is there."
     for name, value in _CUDA_SAYS.items():
         yield mock.patch.object(torch.cuda, name, value)
     yield mock.patch.object(torch.cuda, 'synchronize', lambda *_: _wait('synchronize'))
+    yield mock.patch.object(threading.Thread, 'run', _run_there)
     yield mock.patch.object(torch.Tensor, 'to', _to)
     yield mock.patch.object(torch.Tensor, 'cuda', lambda self, *_, **__: _to(self, 'cuda'))
     yield mock.patch.object(torch.Tensor, 'pin_memory', _pin_memory)

@@ -11,6 +11,8 @@ __all__ = [
     'expect_tensor',
     'is_on',
     'send',
+    'why_no_gpu',
+    'gpu_memory',
     'atomic_path',
     'progress',
     'Timer',
@@ -32,8 +34,10 @@ import os
 import platform
 import random
 import re
+import shutil
 import sys
 import time
+import warnings
 import zlib
 from pathlib import Path
 
@@ -129,6 +133,61 @@ def send(
     if torch.device(device).type == 'cuda' and x.device.type == 'cpu':
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
+
+
+# %% ../../nbs/ground/00_core.ipynb #5e4d0011
+_PROC = Path('/proc/driver/nvidia')
+_WITH_CUDA = 'pip install torch torchvision --index-url https://download.pytorch.org/whl/cu130'
+
+
+def _has_nvidia():
+    "Whether NVIDIA's driver is installed."
+    return bool(shutil.which('nvidia-smi')) or _PROC.exists()
+
+
+def _torch_says():
+    "Why torch cannot start CUDA, in its own words: their first sentence."
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        words = ' '.join(str(error).split())
+        return re.split(r'\. |; ', words)[0][:160].rstrip('.')
+    return 'no GPU is visible'
+
+
+# %% ../../nbs/ground/00_core.ipynb #5e4d0012
+def why_no_gpu() -> str:  # empty: torch can use one
+    "Why no GPU can be used here, and what to do about it."
+    name = f'torch {torch.__version__}'
+    if torch.version.hip:
+        return f'{name} is for AMD GPUs, and gsplat, which renders, needs one of NVIDIA'
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of a driver that is too old: it is told below
+        if torch.cuda.is_available():
+            return ''
+    if not _has_nvidia():
+        return f"{name} sees none, and NVIDIA's driver is not installed here"
+    if torch.version.cuda is None:
+        return f'{name} was built without CUDA: pip uninstall torch torchvision, then {_WITH_CUDA}'
+    hidden = os.environ.get('CUDA_VISIBLE_DEVICES')
+    if hidden is not None:
+        return f'{name} sees none with CUDA_VISIBLE_DEVICES={printable(hidden)!r}; unset it'
+    return (
+        f'{name} says "{_torch_says()}"; it needs a driver for CUDA {torch.version.cuda}: update '
+        'it, or install a torch for an older CUDA'
+    )
+
+
+# %% ../../nbs/ground/00_core.ipynb #5e4d0014
+@contextlib.contextmanager
+def gpu_memory(
+    remedy: str,  # what to do about it
+):
+    "A GPU that is full is an `InputError`; around a block, or before a function."
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise InputError(f'no memory on the GPU ({printable(error)}); {remedy}') from None
 
 
 # %% ../../nbs/ground/00_core.ipynb #222d110c

@@ -45,7 +45,7 @@ from spatialavatar0.pictures.clips import (
 from ..avatar.avatar import Avatar
 from ..avatar.portrait import from_frame, head_square
 from ..ground.content import file_hash, hash_of, refuse_other, what_changed
-from ..ground.core import InputError, progress
+from ..ground.core import InputError, gpu_memory, progress
 from ..ground.lease import Workers
 from ..ground.media import natural_order
 from ..ground.pickles import printable
@@ -439,6 +439,7 @@ def _parts_of(name, path, p, head):
 
 
 # %% ../../nbs/judge/92_benchmark.ipynb #26e8c195
+@gpu_memory('run fewer --jobs at a time, or on the CPU: --device cpu')
 def run_job(job: Job) -> Line:
     "Make a person's avatar and judge it; what a process of its own does."
     torch.set_num_threads(job.threads)

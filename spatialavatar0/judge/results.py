@@ -52,7 +52,7 @@ from spatialavatar0.judge.evaluate import (
 )
 
 from ..ground.assets import asset
-from ..ground.core import InputError, atomic_path, to_uint8
+from ..ground.core import InputError, atomic_path, gpu_memory, to_uint8
 from ..ground.lease import locked
 from ..ground.pickles import file_text, printable
 from ..pictures.scores import PRESETS
@@ -400,6 +400,7 @@ def code_state() -> str:  # like 'd3f9a84', 'd3f9a84+changes' or 'version 0.1.0'
 
 
 # %% ../../nbs/judge/91_results.ipynb #14e00024
+@gpu_memory('judge on the CPU (--device cpu), or an avatar of fewer texels')
 def evaluate(
     render,  # function of a Frame and a background (number or None) -> (H,W,3), not clamped
     clip,  # the test frames, streamed

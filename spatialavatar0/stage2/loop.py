@@ -22,8 +22,11 @@ __all__ = [
 # %% ../../nbs/stage2/61_loop.ipynb #46d957a4
 import signal
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,7 +62,7 @@ from spatialavatar0.stage2.refine import (
 
 from ..avatar.avatar import Avatar, avatar_tensors
 from ..ground.content import hash_of, refuse_other
-from ..ground.core import InputError, progress, send
+from ..ground.core import InputError, gpu_memory, progress, send
 from ..ground.geometry import SH_C0
 from ..ground.lease import finish_first, interruption
 from ..pictures.clips import Clip, Frame, head_content, on_background
@@ -282,12 +285,14 @@ class Refinement:
     extra: tuple = ()  # Views, one every fourth step
     device: str = 'cpu'
     also: dict = None  # what else must be the same for a state to go on: part -> hash
+    ahead: int = None  # pictures made ahead by a thread; None: 4 on a GPU, 0 on the CPU
 
     def __post_init__(self):
         self.device = torch.device(self.device)
         self.step_number = 0
         self.log = []
         self._identity = None
+        self.looker = None
         self.rng = torch.Generator().manual_seed(self.seed)
         self._set_up_views()
         self._set_up_splats()
@@ -508,11 +513,24 @@ def step(self: Refinement):
 @patch
 def _draw(self: Refinement):
     "A random picture and a random background; every fourth time an extra one, if there are any."
-    i = int(torch.randint(len(self.clip), (), generator=self.rng))
-    background = torch.rand(3, generator=self.rng)
-    is_extra = self.extra and self.step_number % 4 == 3
-    view = self.extra[i % len(self.extra)] if is_extra else self.view(i)
+    i, background = _thrown(self.rng, len(self.clip))
+    if self._is_extra(self.step_number):
+        view = self.extra[i % len(self.extra)]
+    elif self.looker and i not in self.views:
+        view = self.looker.view(i)
+    else:
+        view = self.view(i)
     return view, send(background, self.device)
+
+
+@patch
+def _is_extra(self: Refinement, step):
+    return bool(self.extra) and step % 4 == 3
+
+
+def _thrown(rng, count):
+    "The place of a random picture, and a random background."
+    return int(torch.randint(count, (), generator=rng)), torch.rand(3, generator=rng)
 
 
 # %% ../../nbs/stage2/61_loop.ipynb #adab1720
@@ -523,6 +541,84 @@ def _descend(self: Refinement, loss, view):
     loss.backward()
     self.check_finite(loss, view)
     self.opt.step()
+
+
+# %% ../../nbs/stage2/61_loop.ipynb #61a0ead1
+class _Looker:
+    "A thread that makes the views of the steps to come, where they cannot all be kept."
+
+    def __init__(self, run, count):  # count: of views made ahead
+        self.run, self.count = run, count
+        self.pool, self.coming = None, deque()
+
+    def view(self, i):  # one that is not kept
+        "View i, made ahead if it was expected."
+        if not (self.coming and self.coming[0][0] == i):
+            self.stop()
+            if self.run.room > 0 or (self.run.device.type == 'cpu' and not _two_may_draw()):
+                return self.run.view(i)
+            self._start(i)
+        _, view = self.coming.popleft()
+        self._fill()
+        return view.result()
+
+
+# %% ../../nbs/stage2/61_loop.ipynb #61a0ead6
+@patch
+def _start(self: _Looker, i):
+    flush = dict(initializer=torch.set_flush_denormal, initargs=(True,))  # as in `calm`
+    self.pool = ThreadPoolExecutor(1, 'look ahead', **flush)
+    rng = torch.Generator()
+    rng.set_state(self.run.rng.get_state())
+    self.order = chain([i], self.run._missing(rng))
+    self._fill()
+
+
+@patch
+def _fill(self: _Looker):
+    while len(self.coming) < self.count and (i := next(self.order, None)) is not None:
+        self.coming.append((i, self.pool.submit(self.run.view, i)))
+
+
+@patch
+def stop(self: _Looker):
+    "Forget what was made ahead; wait for the view in hand."
+    if self.pool:
+        self.pool.shutdown(cancel_futures=True)
+    self.pool = None
+    self.coming.clear()
+
+
+# %% ../../nbs/stage2/61_loop.ipynb #61a0ead3
+@patch
+def _missing(self: Refinement, rng):  # a copy of the run's, which is not touched
+    "Places of the pictures that the steps after this one want and that are not kept, in order."
+    for step in range(self.step_number + 1, self.iters):
+        i, _ = _thrown(rng, len(self.clip))
+        if i not in self.views and not self._is_extra(step):
+            yield i
+
+
+def _two_may_draw():
+    "Whether two threads may run compiled loops at once."
+    try:
+        return nb.threading_layer() != 'workqueue'
+    except ValueError:  # none has run yet: nobody knows
+        return False
+
+
+@patch
+@contextmanager
+def _looking_ahead(self: Refinement):
+    "Let a thread make views ahead until the block ends."
+    count = 4 * (self.device.type == 'cuda') if self.ahead is None else self.ahead
+    self.looker = _Looker(self, count) if count else None
+    try:
+        yield
+    finally:
+        if self.looker:
+            self.looker.stop()
+        self.looker = None
 
 
 # %% ../../nbs/stage2/61_loop.ipynb #fc76645b
@@ -664,7 +760,8 @@ def calm(
 @patch
 def go(self: Refinement, callback=None, state=None, every=50):
     "Run to the end; a signal lets the step finish, is noted in `flag`, and keeps what is there."
-    with finish_first() as self.flag, calm(self.view(0).width * self.view(0).height):
+    pixels = self.view(0).width * self.view(0).height
+    with finish_first() as self.flag, calm(pixels), self._looking_ahead():
         try:
             self._walk(callback, state, every)
         except Exception:  # a bad step left everything as it was
@@ -765,7 +862,8 @@ def refine(
     clip = Clip([clip]) if isinstance(clip, Frame) else clip
     if not len(clip):
         raise InputError('refine needs at least one frame; the clip is empty')
-    run = Refinement(avatar, clip, cfg, iters, seed, gate, extra, device, also)
+    with gpu_memory('take a start of fewer texels, or device="cpu"'):
+        run = Refinement(avatar, clip, cfg, iters, seed, gate, extra, device, also)
     run.go_on_from(state)
     result = run.go(callback, state)
     if run.flag and not (unfinished and run.flag[0] == signal.SIGINT):

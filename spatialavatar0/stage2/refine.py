@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from ..avatar.avatar import Avatar, open_splats
-from ..ground.core import InputError
+from ..ground.core import InputError, send
 from ..ground.geometry import SH_C0
 from ..pictures.clips import Clip, on_background
 from ..pictures.fast_metrics import ssim
@@ -186,14 +186,18 @@ def light_share(
 
 def _light(avatar, frame):
     "The weight with which each Gaussian enters a frame's picture, summed over pixels: (N,)."
+    device = avatar.splats['sh0'].device
     with torch.no_grad():
-        if hasattr(frame, 'mesh'):
-            world = open_splats(avatar.splats, frame.mesh)
+        if hasattr(frame, 'verts'):
+            triangles = fast_frames(avatar.binding, send(frame.verts, device))
+            world = open_splats(avatar.splats, triangles)
         else:
             world = avatar.world(**frame.pose)
     colors = torch.ones_like(world.means[:, :1], requires_grad=True)
-    camera = [x[None].to(colors.device) for x in (frame.viewmat, frame.K)]
-    image, _, _ = rasterize(*world[:4], colors, *camera, frame.width, frame.height)
+    camera = [send(x, device)[None] for x in (frame.viewmat, frame.K)]
+    size = frame.width, frame.height
+    on_cpu = device.type == 'cpu'  # a GPU would have to wait for the checks
+    image, _, _ = rasterize(*world[:4], colors, *camera, *size, check=on_cpu)
     image.sum().backward()
     return colors.grad[:, 0]
 

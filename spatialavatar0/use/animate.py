@@ -39,7 +39,7 @@ from torch import Tensor
 
 # %% ../../nbs/use/80_animate.ipynb #ccd4f7d6
 from ..avatar.avatar import Avatar
-from ..ground.core import InputError, atomic_path, progress, to_uint8
+from ..ground.core import InputError, atomic_path, gpu_memory, progress, to_uint8
 from ..ground.geometry import axis_angle_to_mat
 from ..head.head import open_head
 
@@ -145,14 +145,13 @@ def pose_of(
     "What the controls ask of a head."
     names = control_names(head)
     check_controls(values, names)
-    weights = torch.tensor([[float(values.get(name, 0)) for name in names]])
+    weights = torch.tensor([[float(values.get(name, 0)) for name in names]]).to(head.template)
     if hasattr(head, 'arkit_names'):
         pose = head.arkit(weights)
     else:
-        pose = dict(expr=weights, jaw=torch.zeros(1, 3), eyes=torch.zeros(1, 6))
-    jaw = pose['jaw'] + _turn_of('jaw', values)
-    eyes = pose['eyes'] + _turn_of('eyes', values).repeat(1, 2)
-    return dict(pose, jaw=jaw, eyes=eyes, neck=_turn_of('neck', values))
+        pose = dict(expr=weights, jaw=weights.new_zeros(1, 3), eyes=weights.new_zeros(1, 6))
+    jaw, eyes, neck = (_turn_of(part, values).to(weights) for part in ('jaw', 'eyes', 'neck'))
+    return dict(pose, jaw=pose['jaw'] + jaw, eyes=pose['eyes'] + eyes.repeat(1, 2), neck=neck)
 
 
 # %% ../../nbs/use/80_animate.ipynb #9328a513
@@ -411,6 +410,7 @@ def motions_for(
 
 # %% ../../nbs/use/80_animate.ipynb #1dd8f52b
 @torch.no_grad()
+@gpu_memory('film it smaller, or on the CPU: avatar.to("cpu")')
 def render_motion(
     avatar: Avatar,
     viewmats: list,  # one (4,4) per frame

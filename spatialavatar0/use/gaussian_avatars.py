@@ -105,6 +105,7 @@ def write_gaussian_avatar(
     "Write an avatar as GaussianAvatars does."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    avatar = avatar.to('cpu')
     params = _params(avatar, poses or [{}])
     if bad := [name for name, x in avatar.splats.items() if not torch.isfinite(x).all()]:
         raise InputError(f'{bad[0]} hold nan or inf; nothing was written')

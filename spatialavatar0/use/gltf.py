@@ -62,6 +62,7 @@ def baked_texture(
     "The Gaussians' colours on the atlas, continued into its gaps so that no seam shows."
     from scipy.ndimage import distance_transform_edt
 
+    avatar = avatar.to('cpu')
     binding = avatar.binding
     colors = binding.to_map(sh0_to_rgb(avatar.splats['sh0'].detach()).clamp(0, 1))
     is_gap = binding.to_map(torch.zeros(len(binding)), 1.0).numpy() > 0
@@ -338,9 +339,9 @@ def write_glb(
     if path.suffix.lower() != '.glb':
         raise InputError(f'a file for engines should end in .glb; got {path.name}')
     avatar.binding.need_layout()
+    avatar = avatar.to('cpu')
     targets = morph_targets(avatar)
-    if motions is None:
-        motions = motions_for(avatar.head, 100)
+    motions = motions_for(avatar.head, 100) if motions is None else motions
     for frame in (frame for frames in motions.values() for frame in frames):
         check_controls(frame, list(targets))
     file = _File()

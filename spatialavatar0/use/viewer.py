@@ -72,7 +72,7 @@ from spatialavatar0.use.animate import (
 
 # %% ../../nbs/use/82_viewer.ipynb #edc778cf
 from ..avatar.avatar import Avatar
-from ..ground.core import InputError, atomic_path, smoothstep, to_uint8
+from ..ground.core import InputError, atomic_path, send, smoothstep, to_numpy, to_uint8
 from ..ground.geometry import intrinsics, orbit, quat_to_mat, sh0_to_rgb
 from ..ground.pickles import printable
 from ..splats.kernels import fast_log_aspects
@@ -207,6 +207,7 @@ def pack_avatar(
     "All numbers of a page."
     if not len(avatar):
         raise InputError('this avatar has no Gaussians; there is nothing to show')
+    avatar = avatar.to('cpu')
     if bad := [name for name, x in avatar.splats.items() if not torch.isfinite(x).all()]:
         raise InputError(f'{bad[0]} hold nan or inf; the page would stay empty')
     used = used_mesh(avatar)
@@ -339,6 +340,7 @@ def write_page(
         raise InputError(f'a page should end in .html; got {printable(path.name)}')
     if not re.fullmatch('#[0-9a-fA-F]{6}', background):
         raise InputError(f'background should look like #ffffff; got {printable(background)}')
+    avatar = avatar.to('cpu')
     table, data = pack_avatar(avatar)
     if motions is None:
         motions = motions_for(avatar.head, 200)
@@ -522,12 +524,14 @@ def panel_picture(
     background=1.0,  # 0..1, or three numbers
     home: dict = None,  # from home_view
 ) -> Tensor:  # (H,W,3) 0..1
-    "What the controls show, drawn on the CPU."
+    "What the controls show, drawn where the avatar lies; the mesh on the CPU."
     if show not in SHOW:
         raise InputError(f'show should be one of {", ".join(SHOW)}; got {show!r}')
-    viewmat, K = view_of(home or home_view(avatar), values, width, height)
+    avatar = avatar.to('cpu') if show == 'mesh' else avatar
+    seen = *view_of(home or home_view(avatar), values, width, height), torch.as_tensor(background)
+    viewmat, K, color = (send(x, avatar.shape.device) for x in seen)
     pose = pose_of(avatar.head, values)
-    color = torch.as_tensor(background).float().expand(3)
+    color = color.float().expand(3)
     window = viewmat, K, width, height
     if show == 'mesh':
         rgb, *_ = shade_mesh(avatar.verts(**pose), avatar.head.faces, *window, background=color)
@@ -732,10 +736,10 @@ def viser_splats(
         means, quats, scales, opacities, colors = avatar.world(**pose_of(avatar.head, values))
     axes = quat_to_mat(quats) * (100 * scales)[:, None]
     return dict(
-        centers=100 * means.numpy(),
-        covariances=(axes @ axes.mT).numpy(),
-        rgbs=colors.clamp(0, 1).numpy(),
-        opacities=opacities[:, None].numpy(),
+        centers=100 * to_numpy(means),
+        covariances=to_numpy(axes @ axes.mT),
+        rgbs=to_numpy(colors.clamp(0, 1)),
+        opacities=to_numpy(opacities[:, None]),
     )
 
 
