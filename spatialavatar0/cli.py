@@ -718,9 +718,10 @@ def _run_gpu_check(
     restart: _Restart = False,
 ):
     "Test a GPU part by part, into one file that can be sent back; stopped, the same goes on."
+    from spatialavatar0.ground.core import why_no_gpu
     from spatialavatar0.judge import gpu_check as page
 
-    if why := page.why_no_gpu():
+    if why := why_no_gpu():
         raise _NotHere(f'there is no GPU to check: {why}')
     sizes = page.quick_sizes() if quick else page.CheckSizes()
     report = page.gpu_check(out, sizes, _say, restart)

@@ -139,13 +139,12 @@ def test_speed_waits_for_the_gpu(gpu):
 
 def test_no_gpu(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    for cuda, said in ((None, 'was built without CUDA: pip'), ('13.0', 'sees no GPU: nvidia-smi')):
-        monkeypatch.setattr(torch.version, 'cuda', cuda)
-        code = cli.main(['gpu-check', '--out', str(tmp_path / 'out')])
-        err = capfd.readouterr().err
-        assert code == 2 and err.count('\n') == 1 and said in err, err
-        with pytest.raises(InputError, match=re.escape(said)):
-            gpu_check(tmp_path / 'out', SMALL, quiet)
+    code = cli.main(['gpu-check', '--out', str(tmp_path / 'out')])
+    err = capfd.readouterr().err
+    assert code == 2 and err.count('\n') == 1
+    assert 'there is no GPU to check: torch' in err  # page 00 has the reasons
+    with pytest.raises(InputError, match='there is no GPU to check: torch'):
+        gpu_check(tmp_path / 'out', SMALL, quiet)
     assert not (tmp_path / 'out').exists()
 
 

@@ -14,7 +14,6 @@ __all__ = [
     'TRIES',
     'CheckSizes',
     'quick_sizes',
-    'why_no_gpu',
     'need_gpu',
     'tool_versions',
     'compiler_trouble',
@@ -102,7 +101,7 @@ from spatialavatar0.splats.renderers import (
 from ..avatar.avatar import Avatar
 from ..avatar.portrait import from_frame
 from ..ground.content import refuse_other
-from ..ground.core import InputError, Timer, atomic_path, set_seed
+from ..ground.core import InputError, Timer, atomic_path, set_seed, why_no_gpu
 from ..ground.lease import lease, sweep
 from ..ground.pickles import file_json
 from ..pictures.clips import Clip
@@ -139,22 +138,6 @@ def quick_sizes(**changes) -> CheckSizes:
     "Fewer steps, and no step of the paper's generator."
     fewer = dict(refine_steps=20, speed_steps=50, renders=50, presets=('laptop',))
     return CheckSizes(**{**fewer, **changes})
-
-
-# %% ../../nbs/judge/94_gpu_check.ipynb #e487b34d
-def why_no_gpu() -> str:  # empty: there is one
-    "Why torch cannot compute on a GPU here, and what to do."
-    if torch.cuda.is_available():
-        return ''
-    if torch.version.cuda is None:
-        return (
-            f'this torch, {torch.__version__}, was built without CUDA: pip uninstall torch, then '
-            'install it as pytorch.org/get-started says for your CUDA'
-        )
-    return (
-        f'torch {torch.__version__} was built for CUDA {torch.version.cuda} and sees no GPU: '
-        'nvidia-smi should list one; check the driver, and CUDA_VISIBLE_DEVICES'
-    )
 
 
 # %% ../../nbs/judge/94_gpu_check.ipynb #9f526f4a
