@@ -44,7 +44,7 @@ from spatialavatar0.pipeline import (
     turned_error,
 )
 from spatialavatar0.splats.renderers import missing_for_gsplat, rasterize, receipt
-from spatialavatar0.stage1.generator import from_preset
+from spatialavatar0.stage1.generator import from_preset, preset
 from spatialavatar0.stage1.objective import Weights
 from spatialavatar0.stage1.schedule import MonoPhase, MultiPhase
 from spatialavatar0.stage1.trainer import Shelf, Trainer, score_generator
@@ -210,6 +210,26 @@ def test_a_training_step(gpu, shelf, studio, phase, pool, residual, jacobian):
     assert here.keys() == there.keys()
     for name, cost in here.items():
         assert there[name] == pytest.approx(cost, rel=1e-3, abs=1e-5), name
+
+
+SWITCHES = 'pool', 'shells', 'mirror', 'visibility', 'bypass', 'teeth'
+
+
+@pytest.mark.parametrize('name', ['paper', 'ours'])
+def test_the_papers_network(gpu, name):
+    "Small; batches drawn ahead, activations computed again."
+    switches = {switch: getattr(preset(name), switch) for switch in SWITCHES}
+    weights = replace(FEW, jacobian=0.1, l2sp=1e-3)
+    costs = []
+    for device in PLACES:
+        generator = from_preset('tiny', **switches).to(device)
+        generator.recompute = 2
+        phase = MultiPhase(4, 2, 1e-4, weights, weight_decay=0.01)
+        clip = people(multi(64, instants=5, cameras=5), 1, seed=1)
+        trainer = Trainer(generator, [phase], [clip], seed=1, ahead=2)
+        costs.append(trainer.step() | trainer.step())
+    for term, cost in costs[0].items():
+        assert costs[1][term] == pytest.approx(cost, rel=1e-3, abs=1e-5), term
 
 
 @pytest.mark.parametrize('pool', PARTS['pool'])
