@@ -496,6 +496,8 @@ def _run_export(
 _START = 'An avatar file, or "new": one frame of the clip is warped.'
 _CLIP_HEAD = 'FLAME model of the clip; default: the open head.'
 _PAPER = 'As the paper has it, without our remedy.'
+_DRY_RUN = 'Only say what it takes: memory, disk, time. Needs no data, no GPU; writes nothing.'
+_DryRun = Annotated[bool, typer.Option('--dry-run', help=_DRY_RUN)]
 
 
 @app.command('refine')
@@ -512,14 +514,18 @@ def _run_refine(
     paper: Annotated[bool, typer.Option(help=_PAPER)] = False,
     seed: _Seed = 0,
     restart: _Restart = False,
+    dry_run: _DryRun = False,
     device: _Device = Device.cpu,
 ):
     "Refine an AVATAR on a person's CLIP; stopped, the same command goes on."
-    from spatialavatar0.pipeline import RefineOptions, refine_clip
+    from spatialavatar0.pipeline import RefineOptions, plan_of_refinement, refine_clip
 
-    where = check_device(device.value, True)
+    where = device.value if dry_run else check_device(device.value, True)
     model = _model(head, num_shape, num_expr)
     options = RefineOptions(iters, model, resolution, paper, seed, where)
+    if dry_run:
+        plan_of_refinement(avatar, clip, options, _say)
+        return
     refine_clip(avatar, clip, out, options, _say, restart)
 
 
@@ -551,16 +557,20 @@ def _run_train(
     accumulate: Annotated[int, typer.Option(min=1, help=_IN_PARTS)] = 1,
     seed: _Seed = 0,
     restart: _Restart = False,
+    dry_run: _DryRun = False,
     device: _Device = Device.cpu,
 ):
     "Train a generator, on painted people or on your data; stopped, the same command goes on."
-    from spatialavatar0.pipeline import TrainOptions, train_generator
+    from spatialavatar0.pipeline import TrainOptions, plan_of_training, train_generator
 
-    where = check_device(device.value, True)
+    where = device.value if dry_run else check_device(device.value, True)
     model = _model(head, num_shape, num_expr)
     data = dict(people=people, subjects=subjects, mono=mono, multi=multi, head=model)
     how = dict(batch=batch, accumulate=accumulate, seed=seed, device=where)
     options = TrainOptions(preset.value, steps, **data, **how)
+    if dry_run:
+        plan_of_training(options, _say)
+        return
     train_generator(out, options, _say, restart)
 
 
