@@ -492,7 +492,7 @@ def _run_export(
     _say(export_avatar(shown, out, motion, **how, say=_say).resolve())
 
 
-# %% ../nbs/cli.ipynb #c12fb691
+# %% ../nbs/cli.ipynb #58a00005
 _START = 'An avatar file, or "new": one frame of the clip is warped.'
 _CLIP_HEAD = 'FLAME model of the clip; default: the open head.'
 _PAPER = 'As the paper has it, without our remedy.'
@@ -500,6 +500,7 @@ _DRY_RUN = 'Only say what it takes: memory, disk, time. Needs no data, no GPU; w
 _DryRun = Annotated[bool, typer.Option('--dry-run', help=_DRY_RUN)]
 
 
+# %% ../nbs/cli.ipynb #c12fb691
 @app.command('refine')
 def _run_refine(
     avatar: Annotated[str, typer.Argument(help=_START)],
@@ -568,10 +569,7 @@ def _run_train(
     data = dict(people=people, subjects=subjects, mono=mono, multi=multi, head=model)
     how = dict(batch=batch, accumulate=accumulate, seed=seed, device=where)
     options = TrainOptions(preset.value, steps, **data, **how)
-    if dry_run:
-        plan_of_training(options, _say)
-        return
-    train_generator(out, options, _say, restart)
+    plan_of_training(options, _say) if dry_run else train_generator(out, options, _say, restart)
 
 
 # %% ../nbs/cli.ipynb #18e00004

@@ -521,7 +521,7 @@ def state_bytes(
     return own | dict(constants=constants)
 
 
-# %% ../../nbs/stage1/58_plan.ipynb #d47cdfda
+# %% ../../nbs/stage1/58_plan.ipynb #6f728ce3
 class Gpu(NamedTuple):
     "A graphics card, as its vendor describes it."
 
@@ -546,7 +546,7 @@ PAPER_ESTIMATE = 84.4  # what we reckon for the same; a test works it out
 FRAMES = dict(mono=156_530, multi=27_200)  # the paper's: 15,653 x 10 and 17 x 16 x 100 (ours)
 
 
-# %% ../../nbs/stage1/58_plan.ipynb #6adbf74f
+# %% ../../nbs/stage1/58_plan.ipynb #7a79d0a9
 def hours_on(
     gpu: Gpu,
     flops: float,  # of all steps
@@ -557,7 +557,7 @@ def hours_on(
     return flops / (getattr(gpu, kind) * 1e12 * UTILISATION[kind]) / 3600
 
 
-# %% ../../nbs/stage1/58_plan.ipynb #b70d633a
+# %% ../../nbs/stage1/58_plan.ipynb #7dfb2551
 @dataclass
 class PhasePlan:
     "What a phase takes."
@@ -584,7 +584,7 @@ def total(
     return max(fixed, fixed - held + step)
 
 
-# %% ../../nbs/stage1/58_plan.ipynb #03977cf2
+# %% ../../nbs/stage1/58_plan.ipynb #e7034bc5
 @patch
 def parts_for(self: PhasePlan, gpu: Gpu) -> int:
     "The fewest equal parts of a batch that fit; None if not even single people do."
@@ -610,7 +610,7 @@ def hours(self: Plan, gpu: Gpu) -> float:
     return sum(hours_on(gpu, p.flops, p.phase.bf16) for p in self.phases)
 
 
-# %% ../../nbs/stage1/58_plan.ipynb #cfcc5f80
+# %% ../../nbs/stage1/58_plan.ipynb #cd4260ae
 def _check_phases(phases):
     "One line for a schedule that cannot be planned."
     if not phases:
@@ -623,7 +623,7 @@ def _check_phases(phases):
             )
 
 
-# %% ../../nbs/stage1/58_plan.ipynb #ba393d9f
+# %% ../../nbs/stage1/58_plan.ipynb #f6a99f5c
 def plan_training(
     config: GeneratorConfig,
     phases: list,  # of Phase
@@ -644,7 +644,7 @@ def plan_training(
     return Plan(generator, parts, look_bytes(generator), counts, plans)
 
 
-# %% ../../nbs/stage1/58_plan.ipynb #8c313733
+# %% ../../nbs/stage1/58_plan.ipynb #dcd4db4e
 def _gb(size):
     return f'{size / 1e9:.2f} GB' if size > 1e8 else f'{size / 1e6:.1f} MB'
 
@@ -667,7 +667,7 @@ def _shape_lines(plan):
     ]
 
 
-# %% ../../nbs/stage1/58_plan.ipynb #1e792e6a
+# %% ../../nbs/stage1/58_plan.ipynb #0ae15494
 def _phase_lines(entry):
     "Memory of one phase."
     phase, state = entry.phase, {k: v for k, v in entry.state.items() if v}
@@ -696,7 +696,7 @@ def _disk_lines(plan):
     return [f'disk              a look takes {size}: ' + '; '.join(named)]
 
 
-# %% ../../nbs/stage1/58_plan.ipynb #086daea8
+# %% ../../nbs/stage1/58_plan.ipynb #94452b92
 def advise(
     plan: Plan,
     gpu: Gpu,
@@ -722,7 +722,7 @@ def _gpu_lines(plan):
     return lines
 
 
-# %% ../../nbs/stage1/58_plan.ipynb #d7cdb6b3
+# %% ../../nbs/stage1/58_plan.ipynb #b031ec3b
 def plan_lines(
     plan: Plan,
 ) -> list:  # lines of text
@@ -742,7 +742,7 @@ def plan_lines(
     ]
 
 
-# %% ../../nbs/stage1/58_plan.ipynb #07b5c9c1
+# %% ../../nbs/stage1/58_plan.ipynb #0e1f3f44
 def _anchor_lines(plan):
     "How far the estimate is from what the paper reports."
     ratio = PAPER_HOURS / PAPER_ESTIMATE
