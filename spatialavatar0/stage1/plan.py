@@ -566,6 +566,7 @@ class PhasePlan:
     state: dict  # what -> bytes, from `state_bytes`
     room: Room
     flops: float  # of all steps, at the mean K
+    half: Room = None  # the same in bf16, for a phase that is not
 
 
 @patch
@@ -639,6 +640,8 @@ def plan_training(
         room = measure_room(generator, phase, phase.bf16 and device == 'cuda', device)
         step = float(_at(room.flops, phase.batch, (1 + phase.sources) / 2))
         plans.append(PhasePlan(phase, state_bytes(generator, phase), room, step * phase.steps))
+        if device == 'cuda' and not phase.bf16:
+            plans[-1].half = measure_room(generator, phase, True)
     counts = FRAMES if frames is None else frames
     parts = count_parameters(generator)
     return Plan(generator, parts, look_bytes(generator), counts, plans)
@@ -682,7 +685,15 @@ def _phase_lines(entry):
         '  whole step      ' + ', '.join(totals),
         f'  largest draw    mean K of a part {K:.1f}: {_gb(entry.total())}, of it',
         *[f'    {name:18} {_gb(size):>10}' for name, size in shares],
+        *_half_lines(entry),
     ]
+
+
+def _half_lines(entry):
+    "What another type of number would change."
+    if entry.half is None:
+        return []
+    return [f'  in bf16         {_gb(replace(entry, room=entry.half).total())} in place of that']
 
 
 def _disk_lines(plan):
