@@ -689,6 +689,7 @@ def _phase_lines(entry):
     ]
 
 
+# %% ../../nbs/stage1/58_plan.ipynb #58b00001
 def _half_lines(entry):
     "What another type of number would change."
     if entry.half is None:
