@@ -1175,6 +1175,7 @@ def _pictures(options, head):
     return {name: n * d.instants * len(d.cameras) for name, (d, n) in sets.items()}
 
 
+# %% ../nbs/pipeline.ipynb #58a00006
 def plan_of_training(
     options: TrainOptions = None,
     say=print,
@@ -1226,6 +1227,7 @@ class RefinePlan:
         return max(fast / 4, fast + (slow - fast) * (by_count + by_pixels) / 2)
 
 
+# %% ../nbs/pipeline.ipynb #58a00009
 CPU_STEPS = (256, 15_464, 20.33), (512, 55_094, 59.64)  # pixels, Gaussians, ms of a step
 PAPER_RATE = 10_000 / 120  # steps a second, RTX 3090: 2.0 minutes (Sec. 4.1)
 
@@ -1243,6 +1245,7 @@ def _refined_size(avatar, clip, options):
     return len(shown), max(train[0].width, train[0].height), len(train)
 
 
+# %% ../nbs/pipeline.ipynb #58a00007
 def plan_of_refinement(
     avatar,  # an avatar file or 'new'
     clip,  # a folder in any format of page 33; one that is not there yet counts as 3,000 x 512
@@ -1257,6 +1260,7 @@ def plan_of_refinement(
     return plan
 
 
+# %% ../nbs/pipeline.ipynb #58a00008
 def _refine_plan_lines(plan, clip):
     "A plan of a refinement as lines to read."
     assumed = '' if clip.exists() else f' (assumed: {clip} is not there)'
