@@ -518,12 +518,15 @@ def _run_export(
     _say(export_avatar(shown, out, motion, **how, say=_say).resolve())
 
 
-# %% ../nbs/cli.ipynb #c12fb691
+# %% ../nbs/cli.ipynb #58a00005
 _START = 'An avatar file, or "new": one frame of the clip is warped.'
 _CLIP_HEAD = 'FLAME model of the clip; default: the open head.'
 _PAPER = 'As the paper has it, without our remedy.'
+_DRY_RUN = 'Only say what it takes: memory, disk, time. Needs no data, no GPU; writes nothing.'
+_DryRun = Annotated[bool, typer.Option('--dry-run', help=_DRY_RUN)]
 
 
+# %% ../nbs/cli.ipynb #c12fb691
 @app.command('refine')
 def _run_refine(
     avatar: Annotated[str, typer.Argument(help=_START)],
@@ -538,14 +541,18 @@ def _run_refine(
     paper: Annotated[bool, typer.Option(help=_PAPER)] = False,
     seed: _Seed = 0,
     restart: _Restart = False,
+    dry_run: _DryRun = False,
     device: _Device = Device.cpu,
 ):
     "Refine an AVATAR on a person's CLIP; stopped, the same command goes on."
-    from spatialavatar0.pipeline import RefineOptions, refine_clip
+    from spatialavatar0.pipeline import RefineOptions, plan_of_refinement, refine_clip
 
-    where = check_device(device.value, True)
+    where = device.value if dry_run else check_device(device.value, True)
     model = _model(head, num_shape, num_expr)
     options = RefineOptions(iters, model, resolution, paper, seed, where)
+    if dry_run:
+        plan_of_refinement(avatar, clip, options, _say)
+        return
     refine_clip(avatar, clip, out, options, _say, restart)
 
 
@@ -571,19 +578,18 @@ _Sixteen = typer.Option(min=1, help='Painted people in front of sixteen.')
 
 
 # %% ../nbs/cli.ipynb #f5696ca7
-def _train(out, restart, device, head, num_shape, num_expr, follow_links, **options):
+def _train(out, restart, dry_run, device, head, num_shape, num_expr, follow_links, **options):
     "`train` with its options as the command line gives them."
-    from spatialavatar0.pipeline import TrainOptions, train_generator
+    from spatialavatar0.pipeline import TrainOptions, plan_of_training, train_generator
 
-    where = check_device(device.value, True)
+    where = device.value if dry_run else check_device(device.value, True)
     model = _model(head, num_shape, num_expr)
     options = {k: x.value if isinstance(x, StrEnum) else x for k, x in options.items()}
     options = TrainOptions(head=model, device=where, **options)
-    train_generator(out, options, _say, restart)
+    plan_of_training(options, _say) if dry_run else train_generator(out, options, _say, restart)
 
 
 # %% ../nbs/cli.ipynb #49b531b0
-@app.command('train')
 def _run_train(
     out: _Out = Path('out'),
     preset: Annotated[NetworkSize, typer.Option(help=_NETWORK)] = NetworkSize.laptop,
@@ -608,11 +614,15 @@ def _run_train(
     workers: Annotated[int, typer.Option(min=1, help=_READERS)] = 4,
     seed: _Seed = 0,
     restart: _Restart = False,
+    dry_run: _DryRun = False,
     device: _Device = Device.cpu,
 ):
     "Train a generator, on painted people or on your data; stopped, the same command goes on."
     _train(**locals())
 
+
+# %% ../nbs/cli.ipynb #49b531b1
+app.command('train')(_run_train)
 
 # %% ../nbs/cli.ipynb #18e00004
 _JUDGED = 'An avatar file; or warp, network: made of a frame of the clip.'

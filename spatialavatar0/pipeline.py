@@ -9,6 +9,8 @@ __all__ = [
     'FILES',
     'UNITS',
     'FILM_UNITS',
+    'CPU_STEPS',
+    'PAPER_RATE',
     'BuildConfig',
     'build_preset',
     'held_out_report',
@@ -36,6 +38,9 @@ __all__ = [
     'TrainOptions',
     'phases_of',
     'train_generator',
+    'plan_of_training',
+    'RefinePlan',
+    'plan_of_refinement',
     'MotionOptions',
     'motion_for',
     'animate_avatar',
@@ -150,6 +155,8 @@ from .pictures.domains import held_out, mono, multi, people
 from .pictures.formats import head_for, load_clip, train_test
 from .stage1.backbone import backbone_of
 from .stage1.generator import from_preset
+from .stage1.generator import preset as network_preset
+from .stage1.plan import plan_lines, plan_training
 from .stage1.schedule import LAYER_DECAY, laptop_schedule, paper_schedule
 from .stage1.trainer import Shelf, Trainer, launched, score_generator, together
 from .stage2.loop import STATE, measure, refine, screen_aspect
@@ -1100,22 +1107,25 @@ def phases_of(
 
 
 # %% ../nbs/pipeline.ipynb #9e70f001
-def _network_of(options, head):
-    "The untrained generator that options ask for."
+def _switches_of(options):
+    "What options change about the network of their preset."
     changes = dict(pool=options.pool, teeth=options.teeth)
     changes = {name: value for name, value in changes.items() if value is not None}
     if options.pool == 'visible':
         changes['visibility'] = True
     if options.backbone:
         changes |= dict(backbone_of(options.backbone), encoder=())
-    if options.unfrozen:
-        changes['frozen'] = False
-    generator = from_preset(options.preset, head, options.seed, **changes)
-    if options.unfrozen and not generator.config.backbone:
+    if options.unfrozen and not (options.backbone or network_preset(options.preset).backbone):
         raise InputError(
             f'the preset {options.preset!r} has no backbone to unfreeze: its small encoder always '
             'learns; give --backbone, or --preset paper'
         )
+    return changes | dict(frozen=False) if options.unfrozen else changes
+
+
+def _network_of(options, head):
+    "The untrained generator that options ask for."
+    generator = from_preset(options.preset, head, options.seed, **_switches_of(options))
     generator.recompute = options.recompute
     return generator
 
@@ -1241,6 +1251,124 @@ def _save_generator(generator, out, trainer, options):
         mono=str(options.mono or ''),
         multi=str(options.multi or ''),
     )
+
+
+# %% ../nbs/pipeline.ipynb #58a00002
+def _pictures(options, head):
+    "Pictures of each phase; None: the paper's data."
+    folders = dict(mono=options.mono, multi=options.multi)
+    if options.mono:
+        return {
+            name: sum(len(load_clip(path, head)) for path in subjects(folder).values())
+            for name, folder in folders.items()
+        }
+    if options.preset in ('ours', 'paper'):
+        return None
+    sets = dict(mono=(mono(64), options.people), multi=(multi(64, instants=6), options.subjects))
+    return {name: n * d.instants * len(d.cameras) for name, (d, n) in sets.items()}
+
+
+# %% ../nbs/pipeline.ipynb #58a00006
+def plan_of_training(
+    options: TrainOptions = None,
+    say=print,
+):  # -> stage1.plan.Plan
+    "Say what a training takes: sizes, memory, disk, hours. Needs no data; writes nothing."
+    options = options or TrainOptions()
+    head = _training_head(options)
+    if options.preset in ('ours', 'paper'):
+        options = replace(options, device='cuda')
+    config = replace(network_preset(options.preset), **_switches_of(options))
+    pictures, phases = _pictures(options, head), phases_of(options)
+    plan = plan_training(config, phases, head, pictures, options.device)
+    say(f"plan for the preset {options.preset}, with the {options.device} renderer's memory")
+    for line in plan_lines(plan):
+        say(line)
+    if options.recompute:
+        say(f'--recompute {options.recompute} is not in it: encoder and UV network take less')
+    return plan
+
+
+# %% ../nbs/pipeline.ipynb #58a00003
+@dataclass
+class RefinePlan:
+    "What a refinement takes."
+
+    gaussians: int
+    size: int  # pixels, the longer side
+    frames: int  # to learn from
+    iters: int
+    cache: float = 256e6  # bytes for pictures, on the CPU (page 61)
+
+    @property
+    def numbers(self):
+        return 14 * self.gaussians  # place 3, turn 4, scale 3, opacity 1, colour 3
+
+    @property
+    def state(self):
+        return 4 * 4 * self.numbers  # bytes: value, gradient, two moments of Adam
+
+    @property
+    def cached(self):
+        return min(self.frames, int(self.cache / (4 * self.size**2)))  # colour and matte, bytes
+
+    @property
+    def cpu_step(self):  # ms, on two cores
+        "Between and beyond the two sizes that results/refine_speed.json has."
+        (small, few, fast), (large, many, slow) = CPU_STEPS
+        by_count = (self.gaussians - few) / (many - few)
+        by_pixels = (self.size**2 - small**2) / (large**2 - small**2)
+        return max(fast / 4, fast + (slow - fast) * (by_count + by_pixels) / 2)
+
+
+# %% ../nbs/pipeline.ipynb #58a00009
+CPU_STEPS = (256, 15_464, 20.33), (512, 55_094, 59.64)  # pixels, Gaussians, ms of a step
+PAPER_RATE = 10_000 / 120  # steps a second, RTX 3090: 2.0 minutes (Sec. 4.1)
+
+
+# %% ../nbs/pipeline.ipynb #58a00004
+def _refined_size(avatar, clip, options):
+    "Gaussians, pixels and frames; of a usual clip where there is none yet."
+    there = Path(clip).exists()
+    head = head_for(clip, options.head) if there or options.head else open_head()
+    is_new = str(avatar) == 'new'
+    shown = new_avatar(head, options.resolution) if is_new else load_avatar(avatar, head)
+    if not there:
+        return len(shown), 512, 3000
+    train, _ = train_test(clip, head)
+    return len(shown), max(train[0].width, train[0].height), len(train)
+
+
+# %% ../nbs/pipeline.ipynb #58a00007
+def plan_of_refinement(
+    avatar,  # an avatar file or 'new'
+    clip,  # a folder in any format of page 33; one that is not there yet counts as 3,000 x 512
+    options: RefineOptions = None,
+    say=print,
+) -> RefinePlan:
+    "Say what a refinement takes; writes nothing."
+    options = options or RefineOptions()
+    plan = RefinePlan(*_refined_size(avatar, clip, options), options.iters)
+    for line in _refine_plan_lines(plan, Path(clip)):
+        say(line)
+    return plan
+
+
+# %% ../nbs/pipeline.ipynb #58a00008
+def _refine_plan_lines(plan, clip):
+    "A plan of a refinement as lines to read."
+    assumed = '' if clip.exists() else f' (assumed: {clip} is not there)'
+    gpu, cpu = plan.iters / PAPER_RATE / 60, plan.iters * plan.cpu_step / 60e3
+    return [
+        f'Gaussians    {plan.gaussians:,}, {plan.numbers:,} numbers learn',
+        f'pictures     {plan.frames:,} to learn from, {plan.size} pixels{assumed}',
+        f'state        {plan.state / 1e6:.1f} MB: numbers, gradients, two moments of Adam',
+        f'view cache   {plan.cached:,} of {plan.frames:,} pictures fit into 256 MB of the host; '
+        'on a GPU into half of what it has left',
+        f'steps        {plan.iters:,}',
+        f"time         {gpu:.1f} minutes on an RTX 3090 at the paper's 83 steps a second; about "
+        f'{cpu:.1f} on two cores (results/refine_speed.json)',
+    ]
 
 
 # %% ../nbs/pipeline.ipynb #18c00002
