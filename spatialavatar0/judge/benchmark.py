@@ -35,6 +35,7 @@ import queue
 import re
 import threading
 import time
+import traceback
 from collections import deque
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -675,6 +676,8 @@ def _serve(letter, kit, sender, folder):
             return dict(failed=str(error))
         except KeyboardInterrupt:
             return {}
+        except Exception:  # not every error can travel; its text can
+            return dict(bug=traceback.format_exc())
 
 
 # %% ../../nbs/judge/92_benchmark.ipynb #da5c0011
@@ -789,6 +792,8 @@ def answer(self: Errands, job, future):
     where = f' ({said["host"]})' if self.address else ''
     if 'refused' in said:
         raise NoMore(f'the machine {said["host"]} {said["refused"]}')
+    if 'bug' in said:
+        raise RuntimeError(f'{job.shown}{where}: {said["bug"]}')
     if 'line' not in said:
         raise InputError(said.get('failed', 'its refinement was asked to end') + where)
     return said['line']
