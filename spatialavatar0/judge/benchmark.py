@@ -39,6 +39,7 @@ import traceback
 from collections import deque
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from multiprocessing import resource_tracker
 from pathlib import Path
 from uuid import uuid4
 
@@ -568,6 +569,7 @@ def _own_cluster(processes, needs):
     gpus = _gpu_names() if needs else []
     quiet = dict(how, silence_logs=logging.CRITICAL)
     workers = {i: _nanny(i, needs, gpus, quiet) for i in range(processes)}
+    resource_tracker.ensure_running()  # it would unblock Ctrl-C in the thread that starts it
     with without_ctrl_c():
         return distributed.SpecCluster(
             workers, scheduler, security=safety, silence_logs=logging.CRITICAL
@@ -645,7 +647,7 @@ def _working_for(sender, folder):
             with contextlib.chdir(folder if Path(folder).is_dir() else '.'):
                 yield
         finally:
-            del _threads[sender]
+            _threads.pop(sender, None)
 
 
 def _stop_for(sender):
