@@ -9,7 +9,7 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
-USER_EXTRAS = 'track metrics viewer train lab data'.split()
+USER_EXTRAS = 'track metrics viewer train lab data cluster'.split()
 
 
 def settings():

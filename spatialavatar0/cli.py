@@ -659,21 +659,25 @@ def _run_evaluate(
     evaluate_avatar(avatar, clip, protocol, out, **names, restart=restart, device=where, say=_say)
 
 
-# %% ../nbs/cli.ipynb #f675291c
+# %% ../nbs/cli.ipynb #c1a57e01
 _PEOPLE = 'A folder with a folder per person or sequence, in any format of page 33.'
 _METHOD = "warp, network or a generator's file; then perhaps +paper or +ours."
 _KEPT = typer.Option(help='Lines of results; those that are there are not made again.')
+_AT_A_TIME = 'People at a time, a process each; default: 1, or one for each GPU.'
+_CLUSTER = 'Address of a Dask scheduler, tcp://HOST:8786: its workers do it, on any machine.'
 _WARPED = typer.Option(min=8, help='Texels per side of a warped start.')
 _ALSO = typer.Option(help='As for evaluate; also vfhq_cross, hdtf_cross.')
 
 
+# %% ../nbs/cli.ipynb #f675291c
 @app.command('benchmark')
 def _run_benchmark(
     folder: Annotated[Path, typer.Argument(help=_PEOPLE)],
     protocol: Annotated[str, _ALSO] = 'splattingavatar',
     method: Annotated[str, typer.Option(help=_METHOD)] = 'warp+paper',
     out: Annotated[Path, _KEPT] = Path('results.jsonl'),
-    jobs: Annotated[int, typer.Option(min=1, help='People at a time, a process each.')] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help=_AT_A_TIME)] = None,
+    cluster: Annotated[str, typer.Option(help=_CLUSTER)] = None,
     seeds: Annotated[int, typer.Option(min=1)] = 1,
     iters: Annotated[int, typer.Option(min=1, help='Of a refinement.')] = 10_000,
     resolution: Annotated[int, _WARPED] = 128,
@@ -687,9 +691,11 @@ def _run_benchmark(
     "Run a PROTOCOL over many people: make their avatars, judge them, print the table."
     from spatialavatar0.pipeline import BenchmarkOptions, benchmark_people
 
-    where = check_device(device.value, True)
+    if jobs and cluster:
+        raise typer.BadParameter('--jobs is for processes of this machine; --cluster has its own')
+    where = device.value if cluster else check_device(device.value, True)
     model = _model(head, num_shape, num_expr)
-    options = BenchmarkOptions(jobs, seeds, iters, resolution, model, where)
+    options = BenchmarkOptions(jobs, seeds, iters, resolution, model, where, cluster)
     benchmark_people(folder, protocol, method, out, options, _say, restart)
 
 

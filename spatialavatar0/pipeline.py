@@ -1646,26 +1646,27 @@ def evaluate_avatar(
 class BenchmarkOptions:
     "How a protocol runs over a folder of people."
 
-    processes: int = 1
+    processes: int = None  # default: 1; with device cuda, one for each GPU here
     seeds: int = 1
     iters: int = 10_000  # of a refinement
     resolution: int = 128  # texels per side of a warped start
     head: str = None  # FLAME model of the clips; default: the open head
     device: str = 'cpu'
+    cluster: str = None  # address of a Dask scheduler whose workers do it; then no processes
+
+    def count(self):  # of processes
+        if self.processes or self.cluster or self.device == 'cpu':
+            return self.processes or 1
+        return max(1, torch.cuda.device_count())
 
     def for_jobs(self):  # what every job is told
         return dict(
             iters=self.iters,
             resolution=self.resolution,
             head=self.head,
-            threads=max(1, (os.cpu_count() or 1) // self.processes),
+            device=self.device,
+            threads=0 if self.cluster else max(1, (os.cpu_count() or 1) // self.count()),
         )
-
-
-# %% ../nbs/pipeline.ipynb #b24e33d2
-def _on_all_gpus(jobs):
-    count = torch.cuda.device_count()
-    return [replace(job, device=f'cuda:{i % count}') for i, job in enumerate(jobs)]
 
 
 # %% ../nbs/pipeline.ipynb #3a9998f3
@@ -1718,16 +1719,14 @@ def benchmark_people(
     method_of(method)
     p = protocol_of(protocol)
     out = Path(out)
-    state = str(out.with_name(f'{out.stem}_states'))
+    state = os.path.abspath(out.with_name(f'{out.stem}_states'))
     more = dict(options.for_jobs(), state=state, say=say)
     jobs = jobs_of(folder, protocol, method, options.seeds, **more)
-    if options.device == 'cuda':
-        jobs = _on_all_gpus(jobs)
     sweep(out.parent)
     words = dict(protocol=protocol, method=method, out=out, **_benchmark_words(options))
     with _noted_states(Path(state), Path(folder), words):
         if restart:
             _forget_states(state)
-        failed = run_all(jobs, out, options.processes, say, restart)
+        failed = run_all(jobs, out, options.count(), say, restart, options.cluster)
     say(_table_of(p, out, failed))
     return failed

@@ -1,4 +1,4 @@
-"One folder, one writer: leases, locks, signals, workers, what a killed run leaves."
+"One folder, one writer: leases, locks, signals, what a killed run leaves."
 
 import contextlib
 import errno
@@ -480,37 +480,6 @@ def test_what_is_ignored_stays_ignored():
         assert not flag
     finally:
         signal.signal(signal.SIGHUP, before)
-
-
-# ---- workers
-
-CREW = """
-import os, time
-from spatialavatar0.ground.lease import Workers, as_ctrl_c, exit_code
-with as_ctrl_c() as came:
-    try:
-        with Workers(2) as workers:
-            busy = [workers.submit(time.sleep, 60)]
-            print(*[p.pid for p in workers.pool._processes.values()], flush=True)
-            busy[0].result()
-    except KeyboardInterrupt:
-        pass
-raise SystemExit(exit_code(came))
-"""
-
-
-@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_no_worker_outlives_its_parent(number):
-    process = started(CREW)
-    workers = [int(word) for word in process.first.split()]
-    assert workers
-    time.sleep(0.5)
-    process.send_signal(number)
-    said = process.communicate(timeout=60)[1]
-    assert all(map(is_gone, workers))
-    if number != signal.SIGKILL:
-        assert process.returncode == 128 + number
-        assert 'Traceback' not in said
 
 
 # ---- all of it

@@ -20,7 +20,7 @@ from conftest import ROOT
 from packaging.requirements import Requirement
 
 OPTIONAL = 'gsplat lpips timm mediapipe viser smplx torchvision accelerate'.split()
-USER_EXTRAS = 'track metrics viewer train lab data'.split()
+USER_EXTRAS = 'track metrics viewer train lab data cluster'.split()
 SOURCE_FILES = (
     'settings.ini',
     'setup.py',

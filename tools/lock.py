@@ -24,7 +24,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[1]
 LOCK = ROOT / '.ci' / 'lock.txt'
 PINS = ROOT / '.ci' / 'constraints.txt'
-USER = 'track', 'metrics', 'viewer', 'train', 'lab', 'data'
+USER = 'track', 'metrics', 'viewer', 'train', 'lab', 'data', 'cluster'
 
 
 def ranges(*extras):

@@ -15,7 +15,9 @@ __all__ = [
     'as_ctrl_c',
     'exit_code',
     'finish_first',
-    'Workers',
+    'ask_to_end',
+    'forget_asked',
+    'without_ctrl_c',
 ]
 
 # %% ../../nbs/ground/06_lease.ipynb #229067be
@@ -23,7 +25,6 @@ import contextlib
 import functools
 import inspect
 import json
-import multiprocessing
 import os
 import platform
 import re
@@ -34,8 +35,6 @@ import threading
 import time
 import warnings
 import zlib
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from datetime import datetime
 from pathlib import Path
 
@@ -372,9 +371,13 @@ def interruption(
 _NAMES = 'SIGINT', 'SIGTERM', 'SIGHUP'
 
 
+def _is_side_thread():
+    return threading.current_thread() is not threading.main_thread()
+
+
 def _ours():
     "Numbers of the signals that ask a process to end, as far as they may be answered here."
-    if threading.current_thread() is not threading.main_thread():
+    if _is_side_thread():
         return []
     numbers = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
     return [n for n in numbers if signal.getsignal(n) not in (signal.SIG_IGN, None)]
@@ -420,10 +423,13 @@ def exit_code(
 
 
 # %% ../../nbs/ground/06_lease.ipynb #38e4247f
+_asked = {}  # thread that is not the main one -> numbers of the signals it was told of
+
+
 @contextlib.contextmanager
 def finish_first():  # yields a list, no longer empty once a signal came: its number
     "Inside, a signal only raises a flag, so that the step in hand is finished; a second one acts."
-    flag = []
+    flag = _asked.setdefault(threading.get_ident(), []) if _is_side_thread() else []
 
     def answer(number, frame):
         flag.append(number)
@@ -439,95 +445,31 @@ def finish_first():  # yields a list, no longer empty once a signal came: its nu
 
 
 # %% ../../nbs/ground/06_lease.ipynb #824f576d
-_at_work = []  # in a worker: not empty while it has a job
+def ask_to_end(
+    thread: int,  # see threading.get_ident; not the main thread
+    number: int = signal.SIGTERM,  # of the signal it is to act on
+):
+    "Raise the flag of a side thread, as a signal would: its step in hand is finished."
+    _asked.setdefault(thread, []).append(number)
 
 
-def _answer_in_worker(number, frame):
-    "Save what the job saves, or end where there is no job."
-    if not _at_work:
-        os._exit(128 + number)
-    signal.signal(number, signal.SIG_IGN)
-    raise Terminated(number)
-
-
-def _follow_parent():
-    multiprocessing.parent_process().join()
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(20)
-    os._exit(128 + signal.SIGTERM)
-
-
-def _begin_worker():
-    "What a worker does before its first job."
-    for number in _ours():
-        signal.signal(number, _answer_in_worker)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_follow_parent, daemon=True).start()
+def forget_asked():
+    "Begin anew in this thread: it was not asked to end."
+    _asked.pop(threading.get_ident(), None)
 
 
 # %% ../../nbs/ground/06_lease.ipynb #c20feacb
-def _work(function, words):
-    "A job of a worker; interrupted, the worker ends with it."
-    _at_work.append(1)
-    try:
-        return function(*words)
-    except KeyboardInterrupt as error:
-        os._exit(128 + getattr(error, 'number', signal.SIGINT))
-    finally:
-        _at_work.clear()
+_TERMINAL = {getattr(signal, name) for name in ('SIGINT', 'SIGHUP') if hasattr(signal, name)}
 
 
 @contextlib.contextmanager
-def _without_ctrl_c():
-    "Inside, Ctrl-C waits; processes that are started inside never get it."
+def without_ctrl_c():
+    "Inside, Ctrl-C waits; threads and processes that are started inside never get it."
     if not hasattr(signal, 'pthread_sigmask'):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _TERMINAL)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-# %% ../../nbs/ground/06_lease.ipynb #3653d986
-class Workers(contextlib.AbstractContextManager):
-    "Processes that work through jobs, and end with the process that started them."
-
-    def __init__(
-        self,
-        count: int,  # of processes
-    ):
-        self.others = set(multiprocessing.active_children())
-        context = multiprocessing.get_context('spawn')
-        self.pool = ProcessPoolExecutor(count, mp_context=context, initializer=_begin_worker)
-
-    def submit(self, function, *words):  # -> a Future
-        with _without_ctrl_c():
-            return self.pool.submit(_work, function, words)
-
-    def end(self, grace=10):  # seconds for what a job saves
-        mine = set(multiprocessing.active_children()) - self.others
-        self.pool.shutdown(wait=False, cancel_futures=True)
-        for process in mine:
-            process.terminate()
-        until = time.monotonic() + grace
-        for process in mine:
-            process.join(max(0, until - time.monotonic()))
-            process.kill()
-
-    def __exit__(self, kind, error, trace):
-        if kind is None:
-            self.pool.shutdown()
-            return
-        self.end()
-        if issubclass(kind, BrokenProcessPool):
-            raise _worker_lost() from error
-
-
-# %% ../../nbs/ground/06_lease.ipynb #74bcca0c
-def _worker_lost():
-    return _refusal(
-        'a worker was ended from outside, perhaps because memory ran out; the same command goes '
-        'on: give it fewer --jobs'
-    )

@@ -19,18 +19,33 @@ __all__ = [
     'left_out_of',
     'run_job',
     'jobs_of',
+    'NoMore',
+    'kit_content',
+    'Errands',
     'run_all',
 ]
 
 # %% ../../nbs/judge/92_benchmark.ipynb #930e3ac4
+import contextlib
+import importlib.util
+import logging
+import os
+import pickle
+import queue
 import re
-from concurrent.futures import as_completed
+import threading
+import time
+import traceback
+from collections import deque
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
+from multiprocessing import resource_tracker
 from pathlib import Path
+from uuid import uuid4
 
 import numba
 import torch
+from fastcore.basics import patch
 
 from spatialavatar0.pictures.clips import (
     Clip,
@@ -46,7 +61,7 @@ from ..avatar.avatar import Avatar
 from ..avatar.portrait import from_frame, head_square
 from ..ground.content import file_hash, hash_of, refuse_other, what_changed
 from ..ground.core import InputError, gpu_memory, progress
-from ..ground.lease import Workers
+from ..ground.lease import ask_to_end, forget_asked, without_ctrl_c
 from ..ground.media import natural_order
 from ..ground.pickles import printable
 from ..head.head import Head
@@ -354,7 +369,7 @@ class Job:
     resolution: int = 128
     seed: int = 0
     device: str = 'cpu'
-    threads: int = 1
+    threads: int = 1  # 0: as many as its process has
     state: str = ''  # folder for what an interrupted refinement has reached
 
     def __post_init__(self):
@@ -439,11 +454,17 @@ def _parts_of(name, path, p, head):
 
 
 # %% ../../nbs/judge/92_benchmark.ipynb #26e8c195
+def _use_threads(count):
+    "Compute with so many threads; 0: leave it as it is."
+    if count:
+        torch.set_num_threads(count)
+        numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
+
+
 @gpu_memory('run fewer --jobs at a time, or on the CPU: --device cpu')
 def run_job(job: Job) -> Line:
     "Make a person's avatar and judge it; what a process of its own does."
-    torch.set_num_threads(job.threads)
-    numba.set_num_threads(min(job.threads, numba.config.NUMBA_NUM_THREADS))
+    _use_threads(job.threads)
     head = _head_of(job)
     made_of = job_content(job, head)
     p = protocol_of(job.protocol)
@@ -499,6 +520,330 @@ def _is_done(job, results, restart, content):
     return True
 
 
+# %% ../../nbs/judge/92_benchmark.ipynb #da5c0002
+class NoMore(InputError):
+    "Something that concerns all jobs that are left, not one person."
+
+
+def _engine():
+    "The package that gives jobs to processes, or what to install."
+    if importlib.util.find_spec('distributed') is None:
+        raise InputError(
+            'several processes or machines need dask.distributed; pip install '
+            '"spatialavatar0[cluster]", or leave out --jobs and --cluster'
+        )
+    import distributed
+
+    return distributed
+
+
+def _needs(job):
+    "What a worker must offer for a job: one GPU, or nothing in particular."
+    return dict(GPU=1) if job.device.startswith('cuda') else {}
+
+
+# %% ../../nbs/judge/92_benchmark.ipynb #da5c0004
+def _gpu_names():
+    "What CUDA_VISIBLE_DEVICES calls the GPUs that we see."
+    named = os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',')
+    count = torch.cuda.device_count()
+    return named[:count] if any(named) else [str(i) for i in range(count)]
+
+
+def _nanny(number, needs, gpus, how):
+    "One of our own workers, as Dask is told: its class and options; a nanny starts it again."
+    env = dict(CUDA_VISIBLE_DEVICES=gpus[number % len(gpus)]) if needs and gpus else {}
+    return dict(
+        cls=_engine().Nanny,
+        options=dict(nthreads=1, memory_limit=0, resources=needs, env=env, **how),
+    )
+
+
+def _own_cluster(processes, needs):
+    "A scheduler in this process, and so many workers, which end with it."
+    distributed = _engine()
+    safety = distributed.Security.temporary()
+    how = dict(host='127.0.0.1', security=safety, protocol='tls://')
+    has_page = importlib.util.find_spec('bokeh') is not None
+    page = dict(dashboard=has_page, dashboard_address='127.0.0.1:0')
+    scheduler = dict(cls=distributed.Scheduler, options=dict(port=0, **how, **page))
+    gpus = _gpu_names() if needs else []
+    quiet = dict(how, silence_logs=logging.CRITICAL)
+    workers = {i: _nanny(i, needs, gpus, quiet) for i in range(processes)}
+    resource_tracker.ensure_running()  # it would unblock Ctrl-C in the thread that starts it
+    with without_ctrl_c():
+        return distributed.SpecCluster(
+            workers, scheduler, security=safety, silence_logs=logging.CRITICAL
+        )
+
+
+# %% ../../nbs/judge/92_benchmark.ipynb #da5c0005
+def _client_of(address):
+    "A client of a scheduler that somebody has started."
+    try:
+        return _engine().Client(address, timeout=10)
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(
+            f'no scheduler answers at {printable(address)} ({type(error).__name__}); start one '
+            'with `dask scheduler`, and its workers; then the same command goes on'
+        ) from error
+
+
+@contextlib.contextmanager
+def _crew(processes, address, needs):
+    "A client: of the scheduler at an address, or of one of our own."
+    distributed = _engine()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(distributed.utils.silence_logging_cmgr(logging.CRITICAL))
+        if address:
+            yield stack.enter_context(_client_of(address))
+            return
+        cluster = stack.enter_context(_own_cluster(processes, needs))
+        client = stack.enter_context(distributed.Client(cluster))
+        client.wait_for_workers(1)
+        yield client
+
+
+# %% ../../nbs/judge/92_benchmark.ipynb #da5c0007
+_OPTIONAL = 'lpips', 'mediapipe', 'dlib'  # they add columns to a line
+
+
+@lru_cache(None)
+def kit_content() -> dict:  # a fingerprint
+    "What judges here: version and code of this kit, and the optional packages."
+    import spatialavatar0
+
+    folder = Path(spatialavatar0.__file__).parent
+    code = {path.relative_to(folder).as_posix(): path for path in folder.rglob('*.py')}
+    return dict(
+        version=spatialavatar0.__version__,
+        code=hash_of({name: code[name].read_bytes() for name in sorted(code)}),
+        packages={name: importlib.util.find_spec(name) is not None for name in _OPTIONAL},
+    )
+
+
+def _check_files(job, expected):
+    "Refuse a job whose files are not here what they are where it comes from."
+    try:
+        changed = what_changed(expected, job_content(job))
+    except InputError as error:
+        raise NoMore(f'cannot read what can be read here: {error}') from error
+    if changed:
+        raise NoMore(f'sees other files of {job.shown}: {", ".join(changed)}')
+
+
+# %% ../../nbs/judge/92_benchmark.ipynb #da5c0008
+_turn = threading.Lock()  # a worker does one job at a time, however many threads it has
+_threads = {}  # sender -> thread that works for it
+_ended = set()  # senders that want no more
+
+
+@contextlib.contextmanager
+def _working_for(sender, folder):
+    "One job's turn, in the folder of its sender if there is one here."
+    with _turn:
+        forget_asked()
+        _threads[sender] = threading.get_ident()
+        try:
+            with contextlib.chdir(folder if Path(folder).is_dir() else '.'):
+                yield
+        finally:
+            _threads.pop(sender, None)
+
+
+def _stop_for(sender):
+    "On a worker: let the refinement of a sender's job end after its step. -> whether one works."
+    _ended.add(sender)
+    thread = _threads.get(sender)
+    if thread:
+        ask_to_end(thread)
+    return thread is not None
+
+
+# %% ../../nbs/judge/92_benchmark.ipynb #da5c0009
+def _serve(letter, kit, sender, folder):
+    "What a worker does with a job: dict(line=...), or why there is none."
+    if changed := what_changed(kit, kit_content()):
+        return dict(refused=f'has another spatialavatar0: {", ".join(changed)}')
+    job, expected = pickle.loads(letter)
+    with _working_for(sender, folder):
+        try:
+            if sender in _ended:
+                return {}
+            if expected is not None:
+                _check_files(job, expected)
+            return dict(line=run_job(job))
+        except NoMore as error:
+            return dict(refused=str(error))
+        except InputError as error:
+            return dict(failed=str(error))
+        except KeyboardInterrupt:
+            return {}
+        except Exception:  # not every error can travel; its text can
+            return dict(bug=traceback.format_exc())
+
+
+# %% ../../nbs/judge/92_benchmark.ipynb #da5c0011
+def _carried():
+    "The two functions that travel to a worker whole."
+
+    def serve(*words):
+        import importlib
+        import platform
+
+        host = platform.node()
+        try:
+            work = importlib.import_module('spatialavatar0.judge.benchmark')._serve
+        except (ImportError, AttributeError) as error:
+            return dict(host=host, refused=f'lacks a spatialavatar0 like this: {error}')
+        return dict(work(*words), host=host)
+
+    def stop(sender):
+        import sys
+
+        module = sys.modules.get('spatialavatar0.judge.benchmark')
+        end = getattr(module, '_stop_for', None)
+        return end(sender) if end else False
+
+    return serve, stop
+
+
+# %% ../../nbs/judge/92_benchmark.ipynb #da5c0013
+class Errands:
+    "Jobs on their way to workers and back."
+
+    def __init__(
+        self,
+        client,  # of dask.distributed
+        address: str,  # of the scheduler, if it is not ours
+        content,  # job -> fingerprint; one of ours finds our files, others must find the same
+        say,
+    ):
+        self.client, self.address, self.content, self.say = client, address, content, say
+        self.serve, self.stop = _carried()
+        self.running = {}  # key -> job and its Future
+        self.ended = queue.SimpleQueue()  # Futures
+        self.is_told = False  # that there is no worker
+
+    @property
+    def title(self):  # of the bar
+        link = self.client.dashboard_link if importlib.util.find_spec('bokeh') else ''
+        return f'people, {link}' if link else 'people'
+
+
+# %% ../../nbs/judge/92_benchmark.ipynb #da5c0017
+@patch
+def gone(self: Errands):
+    "The error for a scheduler that is gone."
+    return NoMore(
+        f'the scheduler at {self.address or "this machine"} is gone; the lines that came are '
+        'kept: start it again, and its workers; then the same command goes on'
+    )
+
+
+# %% ../../nbs/judge/92_benchmark.ipynb #da5c0014
+@patch
+def room(self: Errands, needs):
+    "How many more jobs may be handed in."
+    if self.client.status != 'running':
+        raise self.gone()
+    try:
+        workers = self.client.scheduler_info(n_workers=-1)['workers'].values()
+    except (OSError, TimeoutError) as error:
+        raise self.gone() from error
+    fit = [w for w in workers if all(w['resources'].get(n, 0) >= c for n, c in needs.items())]
+    if not fit and self.address and not self.is_told:
+        self.is_told = True
+        words = ' --resources GPU=1' if needs else ''
+        self.say(
+            f'note: {self.address} has no worker for these jobs yet; start one with '
+            f'`dask worker {self.address} --nthreads 1 --memory-limit 0{words}`'
+        )
+    return len(fit) - len(self.running)
+
+
+# %% ../../nbs/judge/92_benchmark.ipynb #da5c0015
+@patch
+def hand_in(self: Errands, job):
+    "Give a job to the scheduler."
+    expected = self.content(replace(job, seed=0)) if self.address else None
+    letter = pickle.dumps((job, expected))
+    future = self.client.submit(
+        self.serve,
+        letter,
+        kit_content(),
+        self.client.id,
+        os.getcwd(),
+        key=f'{job.shown}-{uuid4().hex[:8]}',
+        pure=False,
+        resources=_needs(job),
+    )
+    self.running[future.key] = job, future
+    future.add_done_callback(self.ended.put)
+
+
+# %% ../../nbs/judge/92_benchmark.ipynb #da5c0018
+@patch
+def answer(self: Errands, job, future):
+    "The line of a job that ended; or an error that says why there is none."
+    if future.status == 'error':
+        error = future.exception()
+        if type(error).__name__ != 'KilledWorker':
+            raise error
+        raise InputError('every process that tried it was ended; perhaps memory ran out')
+    if future.status != 'finished':
+        raise self.gone()
+    said = future.result()
+    where = f' ({said["host"]})' if self.address else ''
+    if 'refused' in said:
+        raise NoMore(f'the machine {said["host"]} {said["refused"]}')
+    if 'bug' in said:
+        raise RuntimeError(f'{job.shown}{where}: {said["bug"]}')
+    if 'line' not in said:
+        raise InputError(said.get('failed', 'its refinement was asked to end') + where)
+    return said['line']
+
+
+# %% ../../nbs/judge/92_benchmark.ipynb #da5c0016
+@patch
+def work_through(self: Errands, jobs):
+    "Jobs as they end, each with a function that gives its line."
+    waiting = deque(jobs)
+    try:
+        while waiting or self.running:
+            for _ in range(min(self.room(_needs(jobs[0])), len(waiting))):
+                job = waiting.popleft()
+                try:
+                    self.hand_in(job)
+                except InputError as error:
+                    yield job, partial(_raise, error)
+            with contextlib.suppress(queue.Empty):
+                key = self.ended.get(timeout=1).key
+                job, future = self.running.pop(key)
+                yield job, partial(self.answer, job, future)
+    finally:
+        self.recall()
+
+
+def _raise(error):
+    raise error
+
+
+# %% ../../nbs/judge/92_benchmark.ipynb #da5c0019
+@patch
+def recall(self: Errands, grace=10):  # seconds
+    "Let jobs that are still on their way save what they have reached."
+    if not self.running or self.client.status != 'running':
+        return
+    until = time.monotonic() + grace
+    with contextlib.suppress(OSError, TimeoutError):
+        working = self.client.run(self.stop, self.client.id, on_error='ignore')
+        while any(working.values()) and self.running and time.monotonic() < until:
+            with contextlib.suppress(queue.Empty):
+                self.running.pop(self.ended.get(timeout=0.2).key, None)
+    self.client.cancel([future for _, future in self.running.values()])
+
+
 # %% ../../nbs/judge/92_benchmark.ipynb #38cbbdfa
 def run_all(
     jobs: list,
@@ -506,27 +851,32 @@ def run_all(
     processes: int = 1,
     say=print,
     restart: bool = False,  # replace lines that were made of something else
+    cluster: str = '',  # address of a scheduler whose workers do the jobs; not processes of ours
 ) -> dict:  # who failed -> why
     "Work through jobs, several at a time."
     results = Results(out)
     content = lru_cache(None)(job_content)  # one look at a clip for all seeds
     todo = [job for job in jobs if not _is_done(job, results, restart, content)]
-    if processes == 1:
-        done = ((job, lambda job=job: run_job(job)) for job in todo)
-        return _collect(done, len(todo), results, say, restart)
-    with Workers(processes) as workers:
-        futures = {workers.submit(run_job, job): job for job in todo}
-        done = ((futures[future], future.result) for future in as_completed(futures))
-        return _collect(done, len(todo), results, say, restart)
+    if not todo:
+        return {}
+    if processes == 1 and not cluster:
+        done = ((job, partial(run_job, job)) for job in todo)
+        return _collect(done, 'people', len(todo), results, say, restart)
+    with _crew(processes, cluster, _needs(todo[0])) as client:
+        errands = Errands(client, cluster, content, say)
+        with contextlib.closing(errands.work_through(todo)) as done:
+            return _collect(done, errands.title, len(todo), results, say, restart)
 
 
 # %% ../../nbs/judge/92_benchmark.ipynb #4833fd08
-def _collect(done, count, results, say, restart):  # done: jobs, and what makes their lines
+def _collect(done, title, count, results, say, restart):  # done: jobs, and what makes their lines
     "Write lines as they come; -> who failed, and why."
     failed = {}
-    for job, result in progress(done, 'people', total=count):
+    for job, result in progress(done, title, total=count):
         try:
             results.add(result(), restart)
+        except NoMore:
+            raise
         except InputError as e:
             failed[job.shown] = str(e)
             say(f'left out: {job.shown}: {e}')
