@@ -85,7 +85,7 @@ def test_the_paper():
     plan = plan_training(preset('paper'), paper_schedule())
     seconds = time.perf_counter() - started
     assert seconds < 90, f'{seconds:.0f} s; 30 are aimed at on two idle cores'
-    assert round(plan.look / 1e6, 1) == 2.3
+    assert round(plan.look / 1e6, 2) == 1.35
     first = plan.phases[0]
     assert first.total(parts=4) < first.total(parts=2) < 0.6 * first.total()
     assert 'holds it' in advise(plan, GPUS[-1])

@@ -28,6 +28,7 @@ TESTS = """
     tests/test_animate_export.py tests/test_viewer.py
     tests/test_generator.py::test_a_vision_transformer_behind_the_same_interface
     tests/test_schedule.py::test_two_processes_have_the_gradients_of_one
+    tests/test_crew.py::test_other_files_stop_it tests/test_crew.py::test_each_worker_sees_one_gpu
     tests/test_cli.py::test_every_file_is_there_and_readable tests/test_cli.py::test_view
     tests/test_cli.py::test_animate tests/test_cli.py::test_drive_with_a_film
     tests/test_cli.py::test_export --deselect tests/test_viewer.py::test_panel_in_jupyterlab
@@ -67,7 +68,8 @@ def versions(python):
 
 def run_tests(python):
     "Whether they pass, and pytest's last line."
-    command = [python, '-m', 'pytest', '-q', '-rfE', '--tb=line', '-p', 'no:cacheprovider', *TESTS]
+    plain = ['-o', 'addopts=', '-q', '-rfE', '--tb=line', '-p', 'no:cacheprovider']
+    command = [python, '-m', 'pytest', *plain, *TESTS]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     print(done.stdout[-20_000:])
     last = done.stdout.strip().splitlines()[-1]
