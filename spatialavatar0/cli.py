@@ -137,6 +137,7 @@ def doctor() -> list:  # rows (what, whether it is here, version or what its abs
         _film(),
         _package('lpips', 'LPIPS is left out of tables; pip install "spatialavatar0[metrics]"'),
         _package('timm', 'no DINOv3 encoder; pip install "spatialavatar0[train]"'),
+        _package('distributed', 'one process a benchmark; pip install "spatialavatar0[cluster]"'),
         _package('viser', 'no live viewer; pip install "spatialavatar0[viewer]"'),
     ]
 

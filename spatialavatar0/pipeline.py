@@ -1178,6 +1178,8 @@ def train_generator(
     "Train a generator; resumes from out/state.safetensors."
     options = options or TrainOptions()
     us = launched(options.device)
+    if us is None and os.environ.get('ACCELERATE_USE_CPU', '').lower() == 'true':
+        say('note: accelerate started one process; for several on a processor use torchrun')
     if us and not us.is_main_process:
         return _train(Path(out), options, lambda text: None, restart, us)
     with lease(out):

@@ -665,7 +665,7 @@ def _serve(letter, kit, sender, folder):
     "What a worker does with a job: dict(line=...), or why there is none."
     if changed := what_changed(kit, kit_content()):
         return dict(refused=f'has another spatialavatar0: {", ".join(changed)}')
-    job, expected = pickle.loads(letter)
+    job, expected = pickle.loads(letter)  # of a client that Dask has let in, and of our own code
     with _working_for(sender, folder):
         try:
             if sender in _ended:
