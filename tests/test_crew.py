@@ -146,9 +146,13 @@ def computing(nanny):
     return next(child for child in children if 'spawn_main' in ' '.join(child.cmdline()))
 
 
+@pytest.mark.skipif(not os.environ.get('SLOW'), reason='two minutes; SLOW=1 runs it')
 def test_deaths_change_no_line(people, tmp_path, engine, command):
-    "Signal 9 for a worker, then for the scheduler, while eight people wait for two workers."
-    run_all(jobs(people, 'warp+paper', iters=4), tmp_path / 'calm.jsonl')
+    """Signal 9 for a worker, then for the scheduler, while eight people wait for two workers. (The
+    first run is to compile: a process that compiles a kernel has other last digits than one that
+    loads it from numba's cache.)"""
+    for name in ('first', 'calm'):
+        assert command(people, tmp_path / f'{name}.jsonl').wait(timeout=240) == 0
     out = tmp_path / 'out.jsonl'
     scheduler, workers = engine.up()
     first = command(people, out, '--cluster', engine.address)
