@@ -752,11 +752,12 @@ def room(self: Errands, needs):
     except (OSError, TimeoutError) as error:
         raise self.gone() from error
     fit = [w for w in workers if all(w['resources'].get(n, 0) >= c for n, c in needs.items())]
+    fit = [worker for worker in fit if worker.get('status') != 'paused']  # its memory is full
     if not fit and self.address and not self.is_told:
         self.is_told = True
         words = ' --resources GPU=1' if needs else ''
         self.say(
-            f'note: {self.address} has no worker for these jobs yet; start one with '
+            f'note: {self.address} has no worker for these jobs (none, or paused); start one with '
             f'`dask worker {self.address} --nthreads 1 --memory-limit 0{words}`'
         )
     return len(fit) - len(self.running)
