@@ -320,7 +320,7 @@ class Trainer:
         self.world = accelerator.num_processes if accelerator else 1
         self.pairs = [send(p, generator.base.device) for p in texel_pairs(generator.binding)]
         self._start_count(seed)
-        self._start_threads(ahead, readers)
+        self._draw_ahead(ahead, readers)
         self.lpips = _lpips_for(schedule)
         trained = [(n, p) for n, p in generator.named_parameters() if p.requires_grad]
         self.names, self.params = zip(*trained)
@@ -419,13 +419,13 @@ def _start_count(self: Trainer, seed):
 
 
 @patch
-def _start_threads(self: Trainer, ahead, readers):
-    "One draws, so that draws follow each other; some read."
+def _draw_ahead(self: Trainer, ahead, readers):
+    "How many batches ahead, and by how many threads."
     from_disk = any(shelf.on_disk for shelf in self.shelves)
     self.ahead = 2 * from_disk if ahead is None else ahead
+    self.readers = readers
     self.coming = deque()
-    if self.ahead:
-        self.drawer, self.readers = ThreadPoolExecutor(1), ThreadPoolExecutor(readers)
+    self.threads = None
 
 
 @patch
@@ -484,10 +484,12 @@ def draw(self: Trainer) -> Batch:  # this process's share
         return self._draw_for(self.step_number)[0]
     if not self.coming:
         self.after = self.rng.get_state()
+    if self.threads is None:  # one draws, so that draws follow each other; some read
+        self.threads = ThreadPoolExecutor(1), ThreadPoolExecutor(self.readers)
+    drawer, readers = self.threads
     end = min(self.step_number + 1 + self.ahead, self.total)
     for step in range(self.step_number + len(self.coming), max(end, self.step_number + 1)):
-        drawn = self.drawer.submit(self._draw_for, step, self.readers.map)
-        self.coming.append(drawn)
+        self.coming.append(drawer.submit(self._draw_for, step, readers.map))
     batch, self.after = self.coming.popleft().result()
     return batch
 
