@@ -145,7 +145,7 @@ CHANNELS = dict(position=3, rotation=4, scale=3, color=3, opacity=1)
 
 
 class Heads(nn.Module):
-    """Five small heads side by side, and a chooser of shells; each sees the UV map, what was seen,
+    """Five small heads side by side, and a chooser of shells. Each sees the UV map, what was seen,
     and the view (Sec. 3.2)."""
 
     def __init__(self, inputs, hidden, view, shells):
