@@ -674,6 +674,11 @@ def test_too_few_pictures_ahead():
     with pytest.raises(InputError, match='person 0: . sources and a target need . pictures'):
         for _ in range(20):
             trainer.step()
+    after = trainer.random_state()
+    assert not trainer.coming  # nothing of a later step is left for the next call
+    with pytest.raises(InputError, match='person 0: . sources and a target need . pictures'):
+        trainer.draw()
+    assert torch.equal(trainer.random_state(), after)
 
 
 # ---- several processes
@@ -775,7 +780,7 @@ OTHER = (
 from spatialavatar0.ground.core import InputError
 
 try:
-    Trainer(generator, plan, data, 3, accelerator=accelerator)
+    Trainer(generator, plan, data, 3, accelerator=accelerator).run(show=False)
 except InputError as why:
     print(why)
 sys.stdout.flush()
@@ -815,7 +820,7 @@ def wait_until_it_trains(out):
     "Both sets of looks are made; then a few steps more."
     while not (out / 'looks' / 'multi' / 'looks.bin').exists():
         time.sleep(0.1)
-    time.sleep(6)
+    time.sleep(12)
 
 
 def step_of(state):
@@ -836,6 +841,7 @@ def test_a_killed_process_ends_the_others(tmp_path):
     assert pair[0].returncode == 1
     told = [line for line in said.splitlines() if line.startswith('error')]
     assert len(told) == 1 and 'another process has ended' in told[0] and 'state' in told[0]
+    assert 'learning rate' not in told[0]
     assert (tmp_path / 'state.safetensors').exists() and 'Traceback' not in said
 
 
@@ -856,8 +862,12 @@ def test_a_launched_command(tmp_path):
         call = [sys.executable, '-m', 'spatialavatar0', *words, '--out', str(out)]
         subprocess.run(call, check=True, env=one)
     there, here = (load_file(out / 'generator.safetensors') for out in (alone, both))
-    far = sum(float((here[name] - there[name]).square().sum()) for name in here) ** 0.5
-    assert far < 0.1 * sum(float(x.square().sum()) for x in there.values()) ** 0.5
+    first = from_preset('tiny', seed=0).state_dict()
+
+    def apart(one, other):
+        return sum(float((one[name] - other[name]).square().sum()) for name in here) ** 0.5
+
+    assert apart(here, there) < 0.2 * apart(there, first)  # sums in another order, by Adam enlarged
 
 
 # ---- evaluation

@@ -7,8 +7,10 @@ __all__ = [
     'look_type',
     'Shelf',
     'BadBatch',
+    'OtherFailed',
     'Trainer',
     'Now',
+    'exchanged',
     'gather_object',
     'together',
     'look_at_trials',
@@ -295,6 +297,22 @@ def _roll(self: Shelf, person, generator):
 class BadBatch(InputError):
     "A loss or a gradient became nan or inf; the state before that step is intact."
 
+    advice = '; look at these frames, or lower the learning rate'
+
+
+class OtherFailed(BadBatch):
+    "Another process could not do its part of a batch; what to do is in its words."
+
+    advice = ''
+
+
+def _for_others(rank, error):
+    "What the other processes are told of an error."
+    advice = getattr(error, 'advice', '')
+    if isinstance(error, torch.OutOfMemoryError):
+        advice = '; take a larger --accumulate, or a smaller --batch'
+    return f'process {rank}: {str(error) or type(error).__name__}{advice}'
+
 
 # %% ../../nbs/stage1/55_trainer.ipynb #4a99784f
 class Trainer:
@@ -325,7 +343,6 @@ class Trainer:
         trained = [(n, p) for n, p in generator.named_parameters() if p.requires_grad]
         self.names, self.params = zip(*trained)
         self.begin(0)
-        self._compare_processes()
 
     total = property(lambda self: sum(p.steps for p in self.schedule), doc='steps of all phases')
 
@@ -359,7 +376,7 @@ def _lpips_for(schedule):
 @patch
 def _compare_processes(self: Trainer):
     "Processes that share a batch must have the same data, head, options and fixed weights."
-    if self.world == 1 or not hasattr(self.accelerator, 'gather'):
+    if self.world == 1:
         return
     first, *others = gather_object([self.identity()])
     for number, other in enumerate(others, 1):
@@ -380,15 +397,29 @@ class Now(NamedTuple):
 
 
 # %% ../../nbs/stage1/55_trainer.ipynb #55b00002
+def exchanged(
+    exchange,  # of accelerate: waits for all processes
+    *words,
+):  # what it returns
+    "An exchange with the other processes; one line where one of them has ended."
+    try:
+        return exchange(*words)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # it was killed, or its machine is gone
+        raise OtherFailed(f'another process has ended ({str(error)[:80]})') from None
+
+
 def gather_object(
     mine: list,  # of anything that can be pickled
 ) -> list:  # those of all processes, in their order
     "What every process has to say; a wait for all of them."
     from accelerate.utils import gather_object as of_all
 
-    return of_all(mine)
+    return exchanged(of_all, mine)
 
 
+# %% ../../nbs/stage1/55_trainer.ipynb #55b00003
 def together(
     us,  # from `launched`
     work,  # called without arguments
@@ -490,7 +521,11 @@ def draw(self: Trainer) -> Batch:  # this process's share
     end = min(self.step_number + 1 + self.ahead, self.total)
     for step in range(self.step_number + len(self.coming), max(end, self.step_number + 1)):
         self.coming.append(drawer.submit(self._draw_for, step, readers.map))
-    batch, self.after = self.coming.popleft().result()
+    try:
+        batch, self.after = self.coming.popleft().result()
+    except BaseException:
+        self.rewind(self.after)
+        raise
     return batch
 
 
@@ -546,16 +581,6 @@ def terms(self: Trainer, batch: Batch, weights: Weights, bf16: bool = False) -> 
     return terms, each
 
 
-# %% ../../nbs/stage1/55_trainer.ipynb #55e00001
-@patch
-def _mean_over_processes(self: Trainer, numbers):
-    "The mean of some numbers, in one exchange; or that one of us has ended."
-    try:
-        return self.accelerator.reduce(numbers, 'mean')
-    except RuntimeError as error:  # a process was killed, or its machine is gone
-        raise BadBatch(f'another process has ended ({str(error)[:80]})') from None
-
-
 # %% ../../nbs/stage1/55_trainer.ipynb #2fad6859
 @patch
 def share_gradients(self: Trainer, failed: str = ''):
@@ -565,7 +590,8 @@ def share_gradients(self: Trainer, failed: str = ''):
         return
     grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.params]
     words = grads[0].new_tensor([bool(failed), bool(getattr(self, 'flag', ()))])
-    mean = self._mean_over_processes(torch.cat([*map(torch.flatten, grads), words]))
+    sent = torch.cat([*map(torch.flatten, grads), words])
+    mean = exchanged(self.accelerator.reduce, sent, 'mean')
     *means, words = mean.split([*(p.numel() for p in self.params), 2])
     self._listen(failed, *words.tolist())
     for param, grad in zip(self.params, means):
@@ -578,7 +604,7 @@ def _listen(self: Trainer, failed, failures, stops):
     if failures:
         whole = gather_object([failed])
         if not failed:
-            raise BadBatch(next(text for text in whole if text))
+            raise OtherFailed(next(text for text in whole if text))
     if stops:
         self.agreed = True
         self.flag = self.flag or [signal.SIGINT]
@@ -606,8 +632,7 @@ def backward(
             rows.append({name: term.detach() for name, term in terms.items()})
             errors.append(each)
     except Exception as error:
-        what = f'process {self.rank}: {str(error) or type(error).__name__}'
-        self.share_gradients(failed=what)  # the others are waiting for it
+        self.share_gradients(failed=_for_others(self.rank, error))  # they are waiting for it
         raise
     self.share_gradients()
     if weights.l2sp:
@@ -638,9 +663,7 @@ def step(self: Trainer) -> dict:
         costs = self._gradients(batch, now.phase)
     except BadBatch as error:
         self.rewind(before)
-        raise BadBatch(
-            f'at step {self.step_number}: {error}; look at these frames, or lower the learning rate'
-        ) from None
+        raise type(error)(f'at step {self.step_number}: {error}{error.advice}') from None
     except torch.OutOfMemoryError as error:
         self.rewind(before)
         raise _too_large(now.phase, error) from None
@@ -808,6 +831,7 @@ def run(
     show: bool = None,
 ) -> list:  # the log
     "Train; Ctrl-C finishes the step, is noted in `flag`, and keeps what is there."
+    self._compare_processes()
     end = self.total if steps is None else min(self.total, self.step_number + steps)
     saved = time.monotonic()
     with finish_first() as self.flag:
