@@ -1,7 +1,8 @@
 """The rungs of the rasterizer, the forms of SSIM, and whether they keep their promises.
 
-    python benchmarks/raster.py [--quick] [--sizes S,M,L,XL] [--rungs dense,torch,per_pixel,cpu]
-                                [--threads 1,2] [--rounds 7] [--out results/raster.json]
+    python benchmarks/raster.py [--quick] [--sizes S,M,L,XL] [--threads 1,2] [--rounds 7]
+                                [--rungs dense,torch,per_pixel,per_tile,cpu]
+                                [--out results/raster.json]
 
 S: 2,000 Gaussians on 128 x 128 pixels, M: 10,000 on 256 x 256, L: 50,000 on 512 x 512, XL: 100,000
 on 512 x 512. Everything of one size is measured side by side: each round times every rung once,
@@ -73,6 +74,8 @@ GATES = (
          lambda found: gain(found, 'M', 'torch', 'cpu'), '>=', 25.0, 'x'),
     Gate('cpu faster than per_pixel, M',
          lambda found: gain(found, 'M', 'per_pixel', 'cpu'), '>=', 3.0, 'x'),
+    Gate('cpu faster than per_tile, L',
+         lambda found: gain(found, 'L', 'per_tile', 'cpu'), '>=', 1.3, 'x'),
     Gate('fused SSIM faster than torch, 512',
          lambda found: found['ssim']['512']['gain'], '>=', 5.0, 'x'),
     Gate('cpu forward and backward, M',

@@ -14,6 +14,13 @@ __all__ = [
     'blend_tiles',
     'blend_tiles_backward',
     'blend_pixels_backward',
+    'pixel_boxes',
+    'bin_boxes',
+    'deal_out',
+    'row_lists',
+    'blend_rows',
+    'blend_rows_backward',
+    'add_entries',
     'hand_back',
     'gsplat_max_alpha',
     'find_tool',
@@ -45,7 +52,10 @@ from spatialavatar0.splats.kernels import (
     ONE,
     TWO,
     ZERO,
+    _add4,
     _np,
+    _put,
+    _quat,
     inline,
     kernel,
     project_splats,
@@ -61,6 +71,7 @@ from spatialavatar0.splats.rasterize import (
 )
 
 from ..ground.core import InputError, expect_tensor
+from ..ground.lanes import eight, lane_numbers, load8, pick, some, store8, total
 
 
 # %% ../../nbs/splats/24_renderers.ipynb #e6f6c8a8
@@ -101,11 +112,11 @@ def order_by_depth(depths, reach):
 
 
 # %% ../../nbs/splats/24_renderers.ipynb #ed12312e
-@nb.njit(**kernel)
-def pack_splats(order, means2d, white, opacities, reach, extents, values, part):
+@nb.njit(parallel=True, **kernel)
+def pack_splats(order, means2d, white, opacities, reach, extents, values, part, each=4):
     "A row per drawn splat, near to far: centre, a b c, opacity, reach, four values, half width."
     splats = np.empty((len(order), 12), np.float32)
-    for k in range(len(order)):
+    for k in nb.prange(len(order)):
         i = order[k]
         splats[k, 0] = means2d[i, 0]
         splats[k, 1] = means2d[i, 1]
@@ -115,8 +126,9 @@ def pack_splats(order, means2d, white, opacities, reach, extents, values, part):
         splats[k, 5] = opacities[i]
         splats[k, 6] = reach[i]
         splats[k, 11] = extents[i, 0]
-        for d in range(4):
-            splats[k, 7 + d] = values[i, 4 * part + d]
+        splats[k, 10] = ZERO
+        for d in range(each):
+            splats[k, 7 + d] = values[i, each * part + d]
     return splats
 
 
@@ -136,10 +148,13 @@ def _values(s, k):
 
 
 # %% ../../nbs/splats/24_renderers.ipynb #77112fb8
-def _padded(values):
-    "Values with zeros added up to a multiple of four channels."
+def _padded(values, each=4):
+    "Values with zeros added up to a multiple of four channels, or of another number."
     count, channels = values.shape
-    padded = np.zeros((count, max(4, -(-channels // 4) * 4)), np.float32)
+    wanted = max(each, -(-channels // each) * each)
+    if channels == wanted and values.dtype == np.float32:
+        return values
+    padded = np.zeros((count, wanted), np.float32)
     padded[:, :channels] = values
     return padded
 
@@ -149,13 +164,20 @@ _EDGE = np.float32(1e-3)
 
 
 @inline
-def _tiles_between(lo, hi, size):
-    "First and last tile whose pixel centres lie between lo and hi (pixels); (0,-1) if none does."
+def _pixels_between(lo, hi, size):
+    "First and last pixel whose centre lies between lo and hi (pixels); (0,-1) if none does."
     if not lo <= hi + ONE:
         return 0, -1  # also what overflowed
     p0 = math.ceil(min(max(ZERO, lo - HALF - _EDGE), np.float32(size)))
     p1 = math.floor(max(-ONE, min(np.float32(size - 1), hi - HALF + _EDGE)))
-    return (int(p0) // TILE, int(p1) // TILE) if p0 <= p1 else (0, -1)
+    return (int(p0), int(p1)) if p0 <= p1 else (0, -1)
+
+
+@inline
+def _tiles_between(lo, hi, size):
+    "First and last tile of such pixels; (0,-1) if there is none."
+    p0, p1 = _pixels_between(lo, hi, size)
+    return p0 // TILE, p1 // TILE
 
 
 @inline
@@ -576,6 +598,319 @@ def blend_pixels_backward(
                 )
 
 
+# %% ../../nbs/splats/24_renderers.ipynb #c5000002
+@nb.njit(parallel=True, **kernel)
+def pixel_boxes(splats, width, height):
+    "x0, x1, y0, y1 (M,4): first and last column and row of what each splat may cover."
+    boxes = np.empty((len(splats), 4), np.int32)
+    for k in nb.prange(len(splats)):
+        ex, ey = splats[k, 11], math.sqrt(splats[k, 6]) / splats[k, 4]
+        x0, x1 = _pixels_between(splats[k, 0] - ex, splats[k, 0] + ex, width)
+        y0, y1 = _pixels_between(splats[k, 1] - ey, splats[k, 1] + ey, height)
+        _put(boxes, k, (x0, x1, y0, y1))
+    return boxes
+
+
+# %% ../../nbs/splats/24_renderers.ipynb #c5000006
+def _tile_bits(width, height):
+    "A large tile's side is two to this power, pixels."
+    return 7 if min(width, height) >= 384 else 6
+
+
+@nb.njit(**kernel)
+def bin_boxes(boxes, bits, width, height):
+    "Of large tiles: offsets, ids, and how many rows of eight each has to do."
+    size = 1 << bits
+    nx, ny = -(-width // size), -(-height // size)
+    offsets = np.zeros(nx * ny + 1, np.int64)
+    rounds = np.zeros(nx * ny, np.int64)
+    for k in range(len(boxes)):
+        x0, x1, y0, y1 = _quat(boxes, k)
+        for row in range(y0 >> bits, (y1 >> bits) + 1):
+            for tile in range(row * nx + (x0 >> bits), row * nx + (x1 >> bits) + 1):
+                offsets[tile + 1] += 1
+                rounds[tile] += min(y1 - y0 + 1, size) * (min(x1 - x0 + 1, size) // 8 + 1)
+    for tile in range(nx * ny):
+        offsets[tile + 1] += offsets[tile]
+    ids = np.empty(offsets[-1], np.int32)
+    nxt = offsets.copy()
+    for k in range(len(boxes)):
+        x0, x1, y0, y1 = _quat(boxes, k)
+        for row in range(y0 >> bits, (y1 >> bits) + 1):
+            for tile in range(row * nx + (x0 >> bits), row * nx + (x1 >> bits) + 1):
+                ids[nxt[tile]] = k
+                nxt[tile] += 1
+    return offsets, ids, rounds
+
+
+# %% ../../nbs/splats/24_renderers.ipynb #c5000008
+def deal_out(rounds, threads):
+    "first (threads+1,), tiles: thread t gets the tiles tiles[first[t]:first[t+1]]."
+    hands = [[] for _ in range(threads)]
+    work = [0] * threads
+    for tile in np.argsort(-rounds, kind='stable').tolist():
+        least = work.index(min(work))
+        hands[least].append(tile)
+        work[least] += int(rounds[tile]) + 1
+    first = np.cumsum([0, *map(len, hands)])
+    return first, np.array([tile for hand in hands for tile in hand], np.int64)
+
+
+# %% ../../nbs/splats/24_renderers.ipynb #c5000009
+class _RowLists(NamedTuple):
+    "Which splats each large tile has, near to far."
+
+    boxes: np.ndarray  # (M,4) of pixel_boxes
+    size: int  # pixels of a tile's side
+    offsets: np.ndarray  # (tiles+1,)
+    ids: np.ndarray
+    rounds: np.ndarray  # (tiles,) work
+
+
+def row_lists(splats, width, height) -> _RowLists:
+    "Lists of large tiles."
+    boxes, bits = pixel_boxes(splats, width, height), _tile_bits(width, height)
+    return _RowLists(boxes, 1 << bits, *bin_boxes(boxes, bits, width, height))
+
+
+# %% ../../nbs/splats/24_renderers.ipynb #c500000c
+_GAP = 208  # numbers between planes
+
+
+@inline
+def _plane(size):
+    "Where the next plane of a strip begins: numbers."
+    return size * (size + 8) + _GAP
+
+
+@inline
+def _corners(tile, size, width, height):
+    "x0, y0, x1, y1 of a tile within the picture, the last two exclusive."
+    nx = -(-width // size)
+    x0, y0 = tile % nx * size, tile // nx * size
+    return x0, y0, min(x0 + size, width), min(y0 + size, height)
+
+
+@inline
+def _open_strip(strip, corners, size):
+    "All the light inside of the picture, -1 outside; the other planes zero."
+    x0, y0, x1, y1 = corners
+    strip[:] = ZERO
+    strip[: _plane(size)] = -ONE
+    for y in range(y1 - y0):
+        start = y * (size + 8)
+        strip[start : start + x1 - x0] = ONE
+
+
+@inline
+def _within(box, corners):
+    "The part of a splat's box that lies in a tile: x0, x1, y0, y1."
+    x0, y0, x1, y1 = corners
+    return max(box[0], x0), min(box[1], x1 - 1), max(box[2], y0), min(box[3], y1 - 1)
+
+
+# %% ../../nbs/splats/24_renderers.ipynb #c500000e
+@inline
+def _pass_light(strip, at, inside, sigma, opacity, max_alpha):
+    "Of eight pixels: weights, alphas, where these may still grow. T in the strip goes down."
+    T = load8(strip, at)
+    full = opacity * _exp_neg(sigma)
+    free = full <= max_alpha
+    alpha = pick(free, full, eight(max_alpha))
+    w = alpha * T
+    after = T - w
+    live = inside & (after > _T_MIN)
+    store8(strip, at, pick(inside, pick(live, after, -T), T))
+    return pick(live, w, eight(ZERO)), alpha, live & free
+
+
+@inline
+def _gain_light(strip, at, w, value):
+    "Add a value to eight pixels."
+    store8(strip, at, load8(strip, at) + w * value)
+
+
+# %% ../../nbs/splats/24_renderers.ipynb #c500000f
+_EIGHT = np.float32(8)
+
+
+@inline
+def _blend_box(strip, s, k, box, corners, size, max_alpha, more):
+    "Blend splat k into its box, row by row; a finished pixel keeps its T with a minus sign."
+    mx, my, a, b, c, opacity, reach = _row(s, k)
+    v0, v1, v2, v3 = _values(s, k)
+    x0, x1, y0, y1 = _within(box, corners)
+    plane = _plane(size)
+    for y in range(y0, y1 + 1):
+        dy = my - (np.float32(y) + HALF)
+        v = c * dy
+        u = a * (mx - (np.float32(x0) + HALF)) + b * dy - a * lane_numbers()
+        at = (y - corners[1]) * (size + 8) + x0 - corners[0]
+        for _ in range(x0, x1 + 1, 8):
+            sigma = u * u + v * v
+            inside = (sigma <= reach) & (load8(strip, at) > ZERO)
+            if some(inside):
+                w, _, _ = _pass_light(strip, at, inside, sigma, opacity, max_alpha)
+                _gain_light(strip, at + plane, w, v0)
+                _gain_light(strip, at + 2 * plane, w, v1)
+                _gain_light(strip, at + 3 * plane, w, v2)
+                if more is not None:
+                    _gain_light(strip, at + 4 * plane, w, v3)
+            u = u - _EIGHT * a
+            at += 8
+
+
+# %% ../../nbs/splats/24_renderers.ipynb #c5000010
+@inline
+def _close_strip(strip, corners, size, part, each, image, T):
+    "Write the strip into the picture."
+    x0, y0, x1, y1 = corners
+    plane = _plane(size)
+    for y in range(y0, y1):
+        start = (y - y0) * (size + 8) - x0
+        for x in range(x0, x1):
+            T[y, x] = abs(strip[start + x])
+            for d in range(each):
+                image[y, x, each * part + d] = strip[start + x + (d + 1) * plane]
+
+
+# %% ../../nbs/splats/24_renderers.ipynb #c5000011
+@nb.njit(parallel=True, **kernel)
+def blend_rows(dealt, splats, lists, max_alpha, part, more, image, T):
+    "Fill image (H,W,each of part) and T (H,W); more: None for three channels each, else four."
+    first, tiles = dealt
+    boxes, size, offsets, ids = lists
+    height, width = T.shape
+    each = 3 if more is None else 4
+    for thread in nb.prange(len(first) - 1):
+        strip = np.empty((each + 1) * _plane(size), np.float32)
+        for n in range(first[thread], first[thread + 1]):
+            tile = tiles[n]
+            corners = _corners(tile, size, width, height)
+            _open_strip(strip, corners, size)
+            for j in range(offsets[tile], offsets[tile + 1]):
+                k = ids[j]
+                _blend_box(strip, splats, k, boxes[k], corners, size, max_alpha, more)
+            _close_strip(strip, corners, size, part, each, image, T)
+
+
+# %% ../../nbs/splats/24_renderers.ipynb #c5000014
+@inline
+def _open_strip_backward(strip, corners, size, part, each, image, g_image, T, g_T):
+    "T as at the start, the light of every pixel, and the gradients that arrive."
+    _open_strip(strip, corners, size)
+    x0, y0, x1, y1 = corners
+    plane = _plane(size)
+    for y in range(y0, y1):
+        start = (y - y0) * (size + 8) - x0
+        for x in range(x0, x1):
+            behind = T[y, x] * g_T[y, x] if part == 0 else ZERO
+            for d in range(each):
+                g = g_image[y, x, each * part + d]
+                behind += g * image[y, x, each * part + d]
+                strip[start + x + (d + 2) * plane] = g
+            strip[start + x + plane] = behind
+
+
+# %% ../../nbs/splats/24_renderers.ipynb #c5000015
+@inline
+def _push_back(strip, at, plane, w, values, more):
+    "Of eight pixels: the gradients that arrive, and w times what they want of a splat's values."
+    g0 = load8(strip, at + 2 * plane)
+    g1 = load8(strip, at + 3 * plane)
+    g2 = load8(strip, at + 4 * plane)
+    g3 = eight(ZERO)
+    gain = values[0] * g0 + values[1] * g1 + values[2] * g2
+    if more is not None:
+        g3 = load8(strip, at + 5 * plane)
+        gain = gain + values[3] * g3
+    return (g0, g1, g2, g3), w * gain
+
+
+@inline
+def _add_moments(six, moved, u, v):
+    "w wu wv wuu wuv wvv, and eight pixels more."
+    mu, mv = moved * u, moved * v
+    w, wu, wv, wuu, wuv, wvv = six
+    return w + moved, wu + mu, wv + mv, wuu + mu * u, wuv + mu * v, wvv + mv * v
+
+
+# %% ../../nbs/splats/24_renderers.ipynb #c5000016
+@inline
+def _unblend_box(strip, s, k, box, corners, size, max_alpha, more):
+    "What the pixels of a box want of splat k: w wu wv wuu wuv wvv; gradients of its values."
+    mx, my, a, b, c, opacity, reach = _row(s, k)
+    values = _values(s, k)
+    x0, x1, y0, y1 = _within(box, corners)
+    plane, zero = _plane(size), eight(ZERO)
+    six, four = (zero, zero, zero, zero, zero, zero), (zero, zero, zero, zero)
+    for y in range(y0, y1 + 1):
+        dy = my - (np.float32(y) + HALF)
+        v = c * dy
+        u = a * (mx - (np.float32(x0) + HALF)) + b * dy - a * lane_numbers()
+        at = (y - corners[1]) * (size + 8) + x0 - corners[0]
+        for _ in range(x0, x1 + 1, 8):
+            sigma = u * u + v * v
+            inside = (sigma <= reach) & (load8(strip, at) > ZERO)
+            if some(inside):
+                w, alpha, free = _pass_light(strip, at, inside, sigma, opacity, max_alpha)
+                g, gain = _push_back(strip, at, plane, w, values, more)
+                behind = load8(strip, at + plane) - gain
+                store8(strip, at + plane, behind)
+                moved = pick(free, gain - alpha / (ONE - alpha) * behind, zero)
+                six = _add_moments(six, moved, u, v)
+                four = _add4(four, w, g)
+            u = u - _EIGHT * a
+            at += 8
+    return six, four
+
+
+# %% ../../nbs/splats/24_renderers.ipynb #c5000017
+@inline
+def _write_totals(entries, j, six, four, more):
+    "Sums over the lanes, into a row: six, two places that stay free, three values or four."
+    w, wu, wv, wuu, wuv, wvv = six
+    _put(entries, j, (total(w), total(wu), total(wv), total(wuu), total(wuv), total(wvv)))
+    entries[j, 6] = total(four[0])
+    entries[j, 7] = total(four[1])
+    entries[j, 8] = total(four[2])
+    if more is not None:
+        entries[j, 9] = total(four[3])
+
+
+# %% ../../nbs/splats/24_renderers.ipynb #c5000018
+@nb.njit(parallel=True, **kernel)
+def blend_rows_backward(dealt, splats, lists, max_alpha, part, more, drawn, arrived, entries):
+    "Fill entries, a row for each of ids: w wu wv wuu wuv wvv, gradients of three or four values."
+    first, tiles = dealt
+    boxes, size, offsets, ids = lists
+    (image, T), (g_image, g_T) = drawn, arrived
+    height, width = T.shape
+    each = 3 if more is None else 4
+    for thread in nb.prange(len(first) - 1):
+        strip = np.empty((each + 2) * _plane(size), np.float32)
+        for n in range(first[thread], first[thread + 1]):
+            tile = tiles[n]
+            corners = _corners(tile, size, width, height)
+            if offsets[tile] == offsets[tile + 1]:
+                continue
+            _open_strip_backward(strip, corners, size, part, each, image, g_image, T, g_T)
+            for j in range(offsets[tile], offsets[tile + 1]):
+                k = ids[j]
+                six, four = _unblend_box(strip, splats, k, boxes[k], corners, size, max_alpha, more)
+                _write_totals(entries, j, six, four, more)
+
+
+@nb.njit(**kernel)
+def add_entries(ids, entries, part, each, sums):
+    "Add the rows of all tiles, in their order, to the sums (M,8+each parts) of each splat."
+    for j in range(len(ids)):
+        for d in range(6):
+            sums[ids[j], d] += entries[j, d]
+        for d in range(each):
+            sums[ids[j], 8 + each * part + d] += entries[j, 6 + d]
+
+
 # %% ../../nbs/splats/24_renderers.ipynb #901674e8
 @nb.njit(parallel=True, **kernel)
 def hand_back(order, splats, sums, g_means2d, moments, g_opacities, g_values, pulls):
@@ -597,6 +932,15 @@ def hand_back(order, splats, sums, g_means2d, moments, g_opacities, g_values, pu
 
 
 # %% ../../nbs/splats/24_renderers.ipynb #c6f36cda
+class _Rung(NamedTuple):
+    "A compiled rung: four functions."
+
+    each: object  # of the number of channels -> how many are drawn in one pass
+    lists: object  # packed splats, width, height -> who is where
+    draw: object  # _Job, packs, lists, each -> _Canvas
+    sums: object  # _Job, packs, lists, each, canvas, g_image, g_T -> (M,8+each parts)
+
+
 class _Job(NamedTuple):
     "What a compiled rung is asked for, besides its tensors."
 
@@ -604,31 +948,78 @@ class _Job(NamedTuple):
     height: int  # pixels
     max_alpha: np.float32
     pulls: np.ndarray  # (N,2) to which absgrad is added, or None
-    forward: object  # a kernel
-    backward: object  # and its way back
+    rung: _Rung
 
 
 # %% ../../nbs/splats/24_renderers.ipynb #883977fe
-def _draw_packed(job, packs, lists):
-    "A canvas with all channels, four at a time."
+def _draw_packed(forward, job, packs, lists, each):
+    "A canvas with all channels, four at a time, by rung 3 or 4."
     size = job.width, job.height
-    canvas = _new_canvas(*size, 4 * len(packs))
+    canvas = _new_canvas(*size, each * len(packs))
     for part, splats in enumerate(packs):
         threads = nb.get_num_threads()
-        job.forward(threads, *size, splats, *lists, job.max_alpha, part, *canvas)
+        forward(threads, *size, splats, *lists, job.max_alpha, part, *canvas)
     return canvas
 
 
 # %% ../../nbs/splats/24_renderers.ipynb #f5d426f6
-def _backward_sums(job, packs, lists, g_image, g_T, canvas):
-    "The sums (M,8+4 parts) of every drawn splat."
+def _backward_sums(backward, job, packs, lists, each, canvas, g_image, g_T):
+    "The sums (M,8+4 parts) of every drawn splat, by rung 3 or 4."
     threads = nb.get_num_threads()
-    sums = np.zeros((threads, len(packs[0]), 8 + 4 * len(packs)), np.float32)
+    sums = np.zeros((threads, len(packs[0]), 8 + each * len(packs)), np.float32)
     arrived = g_image, g_T, canvas.T, canvas.last, job.pulls is not None, sums
     size = job.width, job.height
     for part, splats in enumerate(packs):
-        job.backward(threads, *size, splats, *lists, job.max_alpha, part, *arrived)
+        backward(threads, *size, splats, *lists, job.max_alpha, part, *arrived)
     return sums[0] if threads == 1 else sums.sum(0)
+
+
+# %% ../../nbs/splats/24_renderers.ipynb #c5900001
+def _draw_rows(job, packs, lists, each):
+    "A canvas with all channels, by rung 5; it remembers no last splat."
+    canvas = _new_canvas(job.width, job.height, each * len(packs))._replace(last=None)
+    dealt = deal_out(lists.rounds, nb.get_num_threads())
+    more = None if each == 3 else 1
+    for part, splats in enumerate(packs):
+        blend_rows(dealt, splats, lists[:4], job.max_alpha, part, more, *canvas[:2])
+    return canvas
+
+
+def _row_sums(job, packs, lists, each, canvas, g_image, g_T):
+    "The sums (M,8+each parts) of every drawn splat, by rung 5."
+    dealt = deal_out(lists.rounds, nb.get_num_threads())
+    more = None if each == 3 else 1
+    sums = np.zeros((len(packs[0]), 8 + each * len(packs)), np.float32)
+    entries = np.empty((len(lists.ids), 10), np.float32)
+    for part, splats in enumerate(packs):
+        job_of_part = job.max_alpha, part, more, canvas[:2], (g_image, g_T)
+        blend_rows_backward(dealt, splats, lists[:4], *job_of_part, entries)
+        add_entries(lists.ids, entries, part, each, sums)
+    return sums
+
+
+# %% ../../nbs/splats/24_renderers.ipynb #c5900002
+def _always_four(channels):
+    return 4
+
+
+def _three_or_four(channels):
+    "As few passes as fours would need, and no emptier ones than need be."
+    passes = max(1, -(-channels // 4))
+    return max(3, -(-channels // passes))
+
+
+def _rung_of_tiles(forward, backward):
+    draw, sums = (
+        functools.partial(_draw_packed, forward),
+        functools.partial(_backward_sums, backward),
+    )
+    return _Rung(_always_four, exact_lists, draw, sums)
+
+
+_PIXELS = _rung_of_tiles(blend_pixels, blend_pixels_backward)
+_TILES = _rung_of_tiles(blend_tiles, blend_tiles_backward)
+_ROWS = _Rung(_three_or_four, row_lists, _draw_rows, _row_sums)
 
 
 # %% ../../nbs/splats/24_renderers.ipynb #e8d61ca9
@@ -638,13 +1029,14 @@ class _Blend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, means2d, white, opacities, values, depths, reach, extents, job):
         columns = [_np(x) for x in (means2d, white, opacities, reach, extents)]
-        padded = _padded(values.detach().numpy())
         ctx.job, ctx.shape = job, values.shape
+        ctx.each = each = job.rung.each(values.shape[1])
+        padded = _padded(_np(values), each)
         ctx.order = order_by_depth(_np(depths), columns[3])
-        parts = range(padded.shape[1] // 4)
-        ctx.packs = [pack_splats(ctx.order, *columns, padded, part) for part in parts]
-        ctx.lists = exact_lists(ctx.packs[0], job.width, job.height)
-        ctx.canvas = _draw_packed(job, ctx.packs, ctx.lists)
+        parts = range(padded.shape[1] // each)
+        ctx.packs = [pack_splats(ctx.order, *columns, padded, part, each) for part in parts]
+        ctx.lists = job.rung.lists(ctx.packs[0], job.width, job.height)
+        ctx.canvas = job.rung.draw(job, ctx.packs, ctx.lists, each)
         image = ctx.canvas.image[..., : ctx.shape[1]]
         return torch.from_numpy(image), torch.from_numpy(ctx.canvas.T)
 
@@ -653,8 +1045,9 @@ class _Blend(torch.autograd.Function):
     def backward(ctx, g_image, g_T):
         count, channels = ctx.shape
         height, width = ctx.canvas.T.shape
-        g_image = _padded(_np(g_image).reshape(-1, channels)).reshape(height, width, -1)
-        sums = _backward_sums(ctx.job, ctx.packs, ctx.lists, g_image, _np(g_T), ctx.canvas)
+        g_image = _padded(_np(g_image).reshape(-1, channels), ctx.each).reshape(height, width, -1)
+        drawn = ctx.job, ctx.packs, ctx.lists, ctx.each, ctx.canvas
+        sums = ctx.job.rung.sums(*drawn, g_image, _np(g_T))
         shapes = (count, 2), (count, 3), count, (count, channels)
         grads = [np.zeros(shape, np.float32) for shape in shapes]
         pulls = np.zeros((count, 2), np.float32) if ctx.job.pulls is None else ctx.job.pulls
@@ -663,11 +1056,12 @@ class _Blend(torch.autograd.Function):
 
 
 # %% ../../nbs/splats/24_renderers.ipynb #e7054ee4
-def _draw_compiled(forward, backward, splats, opacities, values, width, height, max_alpha, absgrad):
+def _draw_compiled(rung, splats, opacities, values, width, height, max_alpha, absgrad):
     "The numba rungs: image (H,W,D), T (H,W)."
     means2d, depths, white, reach, half = splats
     pulls = None if absgrad is None else absgrad.numpy()
-    job = _Job(width, height, np.float32(max_alpha), pulls, forward, backward)
+    rung = rung if absgrad is None or rung is not _ROWS else _TILES  # rows do not know absgrad
+    job = _Job(width, height, np.float32(max_alpha), pulls, rung)
     opacities, values = opacities.cpu().float(), values.cpu().float()
     return _Blend.apply(means2d, white, opacities, values, depths, reach, half, job)
 
@@ -902,13 +1296,12 @@ def _compose(image, T, background, render_mode):
 
 
 # %% ../../nbs/splats/24_renderers.ipynb #9d90d9e0
-_per_pixel = functools.partial(_draw_compiled, blend_pixels, blend_pixels_backward)
-_per_tile = functools.partial(_draw_compiled, blend_tiles, blend_tiles_backward)
 _BACKENDS = dict(
     dense=(_project_readable, functools.partial(_draw_readable, draw_dense)),
     torch=(_project_readable, functools.partial(_draw_readable, draw_tiles)),
-    per_pixel=(project_splats, _per_pixel),
-    cpu=(project_splats, _per_tile),
+    per_pixel=(project_splats, functools.partial(_draw_compiled, _PIXELS)),
+    per_tile=(project_splats, functools.partial(_draw_compiled, _TILES)),
+    cpu=(project_splats, functools.partial(_draw_compiled, _ROWS)),
 )
 
 
@@ -1010,7 +1403,8 @@ def rasterize(
     far_plane: float = 1e10,  # metres: what lies outside is not drawn
     eps2d: float = 0.3,  # blur added to every splat, pixels^2
     render_mode: str = 'RGB',  # RGB, D, ED, RGB+D or RGB+ED (D: accumulated depth, ED: expected)
-    backend: str = 'auto',  # gsplat, cpu, per_pixel, torch, dense; auto: gsplat on CUDA, else cpu
+    # gsplat, cpu, per_tile, per_pixel, torch, dense; auto: gsplat on CUDA, else cpu
+    backend: str = 'auto',
     max_alpha: float = None,  # no splat hides more; None: gsplat's own on CUDA, else .999
     absgrad: bool = False,  # give meta['means2d'] an .absgrad; at most 4 channels with depth
     check: bool = True,  # look at every value first; a GPU has to wait for the answer
