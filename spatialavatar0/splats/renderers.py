@@ -38,6 +38,7 @@ import os
 import re
 import shutil
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -762,22 +763,25 @@ def _blend_box(strip, s, k, box, corners, size, max_alpha, more):
 
 # %% ../../nbs/splats/24_renderers.ipynb #c5000010
 @inline
-def _close_strip(strip, corners, size, part, each, image, T):
-    "Write the strip into the picture."
+def _close_strip(strip, corners, size, part, each, behind, image, T):
+    "Write the strip into the picture, and behind it where light is left."
     x0, y0, x1, y1 = corners
     plane = _plane(size)
     for y in range(y0, y1):
         start = (y - y0) * (size + 8) - x0
         for x in range(x0, x1):
-            T[y, x] = abs(strip[start + x])
+            left = abs(strip[start + x])
+            T[y, x] = left
             for d in range(each):
-                image[y, x, each * part + d] = strip[start + x + (d + 1) * plane]
+                c = each * part + d
+                image[y, x, c] = strip[start + x + (d + 1) * plane] + left * behind[c]
 
 
 # %% ../../nbs/splats/24_renderers.ipynb #c5000011
 @nb.njit(parallel=True, **kernel)
-def blend_rows(dealt, splats, lists, max_alpha, part, more, image, T):
-    "Fill image (H,W,each of part) and T (H,W); more: None for three channels each, else four."
+def blend_rows(dealt, splats, lists, max_alpha, part, more, behind, image, T):
+    """Fill image (H,W,each of part), on the colour `behind` (channels,), and T (H,W); more: None
+    for three channels each, else four."""
     first, tiles = dealt
     boxes, size, offsets, ids = lists
     height, width = T.shape
@@ -791,7 +795,7 @@ def blend_rows(dealt, splats, lists, max_alpha, part, more, image, T):
             for j in range(offsets[tile], offsets[tile + 1]):
                 k = ids[j]
                 _blend_box(strip, splats, k, boxes[k], corners, size, max_alpha, more)
-            _close_strip(strip, corners, size, part, each, image, T)
+            _close_strip(strip, corners, size, part, each, behind, image, T)
 
 
 # %% ../../nbs/splats/24_renderers.ipynb #c5000014
@@ -949,6 +953,7 @@ class _Job(NamedTuple):
     max_alpha: np.float32
     pulls: np.ndarray  # (N,2) to which absgrad is added, or None
     rung: _Rung
+    behind: np.ndarray  # (channels,) what is seen where light is left over
 
 
 # %% ../../nbs/splats/24_renderers.ipynb #883977fe
@@ -980,8 +985,11 @@ def _draw_rows(job, packs, lists, each):
     canvas = _new_canvas(job.width, job.height, each * len(packs))._replace(last=None)
     dealt = deal_out(lists.rounds, nb.get_num_threads())
     more = None if each == 3 else 1
+    behind = np.zeros(each * len(packs), np.float32)
+    if job.behind is not None:
+        behind[: len(job.behind)] = job.behind
     for part, splats in enumerate(packs):
-        blend_rows(dealt, splats, lists[:4], job.max_alpha, part, more, *canvas[:2])
+        blend_rows(dealt, splats, lists[:4], job.max_alpha, part, more, behind, *canvas[:2])
     return canvas
 
 
@@ -1022,6 +1030,18 @@ _TILES = _rung_of_tiles(blend_tiles, blend_tiles_backward)
 _ROWS = _Rung(_three_or_four, row_lists, _draw_rows, _row_sums)
 
 
+# %% ../../nbs/splats/24_renderers.ipynb #c5b00001
+def _packs(order, columns, values, each):
+    "Packed splats, once for every few channels."
+    parts = range(values.shape[1] // each)
+    return [pack_splats(order, *columns, values, part, each) for part in parts]
+
+
+def _arrived(gradient, *shape):
+    "A gradient as numpy; zeros where none came."
+    return np.zeros(shape, np.float32) if gradient is None else _np(gradient)
+
+
 # %% ../../nbs/splats/24_renderers.ipynb #e8d61ca9
 class _Blend(torch.autograd.Function):
     "Order, pack, list, blend; and back."
@@ -1033,11 +1053,11 @@ class _Blend(torch.autograd.Function):
         ctx.each = each = job.rung.each(values.shape[1])
         padded = _padded(_np(values), each)
         ctx.order = order_by_depth(_np(depths), columns[3])
-        parts = range(padded.shape[1] // each)
-        ctx.packs = [pack_splats(ctx.order, *columns, padded, part, each) for part in parts]
+        ctx.packs = _packs(ctx.order, columns, padded, each)
         ctx.lists = job.rung.lists(ctx.packs[0], job.width, job.height)
         ctx.canvas = job.rung.draw(job, ctx.packs, ctx.lists, each)
         image = ctx.canvas.image[..., : ctx.shape[1]]
+        ctx.set_materialize_grads(False)
         return torch.from_numpy(image), torch.from_numpy(ctx.canvas.T)
 
     @staticmethod
@@ -1045,9 +1065,11 @@ class _Blend(torch.autograd.Function):
     def backward(ctx, g_image, g_T):
         count, channels = ctx.shape
         height, width = ctx.canvas.T.shape
-        g_image = _padded(_np(g_image).reshape(-1, channels), ctx.each).reshape(height, width, -1)
+        g_image = _arrived(g_image, height * width, channels)
+        g_image = _padded(g_image.reshape(-1, channels), ctx.each).reshape(height, width, -1)
+        g_T = _arrived(g_T, height, width)
         drawn = ctx.job, ctx.packs, ctx.lists, ctx.each, ctx.canvas
-        sums = ctx.job.rung.sums(*drawn, g_image, _np(g_T))
+        sums = ctx.job.rung.sums(*drawn, g_image, g_T)
         shapes = (count, 2), (count, 3), count, (count, channels)
         grads = [np.zeros(shape, np.float32) for shape in shapes]
         pulls = np.zeros((count, 2), np.float32) if ctx.job.pulls is None else ctx.job.pulls
@@ -1056,12 +1078,12 @@ class _Blend(torch.autograd.Function):
 
 
 # %% ../../nbs/splats/24_renderers.ipynb #e7054ee4
-def _draw_compiled(rung, splats, opacities, values, width, height, max_alpha, absgrad):
+def _draw_compiled(rung, splats, opacities, values, width, height, max_alpha, absgrad, behind=None):
     "The numba rungs: image (H,W,D), T (H,W)."
     means2d, depths, white, reach, half = splats
     pulls = None if absgrad is None else absgrad.numpy()
     rung = rung if absgrad is None or rung is not _ROWS else _TILES  # rows do not know absgrad
-    job = _Job(width, height, np.float32(max_alpha), pulls, rung)
+    job = _Job(width, height, np.float32(max_alpha), pulls, rung, behind)
     opacities, values = opacities.cpu().float(), values.cpu().float()
     return _Blend.apply(means2d, white, opacities, values, depths, reach, half, job)
 
@@ -1173,7 +1195,7 @@ class Rendering(NamedTuple):
 
     colors: Tensor  # (C,H,W,X): D, 1 or D+1 channels by render_mode, depth (metres) last
     alphas: Tensor  # (C,H,W,1) 0..1: how much of a pixel is covered
-    meta: dict  # what was projected, in gsplat's names
+    meta: Mapping  # what was projected, in gsplat's names
 
 
 # %% ../../nbs/splats/24_renderers.ipynb #db39dcf4
@@ -1296,29 +1318,46 @@ def _compose(image, T, background, render_mode):
 
 
 # %% ../../nbs/splats/24_renderers.ipynb #9d90d9e0
+_rows_draw = functools.partial(_draw_compiled, _ROWS)
 _BACKENDS = dict(
     dense=(_project_readable, functools.partial(_draw_readable, draw_dense)),
     torch=(_project_readable, functools.partial(_draw_readable, draw_tiles)),
     per_pixel=(project_splats, functools.partial(_draw_compiled, _PIXELS)),
     per_tile=(project_splats, functools.partial(_draw_compiled, _TILES)),
-    cpu=(project_splats, functools.partial(_draw_compiled, _ROWS)),
+    cpu=(project_splats, _rows_draw),
 )
 
 
-def _meta(splats, conics, width, height):
-    "What was projected, in gsplat's names."
-    half = torch.where(splats.reach[..., None] >= 0, splats.half, 0.0)
-    return dict(
-        means2d=splats.means2d,
-        depths=splats.depths,
-        conics=conics,
-        radii=half.ceil().clamp(max=2**30).int(),
-        width=width,
-        height=height,
-        tile_size=TILE,
-        n_cameras=len(splats.means2d),
-        gaussian_ids=None,
-    )
+# %% ../../nbs/splats/24_renderers.ipynb #c5a27552
+class _Meta(Mapping):
+    "What was projected, in gsplat's names; what costs time is worked out when it is asked for."
+
+    def __init__(self, splats, whitened, width, height):
+        self.splats, self.whitened = splats, whitened
+        self.known = dict(
+            means2d=splats.means2d,
+            depths=splats.depths,
+            width=width,
+            height=height,
+            tile_size=TILE,
+            n_cameras=len(splats.means2d),
+            gaussian_ids=None,
+        )
+
+    def __iter__(self):
+        return iter(('means2d', 'depths', 'conics', 'radii', *list(self.known)[2:]))
+
+    def __len__(self):
+        return 9
+
+    def __getitem__(self, name):
+        if name == 'conics':
+            shapes = self.splats.conics.detach()
+            return whiteners_to_conics(shapes) if self.whitened else shapes
+        if name == 'radii':
+            half = torch.where(self.splats.reach[..., None] >= 0, self.splats.half, 0.0)
+            return half.ceil().clamp(max=2**30).int()
+        return self.known[name]
 
 
 # %% ../../nbs/splats/24_renderers.ipynb #674f48bf
@@ -1327,6 +1366,23 @@ def _stacked(pictures):
     return torch.stack(pictures) if len(pictures) > 1 else pictures[0][None]
 
 
+# %% ../../nbs/splats/24_renderers.ipynb #c5a50501
+def _each_camera(splats):
+    "FlatSplats of one camera after the other; nothing is copied on the way back for only one."
+    alone = len(splats.means2d) == 1
+    columns = [[x.squeeze(0)] if alone else x.unbind() for x in splats]
+    return [FlatSplats(*of_camera) for of_camera in zip(*columns)]
+
+
+def _draws_behind(draw, background, options):
+    "Whether rung 5 can put the background behind the picture while it draws."
+    if draw is not _rows_draw or background is None or options.absgrad:
+        return False
+    plain = not background.requires_grad and 'RGB' in options.render_mode
+    return plain and background.device.type == 'cpu'
+
+
+# %% ../../nbs/splats/24_renderers.ipynb #c5a52215
 def _rasterize_here(backend, gaussians, viewmats, Ks, width, height, options):
     "One of our own rungs for every camera."
     backgrounds, near_plane, far_plane, eps2d, render_mode, max_alpha, absgrad = options
@@ -1337,18 +1393,19 @@ def _rasterize_here(backend, gaussians, viewmats, Ks, width, height, options):
     if absgrad:
         splats.means2d.absgrad = torch.zeros_like(splats.means2d)
     pictures = []
-    for camera, columns in enumerate(zip(*[x.unbind() for x in splats])):
-        seen = FlatSplats(*columns)
+    for camera, seen in enumerate(_each_camera(splats)):
         values = _values_to_blend(gaussians.colors, camera, seen.depths, render_mode)
         pulls = splats.means2d.absgrad[camera] if absgrad else None
-        drawn = draw(seen, gaussians.opacities, values, width, height, max_alpha, pulls)
         background = None if backgrounds is None else backgrounds[camera]
+        job = seen, gaussians.opacities, values, width, height, max_alpha, pulls
+        if _draws_behind(draw, background, options):
+            job, background = (*job, _np(background)), None
+        drawn = draw(*job)
         image, T = [x.to(gaussians.means.device) for x in drawn]
         pictures.append(_compose(image, T, background, render_mode))
-    shapes = splats.conics.detach()
-    conics = whiteners_to_conics(shapes) if project is project_splats else shapes
     colors, alphas = [_stacked(x) for x in zip(*pictures)]
-    return Rendering(colors, alphas, _meta(splats, conics, width, height))
+    meta = _Meta(splats, project is project_splats, width, height)
+    return Rendering(colors, alphas, meta)
 
 
 # %% ../../nbs/splats/24_renderers.ipynb #e9647754
