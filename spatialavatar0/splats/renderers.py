@@ -1037,6 +1037,10 @@ def _packs(order, columns, values, each):
     return [pack_splats(order, *columns, values, part, each) for part in parts]
 
 
+def _zeros(*shapes):
+    return [np.zeros(shape, np.float32) for shape in shapes]
+
+
 def _arrived(gradient, *shape):
     "A gradient as numpy; zeros where none came."
     return np.zeros(shape, np.float32) if gradient is None else _np(gradient)
@@ -1070,8 +1074,7 @@ class _Blend(torch.autograd.Function):
         g_T = _arrived(g_T, height, width)
         drawn = ctx.job, ctx.packs, ctx.lists, ctx.each, ctx.canvas
         sums = ctx.job.rung.sums(*drawn, g_image, g_T)
-        shapes = (count, 2), (count, 3), count, (count, channels)
-        grads = [np.zeros(shape, np.float32) for shape in shapes]
+        grads = _zeros((count, 2), (count, 3), count, (count, channels))
         pulls = np.zeros((count, 2), np.float32) if ctx.job.pulls is None else ctx.job.pulls
         hand_back(ctx.order, ctx.packs[0], sums, *grads, pulls)
         return *[torch.from_numpy(g) for g in grads], *[None] * 4
