@@ -885,16 +885,18 @@ class ScreenSplats(NamedTuple):
 
 
 # %% ../../nbs/splats/23_kernels.ipynb #0927e12d
-def _project(arrays, V, K, width, height, near, far, eps2d, aspects=False):
-    """`project_kernel` into fresh arrays, for one camera: its eight numbers, ScreenSplats, and log
-    aspect ratios with slopes, empty if nobody asks."""
-    n, f = len(arrays[0]), np.float32
-    cam = _camera(K, width, height)
-    screen = tuple(_new((n, 2), n, (n, 3), n, (n, 2)))
-    long = _new(n * aspects, (n * aspects, 3))
+def _project(arrays, viewmats, Ks, width, height, near, far, eps2d, aspects=False):
+    """`project_kernel` into fresh arrays, for C cameras: their eight numbers each, ScreenSplats,
+    and log aspect ratios with slopes, empty if nobody asks."""
+    C, n, f = len(viewmats), len(arrays[0]), np.float32
+    cams = [_camera(K, width, height) for K in Ks]
+    screen = _new((C, n, 2), (C, n), (C, n, 3), (C, n), (C, n, 2))
+    long = _new((C, n * aspects), (C, n * aspects, 3))
     limits = f(width), f(height), f(near), f(far), f(eps2d)
-    project_kernel(*arrays, V, cam, limits, screen, *long)
-    return cam, ScreenSplats(*screen), long
+    for c, (V, cam) in enumerate(zip(viewmats, cams)):
+        fields = tuple(x[c] for x in screen)
+        project_kernel(*arrays, V, cam, limits, fields, *[x[c] for x in long])
+    return cams, ScreenSplats(*screen), long
 
 
 # %% ../../nbs/splats/23_kernels.ipynb #19bf11a9
@@ -1019,12 +1021,9 @@ class _Project(torch.autograd.Function):
         ctx.arrays = [_np(x) for x in (means, quats, scales)]
         ctx.V = _np(viewmats)
         arrays = [*ctx.arrays, _np(opacities)]
-        views = [_project(arrays, V, K, *args) for V, K in zip(ctx.V, _np(Ks))]
-        ctx.cams, screens, ctx.longs = zip(*views)
-        screen = ScreenSplats(*[np.stack(x) for x in zip(*screens)])
+        ctx.cams, screen, ctx.long = _project(arrays, ctx.V, _np(Ks), *args)
         ctx.white, ctx.reach = screen.white, screen.reach
-        aspects = np.stack([aspects for aspects, _ in ctx.longs])
-        out = [torch.from_numpy(x) for x in (*screen, aspects)]
+        out = [torch.from_numpy(x) for x in (*screen, ctx.long[0])]
         ctx.mark_non_differentiable(*out[3:5])
         return tuple(out)
 
@@ -1035,7 +1034,7 @@ class _Project(torch.autograd.Function):
         *asked, g_aspects = [_np(grads[k]) for k in (0, 1, 2, 5)]
         for c, screen in enumerate(zip(*asked)):
             camera = ctx.V[c], ctx.cams[c], ctx.white[c], ctx.reach[c]
-            long = *ctx.longs[c], g_aspects[c]
+            long = *[x[c] for x in ctx.long], g_aspects[c]
             project_backward(*ctx.arrays, *camera, screen, long, found)
         return *[torch.from_numpy(g) for g in found], *[None] * 9
 
