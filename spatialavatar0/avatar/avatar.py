@@ -47,7 +47,7 @@ from ..ground.geometry import sh0_to_rgb
 from ..head.flame_files import fitting_head
 from ..head.head import Head
 from ..splats.binding import Binding, TriangleFrames, bind_points, bind_uv, new_splats
-from ..splats.kernels import fast_frames, fast_place
+from ..splats.kernels import fast_frames, fast_open, fast_place
 from ..splats.renderers import rasterize
 
 
@@ -104,6 +104,9 @@ def open_splats(
     frames: TriangleFrames,  # of the triangles, from fast_frames
 ) -> OpenSplats:
     "Raw attributes placed in the world (Eq. 1) and opened: exp, sigmoid, degree-0 colour."
+    opened = fast_open(splats, frames)
+    if opened is not None:
+        return OpenSplats(*opened)
     means, quats, scales = fast_place(splats, frames)
     opacities = splats['logit_opacities'].sigmoid()
     colors = sh0_to_rgb(splats['sh0']).clamp_min(0)

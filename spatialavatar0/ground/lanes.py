@@ -15,17 +15,25 @@ __all__ = [
     'pick',
     'some',
     'total',
+    'numbers8',
+    'rows8',
+    'put8',
+    'muladd',
+    'nearest',
+    'two_to',
+    'halves',
 ]
 
 # %% ../../nbs/ground/08_lanes.ipynb #1a000003
 import math
 import operator
 
+import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.core.datamodel import models
 from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
-from numba.extending import intrinsic, lower_builtin, register_model
+from numba.extending import intrinsic, lower_builtin, overload, register_model
 
 
 # %% ../../nbs/ground/08_lanes.ipynb #1a000009
@@ -136,6 +144,11 @@ def store8(
 _FLAGS = ('reassoc', 'contract', 'arcp', 'nsz', 'afn')
 
 
+def _wide(builder, kind, x):
+    "A float32 in all lanes; eight floats as they are."
+    return _spread(builder, x) if kind == types.float32 else x
+
+
 def _define(operation, emit, takes, gives):
     "An operation of Python on some types: what it gives, and how."
 
@@ -145,9 +158,7 @@ def _define(operation, emit, takes, gives):
 
     @lower_builtin(operation, *takes)
     def _lower(context, builder, sig, args):
-        wide = [
-            _spread(builder, x) if kind == types.float32 else x for kind, x in zip(sig.args, args)
-        ]
+        wide = [_wide(builder, kind, x) for kind, x in zip(sig.args, args)]
         return emit(builder, *wide)
 
 
@@ -166,10 +177,16 @@ def _ordered(sign):
     return lambda builder, a, b: builder.fcmp_ordered(sign, a, b)
 
 
+def _unequal(builder, a, b):
+    return builder.fcmp_unordered('!=', a, b)
+
+
 for _name, _llvm in dict(add='fadd', sub='fsub', mul='fmul', truediv='fdiv').items():
     _define_pair(getattr(operator, _name), _fast(_llvm), float8)
+    _define_pair(getattr(operator, f'i{_name}'), _fast(_llvm), float8)  # a += b
 for _name, _sign in dict(lt='<', le='<=', gt='>', ge='>=', eq='==').items():
     _define_pair(getattr(operator, _name), _ordered(_sign), mask8)
+_define_pair(operator.ne, _unequal, mask8)
 _define(operator.neg, lambda builder, x: builder.fneg(x), (float8,), float8)
 for _name in ('and_', 'or_'):
     _define(getattr(operator, _name), getattr(ir.IRBuilder, _name), (mask8, mask8), mask8)
@@ -180,17 +197,27 @@ for _name in ('and_', 'or_'):
 def pick(
     typing,
     mask,  # Mask8
-    yes,  # Float8
-    no,  # Float8
-):  # Float8
-    "Lane by lane: `yes` where the mask says so, else `no`."
+    yes,  # Float8, float32, or a tuple of Float8
+    no,  # Float8 or float32
+):  # Float8, or as many as `yes` has
+    "Lane by lane: `yes` where the mask says so, else `no`. A plain bool picks among float32."
+    several = isinstance(yes, types.UniTuple)
+    gives = yes if several or mask == types.boolean else float8
 
     def emit(context, builder, sig, args):
-        return builder.select(*args)
+        mask, yes, no = args
+        if sig.args[0] == types.boolean:
+            return builder.select(*args)
+        no = _wide(builder, sig.args[2], no)
+        if several:
+            every = [builder.select(mask, x, no) for x in cgutils.unpack_tuple(builder, yes)]
+            return context.make_tuple(builder, sig.return_type, every)
+        return builder.select(mask, _wide(builder, sig.args[1], yes), no)
 
-    return float8(mask8, float8, float8), emit
+    return gives(mask, yes, no), emit
 
 
+# %% ../../nbs/ground/08_lanes.ipynb #1a000020
 @intrinsic
 def some(
     typing,
@@ -248,3 +275,234 @@ _define_pair(min, _smaller, float8)
 _define_pair(max, _larger, float8)
 _define(abs, _by_llvm('llvm.fabs'), (float8,), float8)
 _define(math.sqrt, _by_llvm('llvm.sqrt'), (float8,), float8)
+
+# %% ../../nbs/ground/08_lanes.ipynb #1a000022
+_SIZE = ir.IntType(64)
+
+
+def _is_plain(array, ndim):
+    "Whether an argument is an array whose rows follow each other."
+    is_float = isinstance(array, types.Array) and array.dtype == types.float32
+    return is_float and array.ndim == ndim and array.layout == 'C'
+
+
+def _block(context, builder, array_type, array, i, width):
+    """Where eight rows begin, in the array or else in a block of zeros; whether they are all there;
+    the first in the array; how many bytes of them exist."""
+    found = context.make_array(array_type)(context, builder, array)
+    start = builder.gep(found.data, [builder.mul(i, _SIZE(width))])
+    left = builder.sub(builder.extract_value(found.shape, 0), i)
+    is_whole = builder.icmp_signed('>=', left, _SIZE(8))
+    block = cgutils.alloca_once(builder, ir.ArrayType(_FLOAT, 8 * width))
+    block = builder.bitcast(block, _FLOAT.as_pointer())
+    place = builder.select(is_whole, start, block)
+    place = builder.bitcast(place, ir.VectorType(_FLOAT, 8 * width).as_pointer())
+    return place, block, is_whole, start, builder.mul(left, _SIZE(4 * width))
+
+
+def _shuffled(builder, a, b, order):
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_INT, len(order)), order))
+
+
+# %% ../../nbs/ground/08_lanes.ipynb #1a000023
+def _take(context, builder, sig, args, width):
+    "Eight rows as they lie, zeros where the array has ended."
+    block = _block(context, builder, sig.args[0], args[0], args[1], width)
+    place, own, is_whole, start, existing = block
+    with builder.if_then(builder.not_(is_whole), likely=False):
+        cgutils.memset(builder, own, _SIZE(32 * width), 0)
+        cgutils.raw_memcpy(builder, own, start, existing, 1)
+    loaded = builder.load(place)
+    loaded.align = 4
+    return loaded
+
+
+@intrinsic
+def numbers8(
+    typing,
+    array,  # (N,) float32
+    i,  # the first of eight
+):  # Float8, zeros behind the end
+    "Eight neighbours, or as many as there are."
+
+    def emit(context, builder, sig, args):
+        return _take(context, builder, sig, args, 1)
+
+    return (float8(array, types.intp), emit) if _is_plain(array, 1) else None
+
+
+# %% ../../nbs/ground/08_lanes.ipynb #1a000024
+@intrinsic(prefer_literal=True)
+def rows8(
+    typing,
+    array,  # (N,width) float32
+    i,  # the first of eight rows
+    width,  # 2, 3 or 4, written as a number
+):  # as many Float8, zeros behind the end
+    "The columns of eight rows, or of as many as there are."
+    if not (_is_plain(array, 2) and isinstance(width, types.IntegerLiteral)):
+        return None
+    wide = width.literal_value
+
+    def emit(context, builder, sig, args):
+        rows = _take(context, builder, sig, args, wide)
+        orders = [[wide * lane + column for lane in range(8)] for column in range(wide)]
+        columns = [_shuffled(builder, rows, rows, order) for order in orders]
+        return context.make_tuple(builder, sig.return_type, columns)
+
+    return types.UniTuple(float8, wide)(array, types.intp, width), emit
+
+
+# %% ../../nbs/ground/08_lanes.ipynb #1a000025
+def _interleaved(builder, columns):
+    "One to four columns of eight as rows, one after the other."
+    wide = len(columns)
+    if wide == 1:
+        return columns[0]
+    first_16 = list(range(16))
+    pairs = [_shuffled(builder, *two, first_16) for two in (columns[:2], columns[-2:])]
+    places = [0, 8, 24, 16] if wide == 3 else [0, 8, 16, 24]
+    order = [places[column] + lane for lane in range(8) for column in range(wide)]
+    return _shuffled(builder, *pairs, order)
+
+
+@intrinsic
+def put8(
+    typing,
+    array,  # (N,) or (N,width) float32
+    i,  # the first of eight rows
+    x,  # Float8, or a tuple of one per column; what is behind the end is left out
+):
+    "Write eight rows, or as many as there are."
+
+    def emit(context, builder, sig, args):
+        columns = [args[2]] if x == float8 else cgutils.unpack_tuple(builder, args[2])
+        wide = len(columns)
+        block = _block(context, builder, sig.args[0], args[0], args[1], wide)
+        place, own, is_whole, start, existing = block
+        builder.store(_interleaved(builder, columns), place).align = 4
+        with builder.if_then(builder.not_(is_whole), likely=False):
+            cgutils.raw_memcpy(builder, start, own, existing, 1)
+        return context.get_dummy_value()
+
+    fits = _is_plain(array, 1 if x == float8 else 2)
+    return (types.void(array, types.intp, x), emit) if fits else None
+
+
+# %% ../../nbs/ground/08_lanes.ipynb #1a000029
+_INTS = ir.VectorType(_INT, 8)
+_MULADD = ir.FunctionType(_FLOATS, [_FLOATS] * 3)
+
+
+def _same(number, kind=_INT):
+    return ir.Constant(ir.VectorType(kind, 8), [number] * 8)
+
+
+@intrinsic
+def muladd(
+    typing,
+    a,  # Float8 or float32, as b and c
+    b,
+    c,
+):  # Float8
+    "a b + c, by itself: not regrouped with what stands around it."
+
+    def emit(context, builder, sig, args):
+        wide = [_wide(builder, kind, x) for kind, x in zip(sig.args, args)]
+        name = 'llvm.fmuladd.v8f32'
+        return builder.call(cgutils.get_or_insert_function(builder.module, _MULADD, name), wide)
+
+    return float8(a, b, c), emit
+
+
+# %% ../../nbs/ground/08_lanes.ipynb #1a00002d
+@intrinsic
+def nearest(
+    typing,
+    x,  # Float8
+):  # Float8
+    "The whole number next to each."
+    emit = _by_llvm('llvm.rint')
+    return float8(float8), lambda context, builder, sig, args: emit(builder, *args)
+
+
+# %% ../../nbs/ground/08_lanes.ipynb #1a00002a
+@intrinsic
+def two_to(
+    typing,
+    n,  # Float8 of whole numbers from -126 to 127; -127 gives 0
+):  # Float8
+    "2**n, by its bits."
+
+    def emit(context, builder, sig, args):
+        # next to 1.5 * 2**23 a float counts in ones: its last bits are n + 127
+        shifted = builder.fadd(args[0], _same(12582912.0 + 127, _FLOAT))
+        bits = builder.shl(builder.bitcast(shifted, _INTS), _same(23))
+        return builder.bitcast(bits, _FLOATS)
+
+    return float8(float8), emit
+
+
+@intrinsic
+def halves(
+    typing,
+    x,  # Float8, above 1.2e-38
+):  # m, from the root of 1/2 to that of 2, and n, whole: x = m 2**n
+    "A float in its two parts, by its bits."
+
+    def emit(context, builder, sig, args):
+        bits = builder.bitcast(args[0], _INTS)
+        above = builder.sub(bits, _same(0x3F3504F3))  # the bits of the root of 1/2
+        n = builder.ashr(above, _same(23))
+        m = builder.bitcast(builder.sub(bits, builder.shl(n, _same(23))), _FLOATS)
+        pair = m, builder.sitofp(n, _FLOATS)
+        return context.make_tuple(builder, sig.return_type, pair)
+
+    return types.UniTuple(float8, 2)(float8), emit
+
+
+# %% ../../nbs/ground/08_lanes.ipynb #1a00002b
+_ONE, _TWO, _HALF = [np.float32(x) for x in (1, 2, 0.5)]
+_LN2 = np.float32(0.693359375)  # nine bits of it
+_REST = np.float32(math.log(2) - 0.693359375)
+_LOG2E = np.float32(1 / math.log(2))
+_LEAST, _MOST = np.float32(-87.4), np.float32(89)
+_E2, _E3, _E4, _E5, _E6, _E7 = [np.float32(1 / math.factorial(k)) for k in range(2, 8)]
+_L3, _L5, _L7, _L9 = [np.float32(1 / k) for k in (3, 5, 7, 9)]
+_TINY, _INF, _NAN = [np.float32(x) for x in (1.1754944e-38, np.inf, np.nan)]
+_swift = dict(forceinline=True, error_model='numpy')
+
+
+@overload(math.exp, jit_options=_swift)
+def _exp(x):
+    if x == float8:
+        return _exp8
+
+
+def _exp8(x):
+    x = pick(x > _MOST, _MOST, pick(x < _LEAST, _LEAST, x))
+    n = nearest(x * _LOG2E)
+    r = muladd(-_REST, n, muladd(-_LN2, n, x))
+    p = muladd(muladd(_E7, r, _E6), r, _E5)
+    p = muladd(muladd(muladd(p, r, _E4), r, _E3), r, _E2)
+    p = muladd(muladd(p, r, _ONE), r, _ONE)
+    return p * _TWO * two_to(n - _ONE)
+
+
+# %% ../../nbs/ground/08_lanes.ipynb #1a00002c
+@overload(math.log, jit_options=_swift)
+def _log(x):
+    if x == float8:
+        return _log8
+
+
+def _log8(x):
+    m, n = halves(x)
+    s = (m - _ONE) / (m + _ONE)
+    z = s * s
+    p = muladd(muladd(muladd(_L9, z, _L7), z, _L5), z, _L3)
+    doubled = s + s
+    by_m = muladd(doubled * z, p, doubled)
+    found = muladd(_LN2, n, muladd(_REST, n, by_m))
+    ordinary = (x >= _TINY) & (x < _INF)
+    return pick(ordinary, found, pick(x >= _INF, x, pick(x >= np.float32(0), -_INF, _NAN)))

@@ -22,15 +22,18 @@ __all__ = [
     'place_forward',
     'place_backward',
     'place_backward_frames',
+    'open_forward',
+    'open_backward',
     'fast_frames',
     'fast_place',
     'fast_to_world',
+    'fast_open',
     'whiteners_to_conics',
     'project_kernel',
     'ScreenSplats',
     'project_backward',
+    'LongSplats',
     'project_splats',
-    'aspect_kernel',
     'fast_log_aspects',
 ]
 
@@ -52,6 +55,8 @@ from spatialavatar0.splats.binding import (
 )
 
 from ..ground.core import InputError
+from ..ground.geometry import SH_C0
+from ..ground.lanes import eight, numbers8, pick, put8, rows8, some
 from .projection import log_aspects
 
 # %% ../../nbs/splats/23_kernels.ipynb #065d5304
@@ -105,6 +110,17 @@ def _add(a, s, b):
     return (a[0] + s * b[0], a[1] + s * b[1], a[2] + s * b[2])
 
 
+@inline
+def _times(s, a):
+    return (s * a[0], s * a[1], s * a[2])
+
+
+@inline
+def _each(a, b):
+    "Products of entries."
+    return (a[0] * b[0], a[1] * b[1], a[2] * b[2])
+
+
 # %% ../../nbs/splats/23_kernels.ipynb #ecfb12b3
 @inline
 def _mix(r, a, s, b, t, c):
@@ -147,20 +163,10 @@ def _quat_mul(p, q):
 
 # %% ../../nbs/splats/23_kernels.ipynb #871853e5
 @inline
-def _unit_quat(x, i):
-    "Normalised quaternion i and one over its length."
-    w, x, y, z = _quat(x, i)
-    s = ONE / max(math.sqrt(w * w + x * x + y * y + z * z), np.float32(1e-12))
-    return (s * w, s * x, s * y, s * z), s
-
-
-# %% ../../nbs/splats/23_kernels.ipynb #7678840b
-@inline
-def _quick_unit_quat(x, i):
-    "The same by the processor's reciprocal root."
-    w, x, y, z = _quat(x, i)
-    s = ONE / math.sqrt(max(w * w + x * x + y * y + z * z, np.float32(1e-24)))
-    return (w * s, x * s, y * s, z * s), s
+def _unit_quat(q):
+    "Normalised quaternion and one over its length."
+    s = ONE / math.sqrt(max(np.float32(1e-24), _dot4(q, q)))
+    return (s * q[0], s * q[1], s * q[2], s * q[3]), s
 
 
 # %% ../../nbs/splats/23_kernels.ipynb #ea65991e
@@ -372,6 +378,21 @@ def _rotate_backward(q, v, g):
 
 
 # %% ../../nbs/splats/23_kernels.ipynb #e89feec0
+@inline
+def _groups(threads, t, n):
+    "Where the share of thread t begins: n rows in groups of eight."
+    return t * ((n + 7) // 8) // threads * 8
+
+
+@inline
+def _placed(points, quats, scales, offsets, local, i):
+    "Centres and quaternions of eight Gaussians in the world, and the sizes of their frames."
+    q, s = rows8(quats, i, 4), numbers8(scales, i)
+    own, _ = _unit_quat(rows8(local, i, 4))
+    mean = _add(rows8(points, i, 3), s, _rotate(q, rows8(offsets, i, 3)))
+    return mean, _quat_mul(q, own), s
+
+
 @nb.njit(parallel=True, **kernel)
 def place_forward(
     threads, points, quats, scales, offsets, local, sizes, out_means, out_quats, out_scales
@@ -379,16 +400,25 @@ def place_forward(
     "Fill out_means (N,3), out_quats (N,4) and out_scales (N,3) (Eq. 1)."
     N = len(points)
     for t in nb.prange(threads):
-        for n in range(t * N // threads, (t + 1) * N // threads):
-            q, s = _quat(quats, n), scales[n]
-            own, _ = _unit_quat(local, n)
-            _put(out_means, n, _add(_vec(points, n), s, _rotate(q, _vec(offsets, n))))
-            _put(out_quats, n, _quat_mul(q, own))
-            for d in range(3):
-                out_scales[n, d] = s * sizes[n, d]
+        for i in range(_groups(threads, t, N), _groups(threads, t + 1, N), 8):
+            mean, q, s = _placed(points, quats, scales, offsets, local, i)
+            put8(out_means, i, mean)
+            put8(out_quats, i, q)
+            put8(out_scales, i, _times(s, rows8(sizes, i, 3)))
 
 
 # %% ../../nbs/splats/23_kernels.ipynb #6f712c4b
+@inline
+def _place_backward(quats, scales, local, g_means, g_quats, i):
+    "Gradients of the offsets and the raw local quaternions of eight Gaussians."
+    back, s = _conj(rows8(quats, i, 4)), numbers8(scales, i)
+    own, length = _unit_quat(rows8(local, i, 4))
+    g = _quat_mul(back, rows8(g_quats, i, 4))
+    w, x, y, z = _add4(g, -_dot4(g, own), own)
+    g_local = (length * w, length * x, length * y, length * z)
+    return _times(s, _rotate(back, rows8(g_means, i, 3))), g_local
+
+
 @nb.njit(parallel=True, **kernel)
 def place_backward(
     threads, quats, scales, local, sizes, g_means, g_quats, g_scales, g_offsets, g_local, g_logs
@@ -396,17 +426,12 @@ def place_backward(
     "Fill the gradients of the Gaussians' own attributes."
     N = len(quats)
     for t in nb.prange(threads):
-        for n in range(t * N // threads, (t + 1) * N // threads):
-            back, s = _conj(_quat(quats, n)), scales[n]
-            own, i = _unit_quat(local, n)
-            x, y, z = _rotate(back, _vec(g_means, n))
-            _put(g_offsets, n, (s * x, s * y, s * z))
-            g = _quat_mul(back, _quat(g_quats, n))
-            along = g[0] * own[0] + g[1] * own[1] + g[2] * own[2] + g[3] * own[3]
-            w, x, y, z = _add4(g, -along, own)
-            _put(g_local, n, (i * w, i * x, i * y, i * z))
-            for d in range(3):
-                g_logs[n, d] = g_scales[n, d] * s * sizes[n, d]
+        for i in range(_groups(threads, t, N), _groups(threads, t + 1, N), 8):
+            g_offset, g_own = _place_backward(quats, scales, local, g_means, g_quats, i)
+            put8(g_offsets, i, g_offset)
+            put8(g_local, i, g_own)
+            world = _times(numbers8(scales, i), rows8(sizes, i, 3))
+            put8(g_logs, i, _each(rows8(g_scales, i, 3), world))
 
 
 # %% ../../nbs/splats/23_kernels.ipynb #f26d69c6
@@ -418,17 +443,82 @@ def place_backward_frames(
     itself."""
     N = len(quats)
     for t in nb.prange(threads):
-        for n in range(t * N // threads, (t + 1) * N // threads):
-            q = _quat(quats, n)
-            x = _vec(offsets, n)
-            g = _vec(g_means, n)
-            own, _ = _unit_quat(local, n)
-            g_q = _quat_mul(_quat(g_quats, n), _conj(own))
-            _put(g_qf, n, _add4(g_q, scales[n], _rotate_backward(q, x, g)))
-            g_s = _dot(g, _rotate(q, x))
-            for d in range(3):
-                g_s += g_scales[n, d] * sizes[n, d]
-            g_sf[n] = g_s
+        for i in range(_groups(threads, t, N), _groups(threads, t + 1, N), 8):
+            q, x, g = rows8(quats, i, 4), rows8(offsets, i, 3), rows8(g_means, i, 3)
+            own, _ = _unit_quat(rows8(local, i, 4))
+            g_q = _quat_mul(rows8(g_quats, i, 4), _conj(own))
+            put8(g_qf, i, _add4(g_q, numbers8(scales, i), _rotate_backward(q, x, g)))
+            g_s = _dot(rows8(g_scales, i, 3), rows8(sizes, i, 3))
+            put8(g_sf, i, g_s + _dot(g, _rotate(q, x)))
+
+
+# %% ../../nbs/splats/23_kernels.ipynb #f26d69c7
+_SHADE = np.float32(SH_C0)
+
+
+@inline
+def _sigmoid(x):
+    # past -80 it would be e^x, no number a picture could show
+    x = pick(x < np.float32(-80), np.float32(-80), x)
+    return ONE / (ONE + math.exp(-x))
+
+
+@inline
+def _shade(x):
+    color = _SHADE * x + HALF
+    return pick(color < ZERO, ZERO, color)
+
+
+@inline
+def _shade_backward(x, g):
+    "Where a colour was clamped, nothing asks."
+    return pick(_SHADE * x + HALF < ZERO, ZERO, _SHADE * g)
+
+
+# %% ../../nbs/splats/23_kernels.ipynb #f26d69c8
+@nb.njit(parallel=True, **kernel)
+def open_forward(
+    threads, points, quats, scales, offsets, local, logs, logits, sh0, out_place, out_look
+):
+    """Fill out_place, means, quaternions and scales as `place_forward` does, and out_look,
+    opacities (N,) and colours (N,3)."""
+    means, out_quats, out_scales = out_place
+    opacities, colors = out_look
+    N = len(points)
+    for t in nb.prange(threads):
+        for i in range(_groups(threads, t, N), _groups(threads, t + 1, N), 8):
+            mean, q, s = _placed(points, quats, scales, offsets, local, i)
+            put8(means, i, mean)
+            put8(out_quats, i, q)
+            x, y, z = rows8(logs, i, 3)
+            put8(out_scales, i, _times(s, (math.exp(x), math.exp(y), math.exp(z))))
+            put8(opacities, i, _sigmoid(numbers8(logits, i)))
+            r, g, b = rows8(sh0, i, 3)
+            put8(colors, i, (_shade(r), _shade(g), _shade(b)))
+
+
+# %% ../../nbs/splats/23_kernels.ipynb #f26d69c9
+@nb.njit(parallel=True, **kernel)
+def open_backward(threads, quats, scales, local, sh0, opened, g_place, g_look, own_place, own_look):
+    """Fill own_place, gradients of offsets, quaternions and log scales, and own_look, of logits and
+    sh0, from those of what `open_forward` gave. opened: its scales and opacities."""
+    out_scales, opacities = opened
+    g_means, g_quats, g_scales = g_place
+    g_opacities, g_colors = g_look
+    g_offsets, g_local, g_logs = own_place
+    g_logits, g_sh0 = own_look
+    N = len(quats)
+    for t in nb.prange(threads):
+        for i in range(_groups(threads, t, N), _groups(threads, t + 1, N), 8):
+            g_offset, g_own = _place_backward(quats, scales, local, g_means, g_quats, i)
+            put8(g_offsets, i, g_offset)
+            put8(g_local, i, g_own)
+            put8(g_logs, i, _each(rows8(g_scales, i, 3), rows8(out_scales, i, 3)))
+            o = numbers8(opacities, i)
+            put8(g_logits, i, numbers8(g_opacities, i) * o * (ONE - o))
+            (r, g, b), (x, y, z) = rows8(sh0, i, 3), rows8(g_colors, i, 3)
+            shades = (_shade_backward(r, x), _shade_backward(g, y), _shade_backward(b, z))
+            put8(g_sh0, i, shades)
 
 
 # %% ../../nbs/splats/23_kernels.ipynb #54c04205
@@ -483,6 +573,40 @@ class _Place(torch.autograd.Function):
             frame = _new((N, 4), N)
             place_backward_frames(threads, quats, scales, offsets, local, sizes, *asked, *frame)
         return grads[0], *[x if x is None else torch.from_numpy(x) for x in (*frame, *own)]
+
+
+# %% ../../nbs/splats/23_kernels.ipynb #0eec56a9
+class _Open(torch.autograd.Function):
+    """points, quats and scales of the frames, offsets, local quats, log_scales, logit_opacities,
+    sh0 -> means, quats, scales, opacities, colors"""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        N = len(inputs[0])
+        place = tuple(_new((N, 3), (N, 4), (N, 3)))
+        look = tuple(_new(N, (N, 3)))
+        open_forward(nb.get_num_threads(), *map(_np, inputs), place, look)
+        out = [torch.from_numpy(x) for x in (*place, *look)]
+        _, quats, scales, offsets, local, logs, _, sh0 = inputs
+        ctx.save_for_backward(quats, scales, offsets, local, logs, sh0, *out[2:4])
+        return tuple(out)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        quats, scales, offsets, local, logs, sh0, *opened = map(_np, ctx.saved_tensors)
+        threads, N = nb.get_num_threads(), len(quats)
+        place, look = tuple(_new((N, 3), (N, 4), (N, 3))), tuple(_new(N, (N, 3)))
+        asked = tuple(_np(g) for g in grads)
+        own = quats, scales, local, sh0, tuple(opened)
+        open_backward(threads, *own, asked[:3], asked[3:], place, look)
+        frame = None, None
+        if any(ctx.needs_input_grad[1:3]):
+            frame = _new((N, 4), N)
+            frames = quats, scales, offsets, local, np.exp(logs)
+            place_backward_frames(threads, *frames, *asked[:3], *frame)
+        found = (*frame, *place, *look)
+        return grads[0], *[x if x is None else torch.from_numpy(x) for x in found]
 
 
 # %% ../../nbs/splats/23_kernels.ipynb #47d70fdc
@@ -547,6 +671,20 @@ def fast_to_world(
     return fast_place(splats, fast_frames(binding, verts, backend), backend)
 
 
+# %% ../../nbs/splats/23_kernels.ipynb #4544948a
+def fast_open(
+    splats: dict,  # raw local attributes, see `new_splats`
+    frames: TriangleFrames,  # from fast_frames
+) -> tuple | None:  # means (N,3), quats (N,4), scales (N,3), opacities (N,), colors (N,3), or None
+    """Raw attributes placed in the world (Eq. 1) and opened, in one pass: exp, sigmoid, degree-0
+    colour, at least 0. None where only the readable form will do: a batch, float64, a GPU."""
+    names = 'offsets', 'quats', 'log_scales', 'logit_opacities', 'sh0'
+    tensors = [frames.points, frames.quats, frames.scales, *[splats[name] for name in names]]
+    N = len(splats['offsets'])
+    shapes = [(N, 3), (N, 4), (N,), (N, 3), (N, 4), (N, 3), (N,), (N, 3)]
+    return _Open.apply(*tensors) if _is_fast('auto', tensors, shapes) else None
+
+
 # %% ../../nbs/splats/23_kernels.ipynb #b2872f5c
 @inline
 def _covariance(u0, u1, u2):
@@ -605,9 +743,9 @@ def _from_camera(V, v):
 
 # %% ../../nbs/splats/23_kernels.ipynb #e69bec9c
 @inline
-def _camera_point(V, means, i):
-    "Centre i in the camera's coordinates, metres."
-    p = _to_camera(V, _vec(means, i))
+def _camera_point(V, mean):
+    "A centre in the camera's coordinates, metres."
+    p = _to_camera(V, mean)
     return (p[0] + V[0, 3], p[1] + V[1, 3], p[2] + V[2, 3])
 
 
@@ -675,6 +813,21 @@ def _scaled(s, u0, u1, u2):
     )
 
 
+# %% ../../nbs/splats/23_kernels.ipynb #017f18a1
+@inline
+def _log_ratio(u0, u1, u2):
+    "Half the log of the ratio of eigenvalues of U U^T, and its derivative xx, xy, yy."
+    xx, xy, yy, det = _covariance(u0, u1, u2)
+    d, h = HALF * (xx - yy), np.float32(1e-12)
+    h = math.sqrt(d * d + xy * xy + h * h)
+    l1 = HALF * (xx + yy) + h
+    l2 = max(np.float32(1e-10) * l1 + np.float32(1e-20), det / l1)
+    c, s = HALF * d / h, HALF * xy / h
+    p, m = HALF / l1, HALF / l2
+    slope = (p * (HALF + c) - m * (HALF - c), (p + m) * s, p * (HALF - c) - m * (HALF + c))
+    return HALF * math.log(l1 / l2), slope
+
+
 # %% ../../nbs/splats/23_kernels.ipynb #e57f74f9
 @inline
 def _half_size(a, b, c, reach):
@@ -686,46 +839,38 @@ def _half_size(a, b, c, reach):
 # %% ../../nbs/splats/23_kernels.ipynb #3db0c64d
 @inline
 def _on_screen(mx, my, ex, ey, width, height):
-    return mx + ex > ZERO and mx - ex < width and my + ey > ZERO and my - ey < height
-
-
-@inline
-def _clear(i, means2d, white, extents):
-    _put(means2d, i, (ZERO, ZERO))
-    _put(white, i, (ZERO, ZERO, ZERO))
-    _put(extents, i, (ZERO, ZERO))
+    return (mx + ex > ZERO) & (mx - ex < width) & (my + ey > ZERO) & (my - ey < height)
 
 
 # %% ../../nbs/splats/23_kernels.ipynb #d0098f7a
 @nb.njit(parallel=True, **kernel)
-def project_kernel(
-    means, quats, scales, opacities, V, cam, limits, means2d, depths, white, reach, extents
-):
-    """Fill the last five, one row per Gaussian; reach is -1 and the rest but the depth 0 where
-    nothing is drawn. limits: width, height (pixels), near, far (metres), eps2d."""
+def project_kernel(means, quats, scales, opacities, V, cam, limits, screen, aspects, slopes):
+    """Fill screen, the arrays of `ScreenSplats`: reach is -1 and all but the depth 0 where nothing
+    is drawn. limits: width, height (pixels), near, far (metres), eps2d. Unless they are empty, fill
+    aspects (N,) and slopes (N,3): `_log_ratio`, or -1 and 0 behind the camera."""
+    means2d, depths, white, reach, extents = screen
     width, height, near, far, eps2d = limits
-    for i in nb.prange(len(means)):
-        p = _camera_point(V, means, i)
-        x, y, z = p
-        depths[i] = z
-        reach[i] = -ONE
-        _clear(i, means2d, white, extents)
-        if z < near or z > far or np.float32(255) * opacities[i] < ONE:
-            continue
-        q, _ = _quick_unit_quat(quats, i)
-        u0, u1, u2 = _screen_axes(V, cam, p, q)
-        u0, u1, u2 = _scaled(_vec(scales, i), u0, u1, u2)
-        a, b, c = _whitener(u0, u1, u2, eps2d)
-        mx = cam[0] * x / z + cam[2]
-        my = cam[1] * y / z + cam[3]
-        far_sigma = np.float32(math.log(np.float32(255) * opacities[i]))
+    for group in nb.prange((len(means) + 7) // 8):
+        i = 8 * group
+        x, y, z = p = _camera_point(V, rows8(means, i, 3))
+        q, _ = _unit_quat(rows8(quats, i, 4))
+        axes = _scaled(rows8(scales, i, 3), *_screen_axes(V, cam, p, q))
+        a, b, c = _whitener(*axes, eps2d)
+        mx, my = cam[0] * x / z + cam[2], cam[1] * y / z + cam[3]
+        strength = np.float32(255) * numbers8(opacities, i)
+        far_sigma = math.log(strength)
         ex, ey = _half_size(a, b, c, far_sigma)
-        if not _on_screen(mx, my, ex, ey, width, height):
-            continue
-        _put(means2d, i, (mx, my))
-        _put(white, i, (a, b, c))
-        _put(extents, i, (ex, ey))
-        reach[i] = far_sigma
+        inside = _on_screen(mx, my, ex, ey, width, height)
+        drawn = inside & (z >= near) & (z <= far) & (strength >= ONE)
+        put8(depths, i, z)
+        put8(means2d, i, pick(drawn, (mx, my), ZERO))
+        put8(white, i, pick(drawn, (a, b, c), ZERO))
+        put8(extents, i, pick(drawn, (ex, ey), ZERO))
+        put8(reach, i, pick(drawn, far_sigma, -ONE))
+        if len(aspects) > 0:
+            ratio, slope = _log_ratio(*axes)
+            put8(aspects, i, pick(z < near, -ONE, ratio))
+            put8(slopes, i, pick(z >= near, slope, ZERO))
 
 
 # %% ../../nbs/splats/23_kernels.ipynb #6fadfa23
@@ -740,27 +885,34 @@ class ScreenSplats(NamedTuple):
 
 
 # %% ../../nbs/splats/23_kernels.ipynb #0927e12d
-def _project(arrays, V, K, width, height, near, far, eps2d):
-    "`project_kernel` into fresh arrays, for one camera: its eight numbers, and ScreenSplats."
-    n, f = len(arrays[0]), np.float32
-    cam = _camera(K, width, height)
-    out = _new((n, 2), n, (n, 3), n, (n, 2))
-    project_kernel(*arrays, V, cam, (f(width), f(height), f(near), f(far), f(eps2d)), *out)
-    return cam, ScreenSplats(*out)
+def _project(arrays, viewmats, Ks, width, height, near, far, eps2d, aspects=False):
+    """`project_kernel` into fresh arrays, for C cameras: their eight numbers each, ScreenSplats,
+    and log aspect ratios with slopes, empty if nobody asks."""
+    C, n, f = len(viewmats), len(arrays[0]), np.float32
+    cams = [_camera(K, width, height) for K in Ks]
+    screen = _new((C, n, 2), (C, n), (C, n, 3), (C, n), (C, n, 2))
+    long = _new((C, n * aspects), (C, n * aspects, 3))
+    limits = f(width), f(height), f(near), f(far), f(eps2d)
+    for c, (V, cam) in enumerate(zip(viewmats, cams)):
+        fields = tuple(x[c] for x in screen)
+        project_kernel(*arrays, V, cam, limits, fields, *[x[c] for x in long])
+    return cams, ScreenSplats(*screen), long
 
 
 # %% ../../nbs/splats/23_kernels.ipynb #19bf11a9
 @inline
-def _axis_backward(J, axis, scale, white, m):
+def _axis_backward(J, axis, scale, white, m, stretch):
     """Gradients of one scaled axis: of its scale, of its direction in camera space, and of the four
-    entries of J."""
+    entries of J. stretch: a gradient of the covariance besides that of the moments m."""
     a, b, c = white
     px, py = _to_screen(J, axis)
     tx, ty = a * px + b * py, c * py
     gx = FOUR * scale * (m[0] * tx + m[1] * ty)
     gy = FOUR * scale * (m[1] * tx + m[2] * ty)
-    g_scale = gx * tx + gy * ty
-    gx, gy = scale * a * gx, scale * (b * gx + c * gy)
+    sx = TWO * scale * (stretch[0] * px + stretch[1] * py)
+    sy = TWO * scale * (stretch[1] * px + stretch[2] * py)
+    g_scale = gx * tx + gy * ty + sx * px + sy * py
+    gx, gy = scale * (a * gx + sx), scale * (b * gx + c * gy + sy)
     g_axis = (J[0] * gx, J[2] * gy, J[1] * gx + J[3] * gy)
     return g_scale, g_axis, (gx * axis[0], gx * axis[2], gy * axis[1], gy * axis[2])
 
@@ -783,13 +935,9 @@ def _point_backward(cam, p, gJ, g_mx, g_my, g_z):
         - iz2 * (fx * gJ[0] + fy * gJ[2])
         + iz2 * (fx * tx * gJ[1] + fy * ty * gJ[3])
     )
-    if tx == x:
-        gx -= fx * iz2 * gJ[1]
-        gz += fx * x * iz2 * gJ[1]
-    if ty == y:
-        gy -= fy * iz2 * gJ[3]
-        gz += fy * y * iz2 * gJ[3]
-    return gx, gy, gz
+    turn_x = pick(tx == x, fx * iz2 * gJ[1], ZERO)
+    turn_y = pick(ty == y, fy * iz2 * gJ[3], ZERO)
+    return gx - turn_x, gy - turn_y, gz + x * turn_x + y * turn_y
 
 
 # %% ../../nbs/splats/23_kernels.ipynb #89167a08
@@ -814,68 +962,96 @@ def _quat_backward(q, length, g0, g1, g2):
 
 # %% ../../nbs/splats/23_kernels.ipynb #6f56a6d5
 @inline
-def _shape_backward(V, J, q, length, s, white, m):
-    "From the second moments of a splat: gradients of its scales, its quaternion and J."
+def _shape_backward(V, J, q, length, s, white, m, stretch):
+    "From what is asked of a splat's shape: gradients of its scales, its quaternion and J."
     r0, r1, r2 = _axes(q)
-    gs0, a0, j0 = _axis_backward(J, _to_camera(V, r0), s[0], white, m)
-    gs1, a1, j1 = _axis_backward(J, _to_camera(V, r1), s[1], white, m)
-    gs2, a2, j2 = _axis_backward(J, _to_camera(V, r2), s[2], white, m)
+    gs0, a0, j0 = _axis_backward(J, _to_camera(V, r0), s[0], white, m, stretch)
+    gs1, a1, j1 = _axis_backward(J, _to_camera(V, r1), s[1], white, m, stretch)
+    gs2, a2, j2 = _axis_backward(J, _to_camera(V, r2), s[2], white, m, stretch)
     gq = _quat_backward(q, length, _from_camera(V, a0), _from_camera(V, a1), _from_camera(V, a2))
     return (gs0, gs1, gs2), gq, _add4(_add4(j0, ONE, j1), ONE, j2)
 
 
 # %% ../../nbs/splats/23_kernels.ipynb #1b67a39e
+@inline
+def _stretched(aspects, slopes, g_aspects, i):
+    "What eight log aspect ratios ask of their covariances, and whether they ask at all."
+    if len(aspects) == 0:
+        none = eight(ZERO)
+        return (none, none, none), none != none
+    g = pick(numbers8(aspects, i) < ZERO, ZERO, numbers8(g_aspects, i))
+    xx, xy, yy = rows8(slopes, i, 3)
+    return (g * xx, g * xy, g * yy), g != ZERO
+
+
+# %% ../../nbs/splats/23_kernels.ipynb #1b67a3a0
 @nb.njit(parallel=True, **kernel)
-def project_backward(
-    means, quats, scales, V, cam, white, reach, g_xy, g_depths, moments, g_means, g_quats, g_scales
-):
-    "Add to the gradients of means, quaternions and scales (the last three) those of the screen."
-    for i in nb.prange(len(means)):
-        if reach[i] < ZERO:
+def project_backward(means, quats, scales, V, cam, white, reach, asked, long, grads):
+    """Add to grads, of means, quaternions and scales. asked: gradients of places on the screen,
+    of depths, and moments; long: aspects, slopes and their gradients, or empty."""
+    g_xy, g_depths, moments = asked
+    g_means, g_quats, g_scales = grads
+    for group in nb.prange((len(means) + 7) // 8):
+        i = 8 * group
+        drawn = numbers8(reach, i) >= ZERO
+        stretch, is_long = _stretched(*long, i)
+        active = drawn | is_long
+        if not some(active):
             continue
-        p = _camera_point(V, means, i)
-        q, length = _quick_unit_quat(quats, i)
+        p = _camera_point(V, rows8(means, i, 3))
+        q, length = _unit_quat(rows8(quats, i, 4))
         J = _jacobian(cam, p)
-        gs, gq, gJ = _shape_backward(
-            V, J, q, length, _vec(scales, i), _vec(white, i), _vec(moments, i)
-        )
-        gp = _point_backward(cam, p, gJ, g_xy[i, 0], g_xy[i, 1], g_depths[i])
-        gm = _from_camera(V, gp)
-        for d in range(3):
-            g_means[i, d] += gm[d]
-            g_scales[i, d] += gs[d]
-        for d in range(4):
-            g_quats[i, d] += gq[d]
+        m = pick(drawn, rows8(moments, i, 3), ZERO)
+        shape = rows8(scales, i, 3), rows8(white, i, 3), m, stretch
+        gs, gq, gJ = _shape_backward(V, J, q, length, *shape)
+        gx, gy = pick(drawn, rows8(g_xy, i, 2), ZERO)
+        gz = pick(drawn, numbers8(g_depths, i), ZERO)
+        gm = _from_camera(V, _point_backward(cam, p, gJ, gx, gy, gz))
+        put8(g_means, i, _add(rows8(g_means, i, 3), ONE, pick(active, gm, ZERO)))
+        put8(g_quats, i, _add4(rows8(g_quats, i, 4), ONE, pick(active, gq, ZERO)))
+        put8(g_scales, i, _add(rows8(g_scales, i, 3), ONE, pick(active, gs, ZERO)))
 
 
 # %% ../../nbs/splats/23_kernels.ipynb #822ce219
 class _Project(torch.autograd.Function):
-    "means, quats, scales, opacities, viewmats, Ks, size and limits -> the fields of ScreenSplats"
+    "means, quats, scales, opacities, viewmats, Ks, size, limits, aspects -> fields of LongSplats"
 
     @staticmethod
     def forward(ctx, means, quats, scales, opacities, viewmats, Ks, *args):
         ctx.arrays = [_np(x) for x in (means, quats, scales)]
         ctx.V = _np(viewmats)
         arrays = [*ctx.arrays, _np(opacities)]
-        views = [_project(arrays, V, K, *args) for V, K in zip(ctx.V, _np(Ks))]
-        ctx.cams = [cam for cam, _ in views]
-        screen = ScreenSplats(*[np.stack(x) for x in zip(*[splats for _, splats in views])])
+        ctx.cams, screen, ctx.long = _project(arrays, ctx.V, _np(Ks), *args)
         ctx.white, ctx.reach = screen.white, screen.reach
-        out = [torch.from_numpy(x) for x in screen]
-        ctx.mark_non_differentiable(*out[3:])
+        out = [torch.from_numpy(x) for x in (*screen, ctx.long[0])]
+        ctx.mark_non_differentiable(*out[3:5])
         return tuple(out)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g_means2d, g_depths, moments, *_):
-        grads = [np.zeros_like(x) for x in ctx.arrays]
-        for c, asked in enumerate(zip(*[_np(x) for x in (g_means2d, g_depths, moments)])):
+    def backward(ctx, *grads):
+        found = tuple(np.zeros_like(x) for x in ctx.arrays)
+        *asked, g_aspects = [_np(grads[k]) for k in (0, 1, 2, 5)]
+        for c, screen in enumerate(zip(*asked)):
             camera = ctx.V[c], ctx.cams[c], ctx.white[c], ctx.reach[c]
-            project_backward(*ctx.arrays, *camera, *asked, *grads)
-        return *[torch.from_numpy(g) for g in grads], *[None] * 8
+            long = *[x[c] for x in ctx.long], g_aspects[c]
+            project_backward(*ctx.arrays, *camera, screen, long, found)
+        return *[torch.from_numpy(g) for g in found], *[None] * 9
 
 
 # %% ../../nbs/splats/23_kernels.ipynb #178a62fb
+class LongSplats(NamedTuple):
+    "The fields of `ScreenSplats`, and how long each one looks."
+
+    means2d: Tensor  # (C,N,2) pixels
+    depths: Tensor  # (C,N) metres
+    white: Tensor  # (C,N,3) whitenings a, b, c, 1/pixels
+    reach: Tensor  # (C,N) largest sigma that is drawn, or -1
+    extents: Tensor  # (C,N,2) half width and height of what is drawn, pixels
+    log_aspects: Tensor  # (C,N) log of the ratio of axes without blur; -1 behind the camera
+
+
+# %% ../../nbs/splats/23_kernels.ipynb #178a62fc
 def project_splats(
     means: Tensor,  # (N,3) metres
     quats: Tensor,  # (N,4) wxyz
@@ -888,6 +1064,7 @@ def project_splats(
     near_plane: float = 0.01,
     far_plane: float = 1e10,  # metres
     eps2d: float = 0.3,  # pixels^2
+    aspects: bool = False,  # also the log aspect ratios (Eq. 4): LongSplats
 ) -> ScreenSplats:
     """Project Gaussians with numba; differentiable in means, quats and scales. Expects moments for
     `white`."""
@@ -898,67 +1075,8 @@ def project_splats(
     tensors = means, quats, scales, opacities.detach(), viewmats, Ks
     tensors = [x.cpu().float() for x in tensors]
     limits = int(width), int(height), near_plane, far_plane, eps2d
-    return ScreenSplats(*_Project.apply(*tensors, *limits))
-
-
-# %% ../../nbs/splats/23_kernels.ipynb #017f18a1
-@inline
-def _log_ratio(u0, u1, u2):
-    "Half the log of the ratio of eigenvalues of U U^T, and its derivative xx, xy, yy."
-    xx, xy, yy, det = _covariance(u0, u1, u2)
-    d, h = HALF * (xx - yy), np.float32(1e-12)
-    h = math.sqrt(d * d + xy * xy + h * h)
-    l1 = HALF * (xx + yy) + h
-    l2 = max(det / l1, np.float32(1e-10) * l1 + np.float32(1e-20))
-    c, s = HALF * d / h, HALF * xy / h
-    p, m = HALF / l1, HALF / l2
-    slope = (p * (HALF + c) - m * (HALF - c), (p + m) * s, p * (HALF - c) - m * (HALF + c))
-    return HALF * math.log(l1 / l2), slope
-
-
-# %% ../../nbs/splats/23_kernels.ipynb #194fa069
-@nb.njit(parallel=True, **kernel)
-def aspect_kernel(means, quats, scales, V, cam, near, ratio, slope):
-    """Fill ratio (N,), the log of each aspect ratio on the screen (-1 behind the camera), and slope
-    (N,3), its derivative by the covariance."""
-    for i in nb.prange(len(means)):
-        p = _camera_point(V, means, i)
-        ratio[i] = -ONE
-        _put(slope, i, (ZERO, ZERO, ZERO))
-        if p[2] < near:
-            continue
-        q, _ = _quick_unit_quat(quats, i)
-        s = _vec(scales, i)
-        u0, u1, u2 = _screen_axes(V, cam, p, q)
-        u0, u1, u2 = _scaled(s, u0, u1, u2)
-        ratio[i], g = _log_ratio(u0, u1, u2)
-        _put(slope, i, g)
-
-
-# %% ../../nbs/splats/23_kernels.ipynb #8e5a9eb3
-class _Aspect(torch.autograd.Function):
-    "means, quats, scales, viewmat, K, width, height, near -> log aspect ratios"
-
-    @staticmethod
-    def forward(ctx, means, quats, scales, viewmat, K, width, height, near):
-        ctx.arrays = [_np(x) for x in (means, quats, scales)]
-        ctx.V = _np(viewmat)
-        ctx.cam = _camera(_np(K), width, height)
-        ctx.ratio, ctx.slope = _new(len(means), (len(means), 3))
-        aspect_kernel(*ctx.arrays, ctx.V, ctx.cam, np.float32(near), ctx.ratio, ctx.slope)
-        return torch.from_numpy(ctx.ratio)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        n = len(ctx.ratio)
-        grads = [np.zeros_like(x) for x in ctx.arrays]
-        identity = np.tile(np.float32([1, 0, 1]), (n, 1))
-        no_means2d, no_depths = np.zeros((n, 2), np.float32), np.zeros(n, np.float32)
-        moments = HALF * _np(g)[:, None] * ctx.slope
-        camera = ctx.V, ctx.cam, identity, ctx.ratio
-        project_backward(*ctx.arrays, *camera, no_means2d, no_depths, moments, *grads)
-        return *[torch.from_numpy(x) for x in grads], *[None] * 5
+    found = _Project.apply(*tensors, *limits, aspects)
+    return LongSplats(*found) if aspects else ScreenSplats(*found[:5])
 
 
 # %% ../../nbs/splats/23_kernels.ipynb #6f21af35
@@ -974,6 +1092,8 @@ def fast_log_aspects(
 ) -> Tensor:  # (N,) log of the ratio of axes on the screen, without blur; -1 behind the camera
     """`log_aspects` (Eq. 4), compiled for float32 on the CPU, else the readable one;
     differentiable in all but the camera."""
-    if means.device.type == 'cpu' and means.dtype == torch.float32:
-        return _Aspect.apply(means, quats, scales, viewmat, K, width, height, near_plane)
-    return log_aspects(means, quats, scales, viewmat, K, width, height, near_plane)
+    if means.device.type != 'cpu' or means.dtype != torch.float32:
+        return log_aspects(means, quats, scales, viewmat, K, width, height, near_plane)
+    unseen = torch.zeros(len(means))
+    camera = viewmat.detach()[None], K.detach()[None], width, height, near_plane
+    return project_splats(means, quats, scales, unseen, *camera, aspects=True).log_aspects[0]
