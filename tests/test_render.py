@@ -12,7 +12,7 @@ from scenes import H, Scene, W, off_centre_K, turn_about_y
 from spatialavatar0.ground.core import InputError
 from spatialavatar0.ground.geometry import intrinsics, orbit
 from spatialavatar0.splats import renderers
-from spatialavatar0.splats.projection import covs_to_conics, project_gaussians
+from spatialavatar0.splats.projection import covs_to_conics, log_aspects, project_gaussians
 from spatialavatar0.splats.rasterize import marble
 from spatialavatar0.splats.renderers import rasterize
 
@@ -403,3 +403,25 @@ def test_deal_out_loses_nothing():
     first, tiles = renderers.deal_out(rounds, 2)
     work = [rounds[tiles[first[t] : first[t + 1]]].sum() for t in (0, 1)]
     assert max(work) < 1.1 * min(work)
+
+
+@pytest.mark.parametrize('rung', ('cpu', 'per_tile', 'torch', 'dense'))
+def test_aspects_come_with_the_picture(rung):
+    "meta['log_aspects'] is what page 21 says, and its gradient joins that of the picture."
+    dtype = torch.float64 if rung in ('torch', 'dense') else torch.float32
+    inputs = scene('needle', 3, C=2)
+    leaves = inputs.leaves(dtype)
+    colors, _, meta = rasterize(*leaves.arguments(), backend=rung, aspects=True)
+    assert 'log_aspects' in dict(meta)
+    (colors.sum() + meta['log_aspects'].square().sum()).backward()
+    truth = inputs.leaves(torch.float64)
+    colors, _, plain = rasterize(*truth.arguments(), backend='dense')
+    assert 'log_aspects' not in plain
+    shapes = truth.means, truth.quats, truth.scales
+    cameras = list(zip(truth.viewmats, truth.Ks))
+    expected = torch.stack([log_aspects(*shapes, V, K, W, H) for V, K in cameras])
+    (colors.sum() + expected.square().sum()).backward()
+    assert (meta['log_aspects'] - expected).abs().max() < 2e-3
+    for name in ('means', 'quats', 'scales'):
+        grad, right = getattr(leaves, name).grad, getattr(truth, name).grad
+        assert (grad - right).norm() < 2e-3 * right.norm(), name

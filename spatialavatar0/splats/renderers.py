@@ -73,6 +73,7 @@ from spatialavatar0.splats.rasterize import (
 
 from ..ground.core import InputError, expect_tensor
 from ..ground.lanes import eight, lane_numbers, load8, pick, some, store8, total
+from .projection import log_aspects
 
 
 # %% ../../nbs/splats/24_renderers.ipynb #e6f6c8a8
@@ -1212,6 +1213,7 @@ class _Options(NamedTuple):
     render_mode: str
     max_alpha: float
     absgrad: bool
+    aspects: bool
 
 
 # %% ../../nbs/splats/24_renderers.ipynb #2692ea3b
@@ -1219,7 +1221,7 @@ def _rasterize_gsplat(gaussians, viewmats, Ks, width, height, options):
     "gsplat's CUDA kernels, called as they are."
     _need_cuda(gaussians.means)
     wanted = options._asdict()
-    max_alpha = wanted.pop('max_alpha')
+    max_alpha, aspects = wanted.pop('max_alpha'), wanted.pop('aspects')
     if max_alpha is not None and abs(max_alpha - gsplat_max_alpha()) > 1e-4:
         raise InputError(
             f'this gsplat was built with max_alpha {gsplat_max_alpha()}; got {max_alpha}: leave '
@@ -1228,7 +1230,17 @@ def _rasterize_gsplat(gaussians, viewmats, Ks, width, height, options):
     import gsplat
 
     camera = viewmats, Ks, width, height
-    return Rendering(*gsplat.rasterization(*gaussians, *camera, packed=False, **wanted))
+    drawn = Rendering(*gsplat.rasterization(*gaussians, *camera, packed=False, **wanted))
+    if aspects:
+        drawn.meta['log_aspects'] = _aspects_of(gaussians, *camera, options.near_plane)
+    return drawn
+
+
+def _aspects_of(gaussians, viewmats, Ks, width, height, near_plane):
+    "Log aspect ratios (C,N), where the projection does not give them."
+    shapes = gaussians[:3]
+    cameras = zip(viewmats, Ks)
+    return torch.stack([log_aspects(*shapes, V, K, width, height, near_plane) for V, K in cameras])
 
 
 # %% ../../nbs/splats/24_renderers.ipynb #4edb2f69
@@ -1335,7 +1347,7 @@ _BACKENDS = dict(
 class _Meta(Mapping):
     "What was projected, in gsplat's names; what costs time is worked out when it is asked for."
 
-    def __init__(self, splats, whitened, width, height):
+    def __init__(self, splats, whitened, width, height, more):
         self.splats, self.whitened = splats, whitened
         self.known = dict(
             means2d=splats.means2d,
@@ -1345,13 +1357,14 @@ class _Meta(Mapping):
             tile_size=TILE,
             n_cameras=len(splats.means2d),
             gaussian_ids=None,
+            **more,
         )
 
     def __iter__(self):
         return iter(('means2d', 'depths', 'conics', 'radii', *list(self.known)[2:]))
 
     def __len__(self):
-        return 9
+        return len(self.known) + 2
 
     def __getitem__(self, name):
         if name == 'conics':
@@ -1377,6 +1390,17 @@ def _each_camera(splats):
     return [FlatSplats(*of_camera) for of_camera in zip(*columns)]
 
 
+def _projected(project, gaussians, camera, limits, aspects):
+    "FlatSplats of all cameras; and what else `meta` is to have."
+    if not aspects:
+        return FlatSplats(*project(*gaussians[:4], *camera, *limits)), {}
+    if project is project_splats:
+        found = project(*gaussians[:4], *camera, *limits, aspects=True)
+        return FlatSplats(*found[:5]), dict(log_aspects=found.log_aspects)
+    splats = FlatSplats(*project(*gaussians[:4], *camera, *limits))
+    return splats, dict(log_aspects=_aspects_of(gaussians, *camera, limits[0]))
+
+
 def _draws_behind(draw, background, options):
     "Whether rung 5 can put the background behind the picture while it draws."
     if draw is not _rows_draw or background is None or options.absgrad:
@@ -1388,11 +1412,11 @@ def _draws_behind(draw, background, options):
 # %% ../../nbs/splats/24_renderers.ipynb #c5a52215
 def _rasterize_here(backend, gaussians, viewmats, Ks, width, height, options):
     "One of our own rungs for every camera."
-    backgrounds, near_plane, far_plane, eps2d, render_mode, max_alpha, absgrad = options
+    backgrounds, near_plane, far_plane, eps2d, render_mode, max_alpha, absgrad, aspects = options
     max_alpha = 0.999 if max_alpha is None else max_alpha
     project, draw = _BACKENDS[backend]
     limits = near_plane, far_plane, eps2d
-    splats = FlatSplats(*project(*gaussians[:4], viewmats, Ks, width, height, *limits))
+    splats, more = _projected(project, gaussians, (viewmats, Ks, width, height), limits, aspects)
     if absgrad:
         splats.means2d.absgrad = torch.zeros_like(splats.means2d)
     pictures = []
@@ -1407,7 +1431,7 @@ def _rasterize_here(backend, gaussians, viewmats, Ks, width, height, options):
         image, T = [x.to(gaussians.means.device) for x in drawn]
         pictures.append(_compose(image, T, background, render_mode))
     colors, alphas = [_stacked(x) for x in zip(*pictures)]
-    meta = _Meta(splats, project is project_splats, width, height)
+    meta = _Meta(splats, project is project_splats, width, height, more)
     return Rendering(colors, alphas, meta)
 
 
@@ -1463,15 +1487,16 @@ def rasterize(
     far_plane: float = 1e10,  # metres: what lies outside is not drawn
     eps2d: float = 0.3,  # blur added to every splat, pixels^2
     render_mode: str = 'RGB',  # RGB, D, ED, RGB+D or RGB+ED (D: accumulated depth, ED: expected)
-    # gsplat, cpu, per_tile, per_pixel, torch, dense; auto: gsplat on CUDA, else cpu
-    backend: str = 'auto',
+    backend: str = 'auto',  # cpu, per_tile, per_pixel, torch, dense, gsplat; auto: cpu or gsplat
     max_alpha: float = None,  # no splat hides more; None: gsplat's own on CUDA, else .999
     absgrad: bool = False,  # give meta['means2d'] an .absgrad; at most 4 channels with depth
+    aspects: bool = False,  # meta['log_aspects'] (C,N): of the ratio of axes, Eq. 4
     check: bool = True,  # look at every value first; a GPU has to wait for the answer
 ) -> Rendering:  # colors, alphas, meta
     "Pictures of 3D Gaussians and their alpha (Eq. 12); differentiable in all but the cameras."
     gaussians = Gaussians(means, quats, scales, opacities, colors)
-    options = _Options(backgrounds, near_plane, far_plane, eps2d, render_mode, max_alpha, absgrad)
+    planes = near_plane, far_plane, eps2d
+    options = _Options(backgrounds, *planes, render_mode, max_alpha, absgrad, aspects)
     if check:
         _check_tensors(gaussians, viewmats, Ks, backgrounds)
     _check_options(width, height, colors, options)
