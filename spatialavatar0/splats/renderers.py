@@ -1299,8 +1299,10 @@ def _check_range(name, x, lo, hi, hint):
 
 
 # %% ../../nbs/splats/24_renderers.ipynb #ece092f5
-def _check_tensors(gaussians, viewmats, Ks, backgrounds):
+def _check_tensors(gaussians, viewmats, Ks, backgrounds, wanted=True):
     "Shapes; then numbers that look raw, as before exp or sigmoid, and focal lengths."
+    if not wanted:
+        return
     _check_shapes(gaussians, viewmats, Ks, backgrounds)
     _check_range('scales', gaussians.scales, 0, math.inf, 'pass exp(log_scales)')
     _check_range('opacities', gaussians.opacities, 0, 1, 'pass sigmoid(logit_opacities)')
@@ -1497,7 +1499,6 @@ def rasterize(
     gaussians = Gaussians(means, quats, scales, opacities, colors)
     planes = near_plane, far_plane, eps2d
     options = _Options(backgrounds, *planes, render_mode, max_alpha, absgrad, aspects)
-    if check:
-        _check_tensors(gaussians, viewmats, Ks, backgrounds)
     _check_options(width, height, colors, options)
+    _check_tensors(gaussians, viewmats, Ks, backgrounds, check)
     return _render(backend, gaussians, (viewmats, Ks, int(width), int(height)), options)
