@@ -344,6 +344,7 @@ def _windows(taps, n, ox, weights, rows, y, scratch, out):
     return cost
 
 
+# %% ../../nbs/pictures/31_fast_metrics.ipynb #3a17b01f
 @_careful
 def _row_of_windows(n, ox, weights, rows, y, scratch, out):
     "What a row of windows costs; out (3,L): what the pixels of every column get from it."
@@ -352,6 +353,7 @@ def _row_of_windows(n, ox, weights, rows, y, scratch, out):
     return _windows(6, n, ox, weights, rows, y, scratch, out)
 
 
+# %% ../../nbs/pictures/31_fast_metrics.ipynb #3a17b01g
 @_careful
 def _row_of_pixels(n, mid, oy, weights, T, u, v, delta, scales, out):
     if n == 1:
@@ -372,6 +374,7 @@ def _scratch(n, W, ox):
     return rows, (sums, means, slopes), T, out
 
 
+# %% ../../nbs/pictures/31_fast_metrics.ipynb #3a17b01f
 @_careful
 def _new_row(n, X, Y, y, U, V):
     "Row y goes where row y-16 was; outside the picture both pictures are black."

@@ -230,6 +230,7 @@ def cut(self: View, margin):
     )
 
 
+# %% ../../nbs/stage2/61_loop.ipynb #b0c5e10f
 @patch(as_prop=True)
 def share(self: View):
     "Which part of the whole picture's pixels it has."
