@@ -374,7 +374,7 @@ def _scratch(n, W, ox):
     return rows, (sums, means, slopes), T, out
 
 
-# %% ../../nbs/pictures/31_fast_metrics.ipynb #3a17b01f
+# %% ../../nbs/pictures/31_fast_metrics.ipynb #b0c5e300
 @_careful
 def _new_row(n, X, Y, y, U, V):
     "Row y goes where row y-16 was; outside the picture both pictures are black."
