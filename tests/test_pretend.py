@@ -50,7 +50,7 @@ from spatialavatar0.stage1.schedule import MonoPhase, MultiPhase
 from spatialavatar0.stage1.trainer import Shelf, Trainer, score_generator
 from spatialavatar0.stage2.densify import Densification, DensifyConfig
 from spatialavatar0.stage2.loop import Refinement, _thrown, look, measure, refine
-from spatialavatar0.stage2.refine import RefineConfig, light_share, paper_config
+from spatialavatar0.stage2.refine import RefineConfig, fast_config, light_share, paper_config
 from spatialavatar0.use.animate import pose_of
 from spatialavatar0.use.export import read_splats
 from spatialavatar0.use.viewer import SHOW, Explorer, panel_picture, viser_splats
@@ -328,7 +328,11 @@ def start(film):
 
 PLACES = 'cpu', 'cuda'
 GUARDED = dict(freeze=2, aspect_from=2)
-CONFIGS = dict(paper=paper_config(**GUARDED), ours=RefineConfig(**GUARDED))
+CONFIGS = dict(
+    paper=paper_config(**GUARDED),
+    ours=RefineConfig(**GUARDED),
+    fast=fast_config(**GUARDED),
+)
 
 
 @pytest.mark.parametrize('config', CONFIGS)

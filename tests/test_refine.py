@@ -27,6 +27,8 @@ from spatialavatar0.stage2.loop import (
     Refinement,
     fast_aspect_loss,
     fast_keep_loss,
+    fast_photo_loss,
+    look,
     measure,
     refine,
 )
@@ -35,12 +37,16 @@ from spatialavatar0.stage2.refine import (
     RefineConfig,
     aspect_loss,
     clamp_scales,
+    fast_config,
     keep_loss,
     light_share,
     paper_config,
+    photo_loss,
+    quick_config,
     refine_readable,
     start_frame,
     texel_neighbours,
+    window_shift,
 )
 
 CONFIG = RefineConfig(freeze=4, aspect_from=4)
@@ -54,6 +60,9 @@ def clip():
 @pytest.fixture(scope='module')
 def start(clip):
     return from_frame(clip[start_frame(clip)], 32)
+
+
+FAST = fast_config(freeze=4, aspect_from=4)
 
 
 def same(one, other):
@@ -226,8 +235,8 @@ def test_the_command_says_nan_in_one_line(clip, tmp_path, monkeypatch, capsys):
     from spatialavatar0.stage2 import loop
 
     write_vhap(clip[:10], tmp_path / 'clip')
-    photo_loss = loop.photo_loss
-    monkeypatch.setattr(loop, 'photo_loss', lambda *args: math.nan * photo_loss(*args))
+    photo_loss = loop.fast_photo_loss
+    monkeypatch.setattr(loop, 'fast_photo_loss', lambda *args: math.nan * photo_loss(*args))
     size = '--iters', '5', '--resolution', '16'
     words = ['refine', 'new', tmp_path / 'clip', '--out', tmp_path / 'out', *size]
     assert cli.main([str(word) for word in words]) == 1
@@ -444,3 +453,233 @@ def test_the_command_on_a_flame_head(tmp_path, V, offset):
     with pytest.raises(InputError, match='another head'):
         load_avatar(tmp_path / 'out' / 'avatar.safetensors')
     assert cli.main(args) == 1  # the folder says which head it was tracked with
+
+
+# ------------------------------------------------------------------------- cheaper, longer steps
+
+
+def two_pictures(height=37, width=52):
+    dice = torch.Generator().manual_seed(4)
+    target = torch.rand(height, width, 3, generator=dice)
+    noise = torch.randn(height, width, 3, generator=dice)
+    return (target + 0.1 * noise).clamp(0, 1), target
+
+
+def with_slope(loss, rgb, *args):
+    rgb = rgb.clone().requires_grad_()
+    value = loss(rgb, *args)
+    return value.detach().double(), torch.autograd.grad(value, rgb)[0].double()
+
+
+@pytest.mark.parametrize('changes', (dict(), dict(huber=0.05), dict(windows=2), dict(windows=3)))
+@pytest.mark.parametrize('with_care', (False, True))
+def test_photo_loss_both_forms(changes, with_care):
+    "Compiled in float32, and the readable one in float64."
+    rgb, target = two_pictures()
+    care = (torch.rand(37, 52, generator=torch.Generator().manual_seed(1)) > 0.3).float()
+    rest = RefineConfig(**changes), care if with_care else None
+    for step in range(3):
+        shift = window_shift(rest[0], 0, step)
+        fast = with_slope(fast_photo_loss, rgb, target, *rest, shift, 0.3)
+        slow = with_slope(photo_loss, rgb.double(), target.double(), *rest, shift)
+        assert abs(fast[0] - 0.3 * slow[0]) < 1e-6
+        assert (fast[1] - 0.3 * slow[1]).norm() <= 1e-5 * 0.3 * slow[1].norm()
+
+
+@pytest.mark.parametrize('changes', (dict(l1=0), dict(huber=0.1), dict(huber=0.1, windows=2)))
+def test_photo_loss_by_differences(changes):
+    rgb, target = (x.double() for x in two_pictures(9, 11))
+    cfg = RefineConfig(**changes)
+    args = target, cfg, None, (cfg.windows - 1, 0)
+    assert torch.autograd.gradcheck(lambda rgb: photo_loss(rgb, *args), rgb.requires_grad_())
+
+
+def test_huber_by_hand():
+    target = torch.full((20, 20, 3), 0.5)
+    cfg = RefineConfig(l1=1, dssim=0, huber=0.1)
+    for d, cost, slope in ((0.4, 0.35, 1), (-0.4, 0.35, -1), (0.05, 0.0125, 0.5), (0.0, 0, 0)):
+        for loss in (photo_loss, fast_photo_loss):
+            value, pull = with_slope(loss, target + d, target, cfg)
+            assert float(value) == pytest.approx(cost, abs=1e-6)
+            assert 1200 * pull.mean().item() == pytest.approx(slope, abs=1e-4)
+
+
+@pytest.mark.parametrize('loss', (photo_loss, fast_photo_loss))
+def test_some_windows_have_no_bias(loss):
+    rgb, target = two_pictures(31, 44)
+    some, every = [RefineConfig(l1=0, windows=n) for n in (2, 1)]
+    shifts = [(row, column) for row in (0, 1) for column in (0, 1)]
+    parts = [with_slope(loss, rgb, target, some, None, shift) for shift in shifts]
+    value, slope = [torch.stack(x).mean(0) for x in zip(*parts)]
+    whole = with_slope(photo_loss, rgb.double(), target.double(), every)
+    assert abs(value - whole[0]) < 1e-5
+    assert (slope - whole[1]).norm() < 1e-4 * whole[1].norm()
+
+
+def test_the_shift_is_random_and_repeats():
+    some = RefineConfig(windows=2)
+    shifts = [window_shift(some, 5, step) for step in range(400)]
+    assert shifts == [window_shift(some, 5, step) for step in range(400)]
+    assert shifts != [window_shift(some, 6, step) for step in range(400)]
+    counts = [shifts.count((row, column)) for row in (0, 1) for column in (0, 1)]
+    assert sum(counts) == 400 and min(counts) > 60
+    assert window_shift(RefineConfig(), 5, 3) == (0, 0)
+    assert max(window_shift(some, -1, 0)) < 2  # any seed
+
+
+def test_the_box_is_a_crop_of_the_whole(start, clip):
+    view = look(start, clip[3], care=torch.rand(64, 64).round())
+    near = view.cut(5)
+    wall = torch.tensor([0.9, 0.1, 0.4])
+    y, x = [a - b for a, b in zip(view.corner, near.corner)]
+    place = np.s_[y : y + near.height, x : x + near.width]
+    assert near.height < 64 or near.width < 64
+    assert torch.equal(near.on(wall), view.on(wall)[place])
+    assert torch.equal(near.care, view.care[place])
+    assert torch.equal(near._on(wall), view._on(wall)[place])
+    assert near.whole is view and near.bytes() == view.bytes()
+    assert near.share == near.height * near.width / 64**2
+
+
+def test_a_margin_that_reaches_the_edges_changes_nothing(start, clip):
+    whole, log = refine(start, clip, 6, config=CONFIG)
+    boxed, boxed_log = refine(start, clip, 6, config=replace(CONFIG, margin=64))
+    assert same(whole, boxed)
+    assert [line['loss'] for line in log] == [line['loss'] for line in boxed_log]
+
+
+def test_a_box_costs_as_its_picture_does(start, clip):
+    "The wall around the box is right in both; at the box's edge SSIM's windows differ a little."
+    shots = []
+    for margin in (None, 8):
+        run = Refinement(start, clip, replace(CONFIG, margin=margin), 8)
+        run.step_number = 6
+        run.step()
+        shots.append((float(run.cost), run.log_line(0.0)['psnr'], run.delta['sh0'].grad))
+    (cost, psnr, pull), (boxed_cost, boxed_psnr, boxed_pull) = shots
+    assert boxed_cost == pytest.approx(cost, rel=0.02)
+    assert boxed_psnr == pytest.approx(psnr, abs=0.1)
+    assert (pull - boxed_pull).norm() < 0.1 * pull.norm()
+
+
+def test_a_view_without_a_person(start, clip):
+    empty = replace(clip[1], mask=torch.zeros_like(clip[1].mask))
+    frames = Clip([clip[0], empty, clip[2]])
+    run = Refinement(start, frames, FAST, 8)
+    assert run.view(1).whole is None and run.view(1).share == 1
+    assert run.view(0).whole is not None
+    result, log = run.go()
+    assert not same(result, start) and math.isfinite(log[-1]['psnr'])
+
+
+def test_extra_views_are_cut_too(start, clip):
+    care = torch.ones(64, 64)
+    run = Refinement(start, clip, FAST, 8, extra=[look(start, clip[0], care)])
+    assert run.extra[0].care.shape == run.extra[0].on(torch.ones(3)).shape[:2]
+    run.go()
+
+
+def test_the_fast_presets():
+    fast, quick, ours = fast_config(), quick_config(), RefineConfig()
+    assert (fast.iters, quick.iters) == (5_000, 2_500)
+    assert quick_config(iters=3).iters == 3 and fast_config(keep=0.0).keep == 0
+    factors = {k: fast.lr[k] / ours.lr[k] for k in RAW}
+    assert factors == pytest.approx(dict.fromkeys(RAW, 1.5) | dict.fromkeys(RAW[:3], 3.0))
+    paper = paper_config()
+    assert (paper.huber, paper.windows, paper.margin, paper.beta2) == (0, 1, None, 0.999)
+    run = Refinement.__new__(Refinement)
+    run.cfg, run.delta = fast, {k: torch.zeros(1, requires_grad=True) for k in RAW}
+    run._set_up_optimiser()
+    assert run.opt.defaults['betas'] == (0.9, 0.99)
+
+
+def test_cheaper_steps_go_on_to_the_last_bit(start, clip, tmp_path):
+    whole, _ = refine(start, clip, 12, config=FAST, seed=2)
+    run = Refinement(start, clip, FAST, 12, seed=2)
+    for _ in range(7):
+        run.step()
+    run.save(tmp_path / 's.safetensors')
+    resumed, _ = refine(start, clip, 12, config=FAST, seed=2, state=tmp_path / 's.safetensors')
+    assert same(whole, resumed)
+
+
+def test_fewer_windows_see_the_same_pictures(start, clip):
+    drawn = []
+    for windows in (1, 2):
+        run = Refinement(start, clip, replace(CONFIG, windows=windows), 12)
+        draws = []
+        for _ in range(4):
+            run.step()
+            draws.append(run.pair[1].sum().item())
+        drawn.append(draws)
+    assert drawn[0] == drawn[1]
+
+
+def test_a_state_from_before_the_options_goes_on(start, clip, tmp_path):
+    "Options that came later are not named where they change nothing."
+    state = tmp_path / 's.safetensors'
+    run = Refinement(start, clip, CONFIG, 4)
+    assert not set(run.identity()['options']) & {'huber', 'windows', 'margin', 'beta2'}
+    run.step()
+    run.save(state)
+    refine(start, clip, 4, config=CONFIG, state=state)
+    run.save(state)
+    for name, value in dict(huber=0.05, windows=2, margin=16, beta2=0.99).items():
+        with pytest.raises(InputError, match=f'other work: {name}'):
+            refine(start, clip, 4, config=replace(CONFIG, **{name: value}), state=state)
+
+
+THREADS = """
+import numba as nb, torch
+from spatialavatar0.pictures.fast_metrics import photo_terms
+from spatialavatar0.stage2.loop import fast_keep_loss
+
+def slopes(loss, x):
+    value = loss(x)
+    return [value.detach(), *torch.autograd.grad(value, x)]
+
+dice = torch.Generator().manual_seed(0)
+rgb = torch.rand(83, 70, 3, generator=dice).requires_grad_()
+target = torch.rand(83, 70, 3, generator=dice)
+change = torch.randn(5000, 3, generator=dice).requires_grad_()
+near = torch.randint(-1, 5000, (5000, 4), generator=dice).int()
+tie = torch.rand(5000, generator=dice)
+found = []
+for threads in (1, 2):
+    nb.set_num_threads(threads)
+    found.append([])
+    for options in (dict(), dict(huber=0.05), dict(windows=(2, 1, 0), share=0.5)):
+        found[-1] += slopes(lambda x: photo_terms(x, target, **options), rgb)
+    found[-1] += slopes(lambda x: fast_keep_loss(x, near, tie), change)
+assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+print(len(found[0]))
+"""
+
+
+def test_one_thread_or_two_the_same_bits():
+    env = dict(os.environ, NUMBA_NUM_THREADS='2', OMP_NUM_THREADS='1')
+    made = subprocess.run(
+        [sys.executable, '-c', THREADS], env=env, text=True, check=True, capture_output=True
+    )
+    assert made.stdout.split() == ['8']
+
+
+def test_no_number_is_lost():
+    "nan in a picture is nan in the loss, in whichever row and class of columns."
+    for windows in ((1, 0, 0), (2, 1, 0)):
+        for y, x in ((0, 0), (17, 30), (36, 51)):
+            from spatialavatar0.pictures.fast_metrics import photo_terms
+
+            rgb, target = two_pictures()
+            rgb[y, x, 1] = math.nan
+            assert math.isnan(photo_terms(rgb, target, windows=windows))
+
+
+def test_two_losses_at_once_keep_their_gradients():
+    rgb, target = two_pictures()
+    one, other = [x.requires_grad_() for x in (rgb.clone(), rgb.clamp(0.2, 0.8))]
+    losses = [fast_photo_loss(x, target, RefineConfig()) for x in (one, other)]
+    (3 * losses[0] + losses[1]).backward()
+    for x, weight in ((one, 3), (other, 1)):
+        alone = with_slope(fast_photo_loss, x.detach(), target, RefineConfig())[1]
+        assert torch.allclose(x.grad.double(), weight * alone, rtol=1e-5)

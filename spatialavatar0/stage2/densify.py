@@ -67,6 +67,7 @@ class DensifyConfig:
     dssim: float = 0.2  # weight of 1 - SSIM
     eps: float = 1e-15  # of Adam
     keep = 0.0  # not a choice: without a UV grid there are no neighbours to tie
+    beta2, huber, windows, margin = 0.999, 0.0, 1, None  # nor are these: as GaussianAvatars
 
 
 # %% ../../nbs/stage2/62_densify.ipynb #72992e2c

@@ -9,6 +9,7 @@ __all__ = [
     'View',
     'look',
     'fast_keep_loss',
+    'fast_photo_loss',
     'fast_aspect_loss',
     'Refinement',
     'Shot',
@@ -20,6 +21,7 @@ __all__ = [
 ]
 
 # %% ../../nbs/stage2/61_loop.ipynb #46d957a4
+import math
 import signal
 import time
 from collections import deque
@@ -58,6 +60,7 @@ from spatialavatar0.stage2.refine import (
     render_frame,
     texel_neighbours,
     tie_strength,
+    window_shift,
 )
 
 from ..avatar.avatar import Avatar, avatar_tensors
@@ -66,7 +69,7 @@ from ..ground.core import InputError, gpu_memory, progress, send
 from ..ground.geometry import SH_C0
 from ..ground.lease import finish_first, interruption
 from ..pictures.clips import Clip, Frame, head_content, on_background
-from ..pictures.fast_metrics import ssim
+from ..pictures.fast_metrics import photo_terms, ssim
 from ..pictures.metrics import psnr
 from ..splats.kernels import fast_frames, fast_log_aspects
 
@@ -87,6 +90,7 @@ class View:
     binding: object
     time: int = 0
     care: Tensor = None  # (H,W) 1 where pixels count
+    whole: object = None  # the View that this one was cut from
 
     @property
     def mesh(self):
@@ -94,7 +98,6 @@ class View:
         return fast_frames(self.binding, self.verts)
 
     def bytes(self):
-        "How much memory it takes."
         return sum(x.numel() * x.element_size() for x in (self.image, self.mask, self.verts))
 
     def on(self, background):  # (3,) -> (H,W,3) float
@@ -204,53 +207,127 @@ def _to_bytes(values):
     return (values.detach().clamp(0, 1) * 255).round().byte().contiguous()
 
 
+# %% ../../nbs/stage2/61_loop.ipynb #b0c5e102
+@patch
+def cut(self: View, margin):
+    "The person's box and so many pixels around it (ours); where nobody is, the whole picture."
+    if not self.mask.numel():
+        return self
+    (y, x), (h, w) = self.corner, self.mask.shape
+    y0, x0 = max(0, y - margin), max(0, x - margin)
+    y1, x1 = min(self.height, y + h + margin), min(self.width, x + w + margin)
+    K = self.K.clone()
+    K[0, 2] -= x0
+    K[1, 2] -= y0
+    return replace(
+        self,
+        corner=(y - y0, x - x0),
+        width=x1 - x0,
+        height=y1 - y0,
+        K=K,
+        care=None if self.care is None else self.care[y0:y1, x0:x1],
+        whole=self,
+    )
+
+
+# %% ../../nbs/stage2/61_loop.ipynb #b0c5e10f
+@patch(as_prop=True)
+def share(self: View):
+    "Which part of the whole picture's pixels it has."
+    whole = self.whole or self
+    return self.width * self.height / (whole.width * whole.height)
+
+
 # %% ../../nbs/stage2/61_loop.ipynb #e4dd15d0
+_inline = nb.njit(cache=True, fastmath=True, forceinline=True)
+
+
+@_inline
+def _tied(i, j, s, weight):
+    "A neighbour and its weight; where there is none, the Gaussian itself and 0."
+    return (nb.uintp(j), weight * (s[i] + s[nb.uintp(j)])) if j >= 0 else (i, np.float32(0))
+
+
+@_inline
+def _smooth_one(D, i, near, s, weight, x, grad):
+    "One Gaussian's derivative; its product with the change."
+    (a, wa), (b, wb) = _tied(i, near[i, 0], s, weight), _tied(i, near[i, 1], s, weight)
+    (e, we), (f, wf) = _tied(i, near[i, 2], s, weight), _tied(i, near[i, 3], s, weight)
+    w, total = wa + wb + we + wf, np.float32(0)
+    for d in range(D):
+        around = wa * x[a, d] + wb * x[b, d] + we * x[e, d] + wf * x[f, d]
+        grad[i, d] = w * x[i, d] - around
+        total += x[i, d] * grad[i, d]
+    return total
+
+
+# %% ../../nbs/stage2/61_loop.ipynb #b0c5e107
 @nb.njit(parallel=True, cache=True, fastmath=True)
-def _smooth_kernel(threads, near, s, x, grad, parts):
-    "parts (threads,): sums of s_ij |x_i-x_j|^2 over pairs; grad (N,D): its derivative."
-    N, D = x.shape
-    for t in nb.prange(threads):
+def _smooth_kernel(near, s, weights, changes, grads, parts):
+    "parts (P,): weighted sums of s_ij |x_i-x_j|^2 over pairs; grads (N,D): their derivatives."
+    N, P = len(s), len(parts)
+    for p in nb.prange(P):
         total = 0.0
-        for i in range(t * N // threads, (t + 1) * N // threads):
-            for d in range(D):
-                g = np.float32(0)
-                for k in range(4):
-                    j = near[i, k]
-                    if j >= 0:
-                        g += (s[i] + s[j]) * (x[i, d] - x[j, d])
-                grad[i, d] = g
-                total += x[i, d] * g
-        parts[t] = total / 2  # every pair was met from both sides
+        for c in range(len(changes)):
+            x, grad, weight = changes[c], grads[c], weights[c]
+            D = x.shape[1]
+            for i in range(p * N // P, (p + 1) * N // P):
+                rest = nb.uintp(i), near, s, weight, x, grad
+                # three is the usual number, and known to the compiler only as a literal
+                total += _smooth_one(3, *rest) if D == 3 else _smooth_one(D, *rest)
+        parts[p] = total / 2  # every pair was met from both sides
 
 
 # %% ../../nbs/stage2/61_loop.ipynb #36b0665c
 class _Smooth(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, near, s):
-        flat = x.detach().reshape(len(x), -1)
-        ctx.grad = torch.empty_like(flat)
-        ctx.shape = x.shape
-        threads = nb.get_num_threads()
-        parts = np.zeros(threads)
-        _smooth_kernel(threads, near.numpy(), s.numpy(), flat.numpy(), ctx.grad.numpy(), parts)
-        return x.new_tensor(parts.sum() / max(1, len(x)))
+    def forward(ctx, near, s, weights, *changes):
+        ctx.grads = [torch.empty(change.shape) for change in changes]
+        flat, grads = [
+            tuple(x.detach().reshape(len(s), -1).numpy() for x in those)
+            for those in (changes, ctx.grads)
+        ]
+        parts = np.zeros(64)  # not one per thread: the sum has the same bits with any number
+        weights = np.float32(weights) / np.float32(max(1, len(s)))
+        _smooth_kernel(near.numpy(), s.numpy(), weights, flat, grads, parts)
+        return changes[0].new_tensor(parts.sum())
 
     @staticmethod
     def backward(ctx, upstream):
-        grad = upstream / max(1, len(ctx.grad)) * ctx.grad
-        return grad.reshape(ctx.shape), None, None
+        grads = ctx.grads if upstream == 1 else [upstream * grad for grad in ctx.grads]
+        return None, None, None, *grads
 
 
 # %% ../../nbs/stage2/61_loop.ipynb #d1c434b0
 def fast_keep_loss(
-    change: Tensor,  # (N,...) since the start
+    changes,  # (N,...) since the start; one attribute, or several
     near: Tensor,  # (N,4) from `texel_neighbours`
     s: Tensor,  # (N,) from `tie_strength`
+    weights=(1.0,),  # of each attribute
 ) -> Tensor:
-    "What `keep_loss` gives; compiled for float32 on the CPU."
-    if change.device.type == 'cpu' and change.dtype == torch.float32:
-        return _Smooth.apply(change, near, s)
-    return keep_loss(change, near, s)
+    "What `keep_loss` gives, weighted and summed; compiled for float32 on the CPU."
+    changes = [changes] if isinstance(changes, Tensor) else changes
+    if all(x.device.type == 'cpu' and x.dtype == torch.float32 for x in changes):
+        return _Smooth.apply(near, s, weights, *changes)
+    return sum(weight * keep_loss(x, near, s) for weight, x in zip(weights, changes))
+
+
+# %% ../../nbs/stage2/61_loop.ipynb #b0c5e105
+def fast_photo_loss(
+    rgb: Tensor,  # (H,W,3) render
+    target: Tensor,  # (H,W,3), on the same background
+    cfg: RefineConfig,
+    care: Tensor = None,  # (H,W) 1 where pixels count; default: everywhere
+    shift: tuple = (0, 0),  # row and column of the first window of SSIM
+    share: float = 1.0,  # part of the whole picture's pixels that is here
+) -> Tensor:
+    "What `photo_loss` gives, times the share; compiled for float32 on the CPU."
+    if rgb.device.type != 'cpu' or rgb.dtype != torch.float32:
+        return share * photo_loss(rgb, target, cfg, care, shift)
+    if care is not None:
+        rgb = torch.where(care[..., None] > 0.5, rgb, target)
+    windows = cfg.windows, *shift
+    return photo_terms(rgb, target, cfg.l1, cfg.dssim, cfg.huber, windows, share)
 
 
 # %% ../../nbs/stage2/61_loop.ipynb #5601ed93
@@ -308,7 +385,7 @@ def _set_up_views(self: Refinement):
     self.layout = self.avatar.binding.to(self.device)
     self.views = {}
     self.room = _room_on(self.device)
-    self.extra = [view.to(self.device, self.layout) for view in self.extra]
+    self.extra = [self._prepared(view) for view in self.extra]
 
 
 # %% ../../nbs/stage2/61_loop.ipynb #504c8e63
@@ -324,11 +401,18 @@ def view(self: Refinement, i):
         return self.views[i]
     frame = self.clip[i]
     view = frame if isinstance(frame, View) else look(self.avatar, frame)
-    view = view.to(self.device, self.layout)
+    view = self._prepared(view)
     if self.room > 0:
         self.views[i] = view
         self.room -= view.bytes()
     return view
+
+
+@patch
+def _prepared(self: Refinement, view):
+    "A view where it is computed on, and as much of it as is compared."
+    view = view.to(self.device, self.layout)
+    return view if self.cfg.margin is None else view.cut(self.cfg.margin)
 
 
 # %% ../../nbs/stage2/61_loop.ipynb #12c463be
@@ -337,12 +421,13 @@ def _set_up_splats(self: Refinement):
     "Where the splats begin, their gates, and the way they went: none yet."
     one = torch.ones(len(self.avatar), device=self.device)
     gates = self.gate or {name: one for name in RAW}
-    self.start, self.gate, self.delta = {}, {}, {}
+    self.start, self.gate, self.open, self.delta = {}, {}, {}, {}
     for name in RAW:
         start = self.avatar.splats[name].detach().to(self.device)
         gate = _beside(gates[name].to(self.device), start).expand_as(start)
         self.start[name] = start.clone(memory_format=torch.contiguous_format)
         self.gate[name] = gate.contiguous()
+        self.open[name] = not gates[name].ne(1).any()
         self.delta[name] = torch.zeros_like(self.start[name], requires_grad=True)
 
 
@@ -350,9 +435,13 @@ def _set_up_splats(self: Refinement):
 @patch
 def splats(self: Refinement):
     "The attributes as they are now."
-    return {
-        name: torch.addcmul(self.start[name], self.gate[name], self.delta[name]) for name in RAW
-    }
+    return {name: self._moved(name) for name in RAW}
+
+
+@patch
+def _moved(self: Refinement, name):
+    start, gate, way = self.start[name], self.gate[name], self.delta[name]
+    return start + way if self.open[name] else torch.addcmul(start, gate, way)
 
 
 # %% ../../nbs/stage2/61_loop.ipynb #f9e2fe9d
@@ -389,7 +478,8 @@ def _set_up_ties(self: Refinement):
 def _set_up_optimiser(self: Refinement):
     "Adam on the distances, one group per attribute."
     groups = [dict(params=[self.delta[k]], lr=0.0, name=k) for k in RAW]
-    self.opt = torch.optim.Adam(groups, eps=self.cfg.eps, fused=True)
+    betas = 0.9, self.cfg.beta2
+    self.opt = torch.optim.Adam(groups, betas=betas, eps=self.cfg.eps, fused=True)
 
 
 # %% ../../nbs/stage2/61_loop.ipynb #caf05a4d
@@ -470,11 +560,12 @@ def loss(self: Refinement, view, background):
     cfg = self.cfg
     rgb, world = render_frame(self.splats(), view.mesh, view, background)
     target = view.on(background)
-    loss = photo_loss(rgb, target, cfg, view.care)
+    shift = window_shift(cfg, self.seed, self.step_number)
+    loss = fast_photo_loss(rgb, target, cfg, view.care, shift, view.share)
     if cfg.aspect and self.step_number >= cfg.aspect_from:
-        loss = loss + cfg.aspect * fast_aspect_loss(*world, view, cfg.tau)
+        loss = loss + cfg.aspect * fast_aspect_loss(*world, view.whole or view, cfg.tau)
     if cfg.keep:
-        loss = loss + cfg.keep * self._tied_change()
+        loss = loss + self._tied_change()
     if cfg.anchor:
         loss = loss + cfg.anchor * self._pulled_back()
     return Shot(loss, rgb.detach(), target)
@@ -483,11 +574,9 @@ def loss(self: Refinement, view, background):
 # %% ../../nbs/stage2/61_loop.ipynb #51709316
 @patch
 def _tied_change(self: Refinement):
-    "L_keep of all attributes (page 60)."
-    return sum(
-        weight * fast_keep_loss(self.delta[name], self.near, self.tie)
-        for name, weight in KEEP.items()
-    )
+    "L_keep of all attributes, weighted (page 60)."
+    weights = [self.cfg.keep * weight for weight in KEEP.values()]
+    return fast_keep_loss([self.delta[name] for name in KEEP], self.near, self.tie, weights)
 
 
 @patch
@@ -503,6 +592,7 @@ def step(self: Refinement):
     self.set_lrs()
     view, background = self._draw()
     loss, *self.pair = self.loss(view, background)  # pair: render and target
+    self.share = view.share  # of the picture they are
     self._descend(loss, view)
     self.keep_bounds()
     self.step_number += 1
@@ -650,7 +740,8 @@ def row(self: Refinement):
 @patch
 def log_line(self: Refinement, seconds):
     "A line of the log: the last step's cost, its PSNR, and the time since the start."
-    return dict(self.row(), psnr=float(psnr(*self.pair)), seconds=round(seconds, 2))
+    of_whole = float(psnr(*self.pair)) - 10 * math.log10(self.share)  # no error elsewhere
+    return dict(self.row(), psnr=of_whole, seconds=round(seconds, 2))
 
 
 # %% ../../nbs/stage2/61_loop.ipynb #243ec275
@@ -692,9 +783,18 @@ def identity(self: Refinement):
             gates=hash_of(self.gate),
             extra=hash_of(self.extra),
             **(self.also or {}),
-            options=dict(asdict(self.cfg), iters=self.iters, seed=self.seed),
+            options=dict(_options(self.cfg), iters=self.iters, seed=self.seed),
         )
     return self._identity
+
+
+# options that came later, and what was done before: states of then go on as they were
+_LATER = dict(beta2=0.999, huber=0.0, windows=1, margin=None)
+
+
+def _options(cfg):
+    "All options, without later ones that change nothing."
+    return {k: v for k, v in asdict(cfg).items() if k not in _LATER or v != _LATER[k]}
 
 
 # %% ../../nbs/stage2/61_loop.ipynb #e165a460
@@ -760,7 +860,8 @@ def calm(
 @patch
 def go(self: Refinement, callback=None, state=None, every=50):
     "Run to the end; a signal lets the step finish, is noted in `flag`, and keeps what is there."
-    pixels = self.view(0).width * self.view(0).height
+    first = self.view(0).whole or self.view(0)
+    pixels = first.width * first.height
     with finish_first() as self.flag, calm(pixels), self._looking_ahead():
         try:
             self._walk(callback, state, every)
