@@ -384,6 +384,7 @@ def _groups(threads, t, n):
     return t * ((n + 7) // 8) // threads * 8
 
 
+# %% ../../nbs/splats/23_kernels.ipynb #e89fee11
 @inline
 def _placed(points, quats, scales, offsets, local, i):
     "Centres and quaternions of eight Gaussians in the world, and the sizes of their frames."
@@ -393,6 +394,7 @@ def _placed(points, quats, scales, offsets, local, i):
     return mean, _quat_mul(q, own), s
 
 
+# %% ../../nbs/splats/23_kernels.ipynb #e89fee12
 @nb.njit(parallel=True, **kernel)
 def place_forward(
     threads, points, quats, scales, offsets, local, sizes, out_means, out_quats, out_scales
@@ -419,6 +421,7 @@ def _place_backward(quats, scales, local, g_means, g_quats, i):
     return _times(s, _rotate(back, rows8(g_means, i, 3))), g_local
 
 
+# %% ../../nbs/splats/23_kernels.ipynb #6f712cc1
 @nb.njit(parallel=True, **kernel)
 def place_backward(
     threads, quats, scales, local, sizes, g_means, g_quats, g_scales, g_offsets, g_local, g_logs
@@ -463,6 +466,7 @@ def _sigmoid(x):
     return ONE / (ONE + math.exp(-x))
 
 
+# %% ../../nbs/splats/23_kernels.ipynb #f26d6981
 @inline
 def _shade(x):
     color = _SHADE * x + HALF
@@ -816,17 +820,16 @@ def _scaled(s, u0, u1, u2):
 # %% ../../nbs/splats/23_kernels.ipynb #017f18a1
 @inline
 def _log_ratio(u0, u1, u2):
-    """Half the log of the ratio of eigenvalues of U U^T; the longer direction x, y on the screen,
-    and p, m, the derivatives by the eigenvalues along and across it."""
+    "Half the log of the ratio of eigenvalues of U U^T, and its derivative xx, xy, yy."
     xx, xy, yy, det = _covariance(u0, u1, u2)
-    d, least = HALF * (xx - yy), np.float32(1e-12)
-    h = math.sqrt(d * d + xy * xy + least * least)
+    d, h = HALF * (xx - yy), np.float32(1e-12)
+    h = math.sqrt(d * d + xy * xy + h * h)
     l1 = HALF * (xx + yy) + h
     l2 = max(np.float32(1e-10) * l1 + np.float32(1e-20), det / l1)
-    major = math.sqrt(HALF + HALF * abs(d) / h)
-    minor = HALF * xy / (h * major)
-    x, y = pick(d < ZERO, minor, major), pick(d < ZERO, major, minor)
-    return HALF * math.log(l1 / l2), (x, y, HALF / l1, HALF / l2)
+    c, s = HALF * d / h, HALF * xy / h
+    p, m = HALF / l1, HALF / l2
+    slope = (p * (HALF + c) - m * (HALF - c), (p + m) * s, p * (HALF - c) - m * (HALF + c))
+    return HALF * math.log(l1 / l2), slope
 
 
 # %% ../../nbs/splats/23_kernels.ipynb #e57f74f9
@@ -848,7 +851,7 @@ def _on_screen(mx, my, ex, ey, width, height):
 def project_kernel(means, quats, scales, opacities, V, cam, limits, screen, aspects, slopes):
     """Fill screen, the arrays of `ScreenSplats`: reach is -1 and all but the depth 0 where nothing
     is drawn. limits: width, height (pixels), near, far (metres), eps2d. Unless they are empty, fill
-    aspects (N,) and slopes (N,4): `_log_ratio`, or -1 and 0 behind the camera."""
+    aspects (N,) and slopes (N,3): `_log_ratio`, or -1 and 0 behind the camera."""
     means2d, depths, white, reach, extents = screen
     width, height, near, far, eps2d = limits
     for group in nb.prange((len(means) + 7) // 8):
@@ -892,7 +895,7 @@ def _project(arrays, viewmats, Ks, width, height, near, far, eps2d, aspects=Fals
     C, n, f = len(viewmats), len(arrays[0]), np.float32
     cams = [_camera(K, width, height) for K in Ks]
     screen = _new((C, n, 2), (C, n), (C, n, 3), (C, n), (C, n, 2))
-    long = _new((C, n * aspects), (C, n * aspects, 4))
+    long = _new((C, n * aspects), (C, n * aspects, 3))
     limits = f(width), f(height), f(near), f(far), f(eps2d)
     for c, (V, cam) in enumerate(zip(viewmats, cams)):
         fields = tuple(x[c] for x in screen)
@@ -904,18 +907,16 @@ def _project(arrays, viewmats, Ks, width, height, near, far, eps2d, aspects=Fals
 @inline
 def _axis_backward(J, axis, scale, white, m, stretch):
     """Gradients of one scaled axis: of its scale, of its direction in camera space, and of the four
-    entries of J. stretch: a direction and what is asked along and across it, besides m."""
+    entries of J. stretch: a gradient of the covariance besides that of the moments m."""
     a, b, c = white
-    x, y, g_along, g_across = stretch
     px, py = _to_screen(J, axis)
     tx, ty = a * px + b * py, c * py
     gx = FOUR * scale * (m[0] * tx + m[1] * ty)
     gy = FOUR * scale * (m[1] * tx + m[2] * ty)
-    along, across = x * px + y * py, x * py - y * px
-    sx, sy = TWO * scale * g_along * along, TWO * scale * g_across * across
-    g_scale = gx * tx + gy * ty + sx * along + sy * across
-    gx, gy = a * gx + x * sx - y * sy, b * gx + c * gy + y * sx + x * sy
-    gx, gy = scale * gx, scale * gy
+    sx = TWO * scale * (stretch[0] * px + stretch[1] * py)
+    sy = TWO * scale * (stretch[1] * px + stretch[2] * py)
+    g_scale = gx * tx + gy * ty + sx * px + sy * py
+    gx, gy = scale * (a * gx + sx), scale * (b * gx + c * gy + sy)
     g_axis = (J[0] * gx, J[2] * gy, J[1] * gx + J[3] * gy)
     return g_scale, g_axis, (gx * axis[0], gx * axis[2], gy * axis[1], gy * axis[2])
 
@@ -981,10 +982,10 @@ def _stretched(aspects, slopes, g_aspects, i):
     "What eight log aspect ratios ask of their covariances, and whether they ask at all."
     if len(aspects) == 0:
         none = eight(ZERO)
-        return (none, none, none, none), none != none
+        return (none, none, none), none != none
     g = pick(numbers8(aspects, i) < ZERO, ZERO, numbers8(g_aspects, i))
-    x, y, p, m = rows8(slopes, i, 4)
-    return (x, y, g * p, -g * m), g != ZERO
+    xx, xy, yy = rows8(slopes, i, 3)
+    return (g * xx, g * xy, g * yy), g != ZERO
 
 
 # %% ../../nbs/splats/23_kernels.ipynb #1b67a3a0
