@@ -286,6 +286,7 @@ def _is_plain(array, ndim):
     return is_float and array.ndim == ndim and array.layout == 'C'
 
 
+# %% ../../nbs/ground/08_lanes.ipynb #1a000031
 def _block(context, builder, array_type, array, i, width):
     """Where eight rows begin, in the array or else in a block of zeros; whether they are all there;
     the first in the array; how many bytes of them exist."""
@@ -300,6 +301,7 @@ def _block(context, builder, array_type, array, i, width):
     return place, block, is_whole, start, builder.mul(left, _SIZE(4 * width))
 
 
+# %% ../../nbs/ground/08_lanes.ipynb #1a000032
 def _shuffled(builder, a, b, order):
     return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_INT, len(order)), order))
 
@@ -317,6 +319,7 @@ def _take(context, builder, sig, args, width):
     return loaded
 
 
+# %% ../../nbs/ground/08_lanes.ipynb #1a000041
 @intrinsic
 def numbers8(
     typing,
@@ -366,6 +369,7 @@ def _interleaved(builder, columns):
     return _shuffled(builder, *pairs, order)
 
 
+# %% ../../nbs/ground/08_lanes.ipynb #1a000061
 @intrinsic
 def put8(
     typing,
@@ -398,6 +402,7 @@ def _same(number, kind=_INT):
     return ir.Constant(ir.VectorType(kind, 8), [number] * 8)
 
 
+# %% ../../nbs/ground/08_lanes.ipynb #1a0000a1
 @intrinsic
 def muladd(
     typing,
@@ -443,6 +448,7 @@ def two_to(
     return float8(float8), emit
 
 
+# %% ../../nbs/ground/08_lanes.ipynb #1a0000b1
 @intrinsic
 def halves(
     typing,
@@ -473,6 +479,7 @@ _TINY, _INF, _NAN = [np.float32(x) for x in (1.1754944e-38, np.inf, np.nan)]
 _swift = dict(forceinline=True, error_model='numpy')
 
 
+# %% ../../nbs/ground/08_lanes.ipynb #1a0000c1
 @overload(math.exp, jit_options=_swift)
 def _exp(x):
     if x == float8:

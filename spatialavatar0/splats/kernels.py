@@ -384,6 +384,7 @@ def _groups(threads, t, n):
     return t * ((n + 7) // 8) // threads * 8
 
 
+# %% ../../nbs/splats/23_kernels.ipynb #e89fee11
 @inline
 def _placed(points, quats, scales, offsets, local, i):
     "Centres and quaternions of eight Gaussians in the world, and the sizes of their frames."
@@ -393,6 +394,7 @@ def _placed(points, quats, scales, offsets, local, i):
     return mean, _quat_mul(q, own), s
 
 
+# %% ../../nbs/splats/23_kernels.ipynb #e89fee12
 @nb.njit(parallel=True, **kernel)
 def place_forward(
     threads, points, quats, scales, offsets, local, sizes, out_means, out_quats, out_scales
@@ -419,6 +421,7 @@ def _place_backward(quats, scales, local, g_means, g_quats, i):
     return _times(s, _rotate(back, rows8(g_means, i, 3))), g_local
 
 
+# %% ../../nbs/splats/23_kernels.ipynb #6f712cc1
 @nb.njit(parallel=True, **kernel)
 def place_backward(
     threads, quats, scales, local, sizes, g_means, g_quats, g_scales, g_offsets, g_local, g_logs
@@ -463,6 +466,7 @@ def _sigmoid(x):
     return ONE / (ONE + math.exp(-x))
 
 
+# %% ../../nbs/splats/23_kernels.ipynb #f26d6981
 @inline
 def _shade(x):
     color = _SHADE * x + HALF
