@@ -25,7 +25,7 @@ from spatialavatar0.splats.kernels import fast_log_aspects
 from spatialavatar0.stage2.loop import (
     NotFinite,
     Refinement,
-    fast_aspect_loss,
+    draw_view,
     fast_keep_loss,
     fast_photo_loss,
     look,
@@ -44,6 +44,7 @@ from spatialavatar0.stage2.refine import (
     photo_loss,
     quick_config,
     refine_readable,
+    render_frame,
     start_frame,
     texel_neighbours,
     window_shift,
@@ -294,15 +295,22 @@ def test_keep_loss_both_forms(start):
     assert torch.allclose(keep_loss(change, near, tie), fast_keep_loss(change, near, tie))
 
 
-def test_aspect_loss_both_forms(start, clip):
-    "The fast form differentiates only the long splats; value and gradients are the same."
+def test_aspect_term_comes_with_the_picture(start, clip):
+    "The loop's picture and aspect term, and their gradients, are those of page 60."
+    view, background = look(start, clip[0]), torch.tensor([0.2, 0.5, 0.9])
     found = []
-    for loss in (aspect_loss, fast_aspect_loss):
-        leaves = [x.detach().requires_grad_() for x in start.world(**clip[0].pose)[:3]]
-        value = loss(*leaves, clip[0], 0.5)
-        found.append([value.detach(), *torch.autograd.grad(value, leaves)])
+    for fast in (True, False):
+        raw = {k: start.splats[k].clone().requires_grad_() for k in RAW}
+        if fast:
+            rgb, ratios = draw_view(raw, view, background, True)
+            term = (ratios - 0.5).relu().mean()
+        else:
+            rgb, world = render_frame(raw, view.mesh, view, background)
+            term = aspect_loss(*world, view, 0.5)
+        value = rgb.square().mean() + term
+        found.append([term.detach(), *torch.autograd.grad(value, list(raw.values()))])
     assert found[0][0] > 0
-    for readable, fast in zip(*found):
+    for fast, readable in zip(*found):
         assert torch.allclose(readable, fast, atol=1e-3 * float(readable.abs().max()))
 
 

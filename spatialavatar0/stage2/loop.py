@@ -10,7 +10,7 @@ __all__ = [
     'look',
     'fast_keep_loss',
     'fast_photo_loss',
-    'fast_aspect_loss',
+    'draw_view',
     'Refinement',
     'Shot',
     'NotFinite',
@@ -51,19 +51,17 @@ from spatialavatar0.stage2.refine import (
     KEEP,
     RAW,
     RefineConfig,
-    aspect_loss,
     clamp_scales,
     keep_loss,
     learning_rates,
     light_share,
     photo_loss,
-    render_frame,
     texel_neighbours,
     tie_strength,
     window_shift,
 )
 
-from ..avatar.avatar import Avatar, avatar_tensors
+from ..avatar.avatar import Avatar, avatar_tensors, open_splats
 from ..ground.content import hash_of, refuse_other
 from ..ground.core import InputError, gpu_memory, progress, send
 from ..ground.geometry import SH_C0
@@ -72,6 +70,7 @@ from ..pictures.clips import Clip, Frame, head_content, on_background
 from ..pictures.fast_metrics import photo_terms, ssim
 from ..pictures.metrics import psnr
 from ..splats.kernels import fast_frames, fast_log_aspects
+from ..splats.renderers import rasterize
 
 
 # %% ../../nbs/stage2/61_loop.ipynb #ca8c7302
@@ -331,21 +330,18 @@ def fast_photo_loss(
 
 
 # %% ../../nbs/stage2/61_loop.ipynb #5601ed93
-def fast_aspect_loss(
-    means: Tensor,  # (N,3) in the world
-    quats: Tensor,  # (N,4)
-    scales: Tensor,  # (N,3) metres
-    frame,  # has viewmat, K, width, height
-    tau: float,  # log ratio that costs nothing
-) -> Tensor:
-    "L_aspect (Eq. 4) as `aspect_loss` gives it; the CPU differentiates only the long splats."
-    if means.is_cuda:  # to list them, the host would have to wait
-        return aspect_loss(means, quats, scales, frame, tau)
-    camera = frame.viewmat, frame.K, frame.width, frame.height
-    with torch.no_grad():
-        long = (fast_log_aspects(means, quats, scales, *camera) > tau).nonzero()[:, 0]
-    few = [x.index_select(0, long) for x in (means, quats, scales)]
-    return (fast_log_aspects(*few, *camera) - tau).sum() / max(1, len(means))
+def draw_view(
+    splats: dict,  # raw attributes
+    view,  # has mesh, viewmat, K, width, height
+    background: Tensor,  # (3,) b
+    aspects: bool,  # whether the second is wanted
+) -> tuple:  # picture (H,W,3); log ratios of axes on the screen (N,), or None
+    "Splats as a view's camera sees them (Eq. 13), and how long they look (Eq. 4)."
+    world = open_splats(splats, view.mesh)
+    camera = view.viewmat[None], view.K[None], view.width, view.height
+    wanted = dict(backgrounds=background[None], aspects=aspects, check=False)
+    rgb, _, meta = rasterize(*world, *camera, **wanted)
+    return rgb[0], meta['log_aspects'][0] if aspects else None
 
 
 # %% ../../nbs/stage2/61_loop.ipynb #3ae036bc
@@ -558,12 +554,13 @@ class Shot(NamedTuple):
 def loss(self: Refinement, view, background):
     "The loss of one picture (Eq. 5, and our terms)."
     cfg = self.cfg
-    rgb, world = render_frame(self.splats(), view.mesh, view, background)
+    guarded = bool(cfg.aspect) and self.step_number >= cfg.aspect_from
+    rgb, log_ratio = draw_view(self.splats(), view, background, guarded)
     target = view.on(background)
     shift = window_shift(cfg, self.seed, self.step_number)
     loss = fast_photo_loss(rgb, target, cfg, view.care, shift, view.share)
-    if cfg.aspect and self.step_number >= cfg.aspect_from:
-        loss = loss + cfg.aspect * fast_aspect_loss(*world, view.whole or view, cfg.tau)
+    if guarded:
+        loss = loss + cfg.aspect * (log_ratio - cfg.tau).relu().mean()
     if cfg.keep:
         loss = loss + self._tied_change()
     if cfg.anchor:
