@@ -424,13 +424,19 @@ def complete(
 
 
 @patch
+def _fixed(self: Generator, colours):
+    "Colours of the pictures: no weight acts on them, unless attention pooled them."
+    return colours if self.attention else colours.detach()
+
+
+@patch
 def _beside(self: Generator, pooled, seen):
     "What the heads see besides the map: the completed colours, or nothing."
     if not self.config.bypass:
         return pooled[..., :0]
     first = self.config.source_features
     colour = pooled[..., first : first + 3] / seen[..., None].clamp_min(1e-6)
-    return self.complete(colour, seen)
+    return self.complete(self._fixed(colour), seen)
 
 
 # %% ../../nbs/stage1/52_generator.ipynb #e836e40d
@@ -511,7 +517,8 @@ def _seen_colour(self: Generator, code, inputs):
     "(B,N,3) the colours that go around the network; grey where they may not."
     if not self.config.bypass:
         return code.map.new_full((*code.seen.shape, 3), 0.5)
-    return self.heads.climb(inputs, code.extra[..., :3], *self._shells_of(code))
+    above, near = map(self._fixed, self._shells_of(code))
+    return self.heads.climb(inputs, code.extra[..., :3], above, near)
 
 
 @patch
