@@ -1,7 +1,7 @@
 """Where the seconds of each command go on a processor, and one training step in two ways.
 
     python benchmarks/waits_cpu.py [--threads 2] [--only step,demo,photo,film,evaluate]
-                                   [--frames 20] [--rounds 5] [--out results/waits_cpu.json]
+                                   [--frames 72] [--rounds 5] [--out results/waits_cpu.json]
 
 step: the generator's step at batch 4. alone: one thread does it all; split: each operation is
 split between the threads, the way of before; hands: the threads share the batch (page 55). They
@@ -26,6 +26,7 @@ import numba as nb
 import torch
 from PIL import Image
 
+import spatialavatar0.capture.film as capture_film
 from spatialavatar0 import pipeline
 from spatialavatar0.ground.core import set_seed, to_uint8
 from spatialavatar0.head.head import open_head
@@ -37,14 +38,14 @@ from spatialavatar0.stage1.schedule import LAPTOP, laptop_schedule
 from spatialavatar0.stage1.trainer import Shelf, Trainer
 from spatialavatar0.use.animate import write_film
 
-STAGES = dict(  # functions of the pipeline, as they are called there; none calls another
+STAGES = dict(  # functions by the names under which they are called; none calls another
     track_photos='find the face, fit the head',
-    track_video='track the film',
+    film_faces='find faces',
+    _track_faces='fit the head',
+    _write_clip='mattes, and the clip on the disk',
     from_photos='warp the photo',
-    first_film_avatar='warp the film',
     front_psnr='compare with the photo',
     refine_photo='refine',
-    refine_on_film='refine',
     write_ply='splat file',
     write_page='page',
     contact_sheet='draw the sheet',
@@ -69,7 +70,8 @@ def since(before):
 def stamped():
     "Seconds of the stages while the block runs: name -> [wall, processor]."
     took = defaultdict(lambda: [0.0, 0.0])
-    before = {name: getattr(pipeline, name) for name in STAGES}
+    home = {name: pipeline if hasattr(pipeline, name) else capture_film for name in STAGES}
+    before = {name: getattr(home[name], name) for name in STAGES}
 
     def stamp(name):
         def run(*words, **named):
@@ -82,12 +84,12 @@ def stamped():
         return run
 
     for name in STAGES:
-        setattr(pipeline, name, stamp(name))
+        setattr(home[name], name, stamp(name))
     try:
         yield took
     finally:
         for name, function in before.items():
-            setattr(pipeline, name, function)
+            setattr(home[name], name, function)
 
 
 def command(call):
@@ -116,16 +118,16 @@ def demo(given, work):
 
 
 def photo(given, work):
-    frame = mono_clip(make_person(4), 8, 512, seed=1)[0]
+    frame = mono_clip(make_person(8), 1, 512, seed=5, background=0.6)[0]
     path = work / 'photo.png'
     Image.fromarray(to_uint8(frame.image)).save(path)
     return command(lambda: pipeline.build_avatar(path, work / 'photo', say=quiet))
 
 
 def film(given, work):
-    clip = mono_clip(make_person(4), given.frames, 384, seed=1, yaw=20.0)
+    clip = mono_clip(make_person(8), given.frames, 320, seed=5, yaw=25.0, background=0.6)
     path = write_film([to_uint8(frame.image) for frame in clip], work / 'film.mp4')
-    return command(lambda: pipeline.build_from_film(path, work / 'film', say=quiet))
+    return command(lambda: pipeline.track_clip(path, work / 'film', say=quiet))
 
 
 def evaluate(given, work):
@@ -186,7 +188,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument('--threads', type=int, default=min(2, nb.config.NUMBA_NUM_THREADS))
     parser.add_argument('--only', default=','.join(WHAT))
-    parser.add_argument('--frames', type=int, default=20)
+    parser.add_argument('--frames', type=int, default=72)
     parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--out', type=Path, default=Path('results/waits_cpu.json'))
     given = parser.parse_args()
