@@ -174,6 +174,15 @@ def test_gif_keeps_its_length(tmp_path, fps):
     assert max(lengths) - min(lengths) <= 10
 
 
+def test_colours_chosen_side_by_side_are_the_same(tmp_path):
+    frames = [np.random.default_rng(i).integers(0, 256, (40, 40, 3), np.uint8) for i in range(5)]
+    path = write_film(frames, tmp_path / 'ours.gif', 10)
+    first, *others = map(Image.fromarray, frames)
+    more = dict(save_all=True, append_images=others, duration=[100] * 5, loop=0)
+    first.save(tmp_path / 'theirs.gif', **more)
+    assert path.read_bytes() == (tmp_path / 'theirs.gif').read_bytes()
+
+
 def test_still_gif_keeps_its_length(tmp_path):
     path = write_film(film(1) * 10, tmp_path / 'a.gif', 10)
     assert sum(durations(path)) == 1000

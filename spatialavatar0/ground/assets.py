@@ -254,6 +254,19 @@ def load_manifest(
     return _checked_manifest(path) if path else dict(_own_manifest(*_packaged_now()))
 
 
+def _checked_manifest(path):
+    "Entries by id."
+    try:
+        entries = [_entry(values) for values in _read_yaml(path)]
+    except InputError as e:
+        raise InputError(e if str(path) in str(e) else f'{path}: {e}') from None
+    for word in ('id', 'file'):
+        if len({getattr(entry, word) for entry in entries}) < len(entries):
+            raise InputError(f'{path}: the same {word} stands in two entries')
+    return {entry.id: entry for entry in entries}
+
+
+# %% ../../nbs/ground/04_assets.ipynb #04ca0001
 def _packaged_now():
     "The package's own manifest, and what changes when it does."
     path = _packaged_manifest()
@@ -265,18 +278,6 @@ def _packaged_now():
 def _own_manifest(path, stamp):
     "Read once, not for every file that is asked for: a tenth of a second each time."
     return _checked_manifest(path)
-
-
-def _checked_manifest(path):
-    "Entries by id."
-    try:
-        entries = [_entry(values) for values in _read_yaml(path)]
-    except InputError as e:
-        raise InputError(e if str(path) in str(e) else f'{path}: {e}') from None
-    for word in ('id', 'file'):
-        if len({getattr(entry, word) for entry in entries}) < len(entries):
-            raise InputError(f'{path}: the same {word} stands in two entries')
-    return {entry.id: entry for entry in entries}
 
 
 # %% ../../nbs/ground/04_assets.ipynb #5e56c24b

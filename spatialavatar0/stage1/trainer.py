@@ -341,9 +341,7 @@ class Trainer:
         self.world = accelerator.num_processes if accelerator else 1
         self.pairs = [send(p, generator.base.device) for p in texel_pairs(generator.binding)]
         self._start_count(seed)
-        self._draw_ahead(ahead, readers)
-        self.hands = hands
-        self.crew = None
+        self._set_threads(ahead, readers, hands)
         self.lpips = _lpips_for(schedule)
         trained = [(n, p) for n, p in generator.named_parameters() if p.requires_grad]
         self.names, self.params = zip(*trained)
@@ -455,13 +453,15 @@ def _start_count(self: Trainer, seed):
 
 
 @patch
-def _draw_ahead(self: Trainer, ahead, readers):
-    "How many batches ahead, and by how many threads."
+def _set_threads(self: Trainer, ahead, readers, hands):
+    "How many batches are drawn ahead, who reads them, and who shares them."
     from_disk = any(shelf.on_disk for shelf in self.shelves)
     self.ahead = 2 * from_disk if ahead is None else ahead
     self.readers = readers
     self.coming = deque()
     self.threads = None
+    self.hands = hands
+    self.crew = None
 
 
 @patch
@@ -713,6 +713,17 @@ def add_gradient(
     return {name: term.detach() for name, term in terms.items()}, each
 
 
+def _add_pieces(param, pieces):
+    "Add the pieces of a gradient, in their order."
+    for piece in pieces:
+        if piece is None:
+            continue
+        if param.grad is None:  # in memory as the weight is: the fused optimiser relies on it
+            param.grad = torch.zeros_like(param)
+        param.grad.add_(piece)
+
+
+# %% ../../nbs/stage1/55_trainer.ipynb #55ha0004
 @patch
 def _by_hands(self: Trainer, part, weights, hands, parts):
     "The same, by several threads."
@@ -731,16 +742,6 @@ def _by_hands(self: Trainer, part, weights, hands, parts):
         _add_pieces(param, pieces)
     terms = {name: torch.stack([row[name] for row in rows]).mean() for name in rows[0]}
     return terms, torch.cat(errors)
-
-
-def _add_pieces(param, pieces):
-    "Add the pieces of a gradient, in their order."
-    for piece in pieces:
-        if piece is None:
-            continue
-        if param.grad is None:  # in memory as the weight is: the fused optimiser relies on it
-            param.grad = torch.zeros_like(param)
-        param.grad.add_(piece)
 
 
 # %% ../../nbs/stage1/55_trainer.ipynb #0e1e8a89
