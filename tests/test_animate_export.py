@@ -11,6 +11,7 @@ import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from spatialavatar0.avatar.avatar import new_avatar
 from spatialavatar0.ground.core import InputError
