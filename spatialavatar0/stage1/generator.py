@@ -459,6 +459,18 @@ def _pool_people(self: Generator, sources):
 
 # %% ../../nbs/stage1/52_generator.ipynb #3a11c181
 @patch
+def _through_stem(self: Generator, pooled, colour):
+    "The stem's one layer, of the pooled values, their mirror image, colours and learned maps."
+    sizes = [pooled.shape[-1]] * (1 + self.config.mirror)
+    sizes += [colour.shape[-1], self.base.shape[-1]]
+    *own, by_colour, by_base = self.stem.weight.split(sizes, 1)
+    out, *mirrored = F.linear(pooled, torch.cat(own)).split(len(self.stem.weight), -1)
+    for beyond in mirrored:  # nothing without the mirror
+        out = out + beyond.index_select(1, self.partner) * self.has_partner[:, None]
+    return out + F.linear(colour, by_colour) + F.linear(self.base, by_base, self.stem.bias)
+
+
+@patch
 def encode(
     self: Generator,
     looks: list,  # B lists of K looks (or frames); every person may have another K
@@ -466,11 +478,7 @@ def encode(
     "Sources to a UV map: encode, warp, pool, UV network (Sec. 3.2)."
     pooled, seen, token = self._pool_people([self.as_looks(person) for person in looks])
     extra = self._beside(pooled, seen)
-    known = [pooled]
-    if self.config.mirror:
-        known.append(pooled[:, self.partner] * self.has_partner[:, None])
-    known += [extra[..., :3], self.base.expand(len(pooled), -1, -1)]
-    grid = self.to_grid(self.stem(torch.cat(known, -1)))
+    grid = self.to_grid(self._through_stem(pooled, extra[..., :3]))
     return Code(
         pooled, seen, token, extra, self.off_grid(run_part(self.uvnet, self.recompute, grid, token))
     )
