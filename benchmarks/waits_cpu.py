@@ -118,7 +118,7 @@ def demo(given, work):
 
 
 def photo(given, work):
-    frame = mono_clip(make_person(8), 1, 512, seed=5, background=0.6)[0]
+    frame = mono_clip(make_person(8), 8, 512, seed=5, background=0.6)[0]
     path = work / 'photo.png'
     Image.fromarray(to_uint8(frame.image)).save(path)
     return command(lambda: pipeline.build_avatar(path, work / 'photo', say=quiet))
