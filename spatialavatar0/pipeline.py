@@ -55,6 +55,7 @@ import json
 import math
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -397,7 +398,9 @@ def write_sheet(
 ):
     "A grid of titled pictures as one PNG."
     rows = -(-len(pictures) // cols)
-    fig = Figure(figsize=(2.6 * cols, 2.85 * rows), layout='constrained')
+    fig = Figure(figsize=(2.6 * cols, 2.85 * rows))
+    edges = dict(left=0.005, right=0.995, bottom=0.005, top=1 - 0.09 / rows)
+    fig.subplots_adjust(**edges, wspace=0.03, hspace=0.1)  # looking for room would take seconds
     axes = fig.subplots(rows, cols, squeeze=False)
     for ax, (title, image) in zip(axes.flat, pictures):
         ax.imshow(to_uint8(image))
@@ -430,14 +433,21 @@ def write_films(
     "A turntable and a speaking head, each as mp4 and gif."
     length = max(2, int(cfg.seconds * cfg.fps))
     faces = [avatar.head.arkit(w) for w in speak(length, cfg.fps, cfg.seed)]
-    films = dict(
-        turntable=_swung_film(avatar, cut, cfg, [cut.pose] * length),
-        speaking=_swung_film(avatar, cut, cfg, faces, reach=0.25),
-    )
-    for name, pictures in films.items():
-        write_film(pictures, out / f'{name}.mp4', cfg.fps)
-        small = [_shrunk(picture, cfg.gif) for picture in pictures[::2]]
-        write_film(small, out / f'{name}.gif', cfg.fps // 2)
+    films = dict(turntable=([cut.pose] * length, 1), speaking=(faces, 0.25))
+    with ThreadPoolExecutor(1) as packer:  # packs a film while the next one is drawn
+        jobs = []
+        for name, (poses, reach) in films.items():
+            pictures = _swung_film(avatar, cut, cfg, poses, reach)
+            jobs.append(packer.submit(_pack_film, pictures, out / name, cfg))
+        for job in jobs:
+            job.result()
+
+
+def _pack_film(pictures, path, cfg):  # path: without an ending
+    "A film as mp4 and, small, as gif."
+    write_film(pictures, path.with_suffix('.mp4'), cfg.fps)
+    small = [_shrunk(picture, cfg.gif) for picture in pictures[::2]]
+    write_film(small, path.with_suffix('.gif'), cfg.fps // 2)
 
 
 # %% ../nbs/pipeline.ipynb #dd7c234f

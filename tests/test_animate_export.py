@@ -11,6 +11,7 @@ import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from spatialavatar0.avatar.avatar import new_avatar
 from spatialavatar0.ground.core import InputError
@@ -172,6 +173,15 @@ def test_gif_keeps_its_length(tmp_path, fps):
     assert abs(sum(lengths) - 13000 / fps) <= 5
     assert len(lengths) == 13
     assert max(lengths) - min(lengths) <= 10
+
+
+def test_colours_chosen_side_by_side_are_the_same(tmp_path):
+    frames = [np.random.default_rng(i).integers(0, 256, (40, 40, 3), np.uint8) for i in range(5)]
+    path = write_film(frames, tmp_path / 'ours.gif', 10)
+    first, *others = map(Image.fromarray, frames)
+    more = dict(save_all=True, append_images=others, duration=[100] * 5, loop=0)
+    first.save(tmp_path / 'theirs.gif', **more)
+    assert path.read_bytes() == (tmp_path / 'theirs.gif').read_bytes()
 
 
 def test_still_gif_keeps_its_length(tmp_path):

@@ -286,3 +286,19 @@ def test_licences_agree_with_the_manifest(name):
     asset = next(a for a in load_manifest().values() if is_named(a, name))
     row = next(row for row in licence_rows() if name in row[0])
     assert row[2].startswith('no') == ('non-commercial' in asset.licence), (row, asset.licence)
+
+
+def test_the_own_manifest_is_read_once_and_again_when_it_changes(tmp_path, monkeypatch):
+    import spatialavatar0.ground.assets as assets
+
+    own = tmp_path / 'data_manifest.yaml'
+    own.write_bytes(assets._packaged_manifest().read_bytes())
+    monkeypatch.setattr(assets, '_packaged_manifest', lambda: own)
+    first = assets.load_manifest()
+    first.clear()  # whoever changes what was handed out changes only that
+    again = assets.load_manifest()
+    assert again and again == assets.load_manifest(own)
+    monkeypatch.setattr(assets, '_read_yaml', lambda path: [])
+    assert assets.load_manifest() == again
+    own.write_bytes(own.read_bytes() + b'\n# a remark\n')
+    assert assets.load_manifest() == {}

@@ -553,6 +553,34 @@ def test_nan_names_step_and_frame(data, tmp_path):
     assert same(resumed, whole)
 
 
+def by_hands(hands, data):
+    "Weights after a few steps of both phases."
+    trainer = Trainer(network(), schedule(), data, 3, hands=hands)
+    trainer.run(show=False)
+    return torch.cat([param.detach().flatten() for param in trainer.params])
+
+
+def test_threads_that_share_a_batch_take_the_same_steps(data):
+    one, two, again = (by_hands(hands, data) for hands in (1, 2, 2))
+    assert torch.equal(two, again)
+    start = torch.cat([param.detach().flatten() for param in network().parameters()])
+    assert (two - one).norm() < 0.02 * (one - start).norm()
+
+
+def test_a_shared_gradient_lies_as_its_weight(data):
+    trainer = Trainer(network(), schedule(), data, hands=2)
+    trainer.backward(trainer.draw(), LAPTOP)
+    for param in trainer.params:
+        assert param.grad is None or param.grad.stride() == param.stride()
+
+
+def test_how_many_share(data, monkeypatch):
+    trainer = Trainer(network(), schedule(), data, hands=3)
+    assert [trainer.hands_for(people) for people in (1, 2, 3, 4, 6)] == [1, 2, 3, 2, 3]
+    monkeypatch.setattr('numba.threading_layer', lambda: 'workqueue')
+    assert trainer.hands_for(4) == 1
+
+
 def test_a_gradient_alone_may_be_bad(data):
     trainer = Trainer(network(), schedule(), data)
     bias = trainer.generator.heads.last['color'].bias

@@ -251,7 +251,11 @@ def load_manifest(
     path=None,  # a manifest file; default: the package's own
 ) -> dict[str, Asset]:  # entries by id, in the file's order
     "Read data_manifest.yaml, strictly."
-    path = path or _packaged_manifest()
+    return _checked_manifest(path) if path else dict(_own_manifest(*_packaged_now()))
+
+
+def _checked_manifest(path):
+    "Entries by id."
     try:
         entries = [_entry(values) for values in _read_yaml(path)]
     except InputError as e:
@@ -260,6 +264,20 @@ def load_manifest(
         if len({getattr(entry, word) for entry in entries}) < len(entries):
             raise InputError(f'{path}: the same {word} stands in two entries')
     return {entry.id: entry for entry in entries}
+
+
+# %% ../../nbs/ground/04_assets.ipynb #04ca0001
+def _packaged_now():
+    "The package's own manifest, and what changes when it does."
+    path = _packaged_manifest()
+    there = os.lstat(path)
+    return path, (there.st_ino, there.st_size, there.st_mtime_ns)
+
+
+@functools.lru_cache(4)
+def _own_manifest(path, stamp):
+    "Read once, not for every file that is asked for: a tenth of a second each time."
+    return _checked_manifest(path)
 
 
 # %% ../../nbs/ground/04_assets.ipynb #5e56c24b

@@ -424,13 +424,19 @@ def complete(
 
 
 @patch
+def _fixed(self: Generator, colours):
+    "Colours of the pictures: no weight acts on them, unless attention pooled them."
+    return colours if self.attention else colours.detach()
+
+
+@patch
 def _beside(self: Generator, pooled, seen):
     "What the heads see besides the map: the completed colours, or nothing."
     if not self.config.bypass:
         return pooled[..., :0]
     first = self.config.source_features
     colour = pooled[..., first : first + 3] / seen[..., None].clamp_min(1e-6)
-    return self.complete(colour, seen)
+    return self.complete(self._fixed(colour), seen)
 
 
 # %% ../../nbs/stage1/52_generator.ipynb #e836e40d
@@ -453,6 +459,18 @@ def _pool_people(self: Generator, sources):
 
 # %% ../../nbs/stage1/52_generator.ipynb #3a11c181
 @patch
+def _through_stem(self: Generator, pooled, colour):
+    "The stem's one layer, of the pooled values, their mirror image, colours and learned maps."
+    sizes = [pooled.shape[-1]] * (1 + self.config.mirror)
+    sizes += [colour.shape[-1], self.base.shape[-1]]
+    *own, by_colour, by_base = self.stem.weight.split(sizes, 1)
+    out, *mirrored = F.linear(pooled, torch.cat(own)).split(len(self.stem.weight), -1)
+    for beyond in mirrored:  # nothing without the mirror
+        out = out + beyond.index_select(1, self.partner) * self.has_partner[:, None]
+    return out + F.linear(colour, by_colour) + F.linear(self.base, by_base, self.stem.bias)
+
+
+@patch
 def encode(
     self: Generator,
     looks: list,  # B lists of K looks (or frames); every person may have another K
@@ -460,11 +478,7 @@ def encode(
     "Sources to a UV map: encode, warp, pool, UV network (Sec. 3.2)."
     pooled, seen, token = self._pool_people([self.as_looks(person) for person in looks])
     extra = self._beside(pooled, seen)
-    known = [pooled]
-    if self.config.mirror:
-        known.append(pooled[:, self.partner] * self.has_partner[:, None])
-    known += [extra[..., :3], self.base.expand(len(pooled), -1, -1)]
-    grid = self.to_grid(self.stem(torch.cat(known, -1)))
+    grid = self.to_grid(self._through_stem(pooled, extra[..., :3]))
     return Code(
         pooled, seen, token, extra, self.off_grid(run_part(self.uvnet, self.recompute, grid, token))
     )
@@ -511,7 +525,8 @@ def _seen_colour(self: Generator, code, inputs):
     "(B,N,3) the colours that go around the network; grey where they may not."
     if not self.config.bypass:
         return code.map.new_full((*code.seen.shape, 3), 0.5)
-    return self.heads.climb(inputs, code.extra[..., :3], *self._shells_of(code))
+    above, near = map(self._fixed, self._shells_of(code))
+    return self.heads.climb(inputs, code.extra[..., :3], above, near)
 
 
 @patch

@@ -205,9 +205,10 @@ class ResidualHead(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, m, code):  # (B,N,inputs), (B,code) -> dict of (B,N,c)
-        films = self.mlp(code)[:, None].chunk(len(self.names), -1)
-        delta = {}
-        for name, film in zip(self.names, films):
+        weights, biases = [], []
+        for name, film in zip(self.names, self.mlp(code).chunk(len(self.names), -1)):
             gamma, beta = film.chunk(2, -1)
-            delta[name] = self.out[name](m * (1 + gamma) + beta)
-        return delta
+            weights.append(self.out[name].weight * (1 + gamma[:, None]))  # (B,c,inputs)
+            biases.append(self.out[name](beta))  # (B,c)
+        delta = torch.baddbmm(torch.cat(biases, 1)[:, None], m, torch.cat(weights, 1).mT)
+        return dict(zip(self.names, delta.split([CHANNELS[name] for name in self.names], -1)))

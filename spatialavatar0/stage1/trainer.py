@@ -25,12 +25,14 @@ import os
 import signal
 import time
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
+import numba as nb
 import numpy as np
 import torch
 from fastcore.basics import patch
@@ -327,6 +329,7 @@ class Trainer:
         accelerator=None,  # accelerate.Accelerator: several processes share each batch
         ahead: int = None,  # batches drawn before their turn; default: 2 from a disk, 0 from memory
         readers: int = 4,  # threads that fetch their looks
+        hands: int = None,  # threads that share a batch on a CPU; default: as many as torch has
     ):
         _check_plan(schedule, data)
         self.generator = generator
@@ -338,7 +341,7 @@ class Trainer:
         self.world = accelerator.num_processes if accelerator else 1
         self.pairs = [send(p, generator.base.device) for p in texel_pairs(generator.binding)]
         self._start_count(seed)
-        self._draw_ahead(ahead, readers)
+        self._set_threads(ahead, readers, hands)
         self.lpips = _lpips_for(schedule)
         trained = [(n, p) for n, p in generator.named_parameters() if p.requires_grad]
         self.names, self.params = zip(*trained)
@@ -450,13 +453,15 @@ def _start_count(self: Trainer, seed):
 
 
 @patch
-def _draw_ahead(self: Trainer, ahead, readers):
-    "How many batches ahead, and by how many threads."
+def _set_threads(self: Trainer, ahead, readers, hands):
+    "How many batches are drawn ahead, who reads them, and who shares them."
     from_disk = any(shelf.on_disk for shelf in self.shelves)
     self.ahead = 2 * from_disk if ahead is None else ahead
     self.readers = readers
     self.coming = deque()
     self.threads = None
+    self.hands = hands
+    self.crew = None
 
 
 @patch
@@ -627,9 +632,8 @@ def backward(
     rows, errors = [], []
     try:
         for part in batch.parts(parts):
-            terms, each = self.terms(part, weights, bf16)
-            (weighted_sum(weights, terms) / parts).backward()
-            rows.append({name: term.detach() for name, term in terms.items()})
+            terms, each = self.add_gradient(part, weights, bf16, parts)
+            rows.append(terms)
             errors.append(each)
     except Exception as error:
         self.share_gradients(failed=_for_others(self.rank, error))  # they are waiting for it
@@ -646,6 +650,98 @@ def _means(rows):
     "Numbers by name, averaged over rows of tensors; a GPU is waited for once."
     sums = torch.stack([torch.stack([row[name] for row in rows]).mean() for name in rows[0]])
     return dict(zip(rows[0], sums.tolist()))
+
+
+# %% ../../nbs/stage1/55_trainer.ipynb #55ha0001
+def _equal_parts(batch, most):
+    "The largest number of equal parts of a batch for so many threads."
+    return max(n for n in range(1, max(1, min(batch, most)) + 1) if batch % n == 0)
+
+
+@patch
+def hands_for(
+    self: Trainer,
+    people: int,  # of a batch, or of a part of one
+) -> int:  # threads that share it
+    "One on a GPU, and where two threads may not run compiled loops at once."
+    most = torch.get_num_threads() if self.hands is None else self.hands
+    count = _equal_parts(people, most)
+    if count == 1 or self.generator.base.device.type != 'cpu':
+        return 1
+    nb.get_num_threads()  # numba chooses its layer of threads now
+    return 1 if nb.threading_layer() == 'workqueue' else count
+
+
+# %% ../../nbs/stage1/55_trainer.ipynb #55ha0002
+def _lone(threads):
+    "What a thread of the crew begins with: its own cores, and tiny numbers are zero."
+    torch.set_num_threads(threads)
+    nb.set_num_threads(min(threads, nb.config.NUMBA_NUM_THREADS))
+    torch.set_flush_denormal(True)  # vanishing gradients would cost ten times the time
+
+
+@patch
+@contextmanager
+def _at_work(self: Trainer, hands):
+    "So many threads, the cores shared among them; started once."
+    before = torch.get_num_threads()
+    threads = max(1, before // hands)
+    if self.crew is None or self.crew[0] != (hands, threads):
+        self.crew = (hands, threads), ThreadPoolExecutor(hands, 'hand', _lone, (threads,))
+    torch.set_num_threads(threads)  # some of its libraries know one number for all threads
+    try:
+        yield self.crew[1]
+    finally:
+        torch.set_num_threads(before)
+
+
+# %% ../../nbs/stage1/55_trainer.ipynb #55ha0003
+@patch
+def add_gradient(
+    self: Trainer,
+    part: Batch,
+    weights: Weights,
+    bf16: bool = False,
+    parts: int = 1,  # of the batch: the gradient is divided by it
+) -> tuple:  # the terms; L1 per picture
+    "Add the gradient of a part of a batch to that of the others."
+    hands = self.hands_for(len(part))
+    if hands > 1:
+        return self._by_hands(part, weights, hands, parts)
+    terms, each = self.terms(part, weights, bf16)
+    (weighted_sum(weights, terms) / parts).backward()
+    return {name: term.detach() for name, term in terms.items()}, each
+
+
+def _add_pieces(param, pieces):
+    "Add the pieces of a gradient, in their order."
+    for piece in pieces:
+        if piece is None:
+            continue
+        if param.grad is None:  # in memory as the weight is: the fused optimiser relies on it
+            param.grad = torch.zeros_like(param)
+        param.grad.add_(piece)
+
+
+# %% ../../nbs/stage1/55_trainer.ipynb #55ha0004
+@patch
+def _by_hands(self: Trainer, part, weights, hands, parts):
+    "The same, by several threads."
+
+    def work(piece):
+        terms, each = self.terms(piece, weights)
+        loss = weighted_sum(weights, terms) / (parts * hands)
+        grads = torch.autograd.grad(loss, self.params, allow_unused=True)
+        return {name: term.detach() for name, term in terms.items()}, each, grads
+
+    with self._at_work(hands) as crew:
+        jobs = [crew.submit(work, piece) for piece in part.parts(hands)]
+        wait(jobs)  # also when one has failed: nobody may be left behind
+    rows, errors, grads = zip(*[job.result() for job in jobs])
+    for param, *pieces in zip(self.params, *grads):
+        _add_pieces(param, pieces)
+    terms = {name: torch.stack([row[name] for row in rows]).mean() for name in rows[0]}
+    return terms, torch.cat(errors)
 
 
 # %% ../../nbs/stage1/55_trainer.ipynb #0e1e8a89

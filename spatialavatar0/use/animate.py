@@ -31,6 +31,8 @@ import contextlib
 import functools
 import itertools
 import math
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -471,10 +473,16 @@ def _write_mp4(frames, path, fps):
 
 
 # %% ../../nbs/use/80_animate.ipynb #3a5f7601
-def _write_gif(frames, path, fps):
+def _in_256_colours(frame):
+    "A picture with a palette, as a gif stores it."
     from PIL import Image
 
-    first, *others = [Image.fromarray(frame) for frame in frames]
+    return Image.fromarray(frame).convert('P', palette=Image.Palette.ADAPTIVE)
+
+
+def _write_gif(frames, path, fps):
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # choosing 256 colours takes longest
+        first, *others = pool.map(_in_256_colours, frames)
     ticks = np.diff([round(100 * i / fps) for i in range(len(others) + 2)])
     first.save(
         path,
