@@ -135,6 +135,7 @@ def _rows(pictures, pad):
     return np.ascontiguousarray(rows).reshape(*rows.shape[:2], -1)
 
 
+# %% ../../nbs/pictures/31_fast_metrics.ipynb #cf49beca
 class _Kept(NamedTuple):
     "What the way back needs."
 
@@ -484,6 +485,7 @@ class _Trunk(NamedTuple):
     source: str  # where they are from
 
 
+# %% ../../nbs/pictures/31_fast_metrics.ipynb #348b31c9
 def _trunk_of_manifest(path):
     from spatialavatar0.ground.pickles import read_arrays
 
@@ -511,6 +513,7 @@ def _trunk_of_torchvision():
     return _Trunk(convs, None, "torchvision's cache")
 
 
+# %% ../../nbs/pictures/31_fast_metrics.ipynb #8ff6ef6a
 def _trunk():
     "AlexNet's convolutions; None if they are not here."
     from spatialavatar0.ground.assets import find_local, load_manifest

@@ -62,7 +62,7 @@ from .projection import log_aspects
 # %% ../../nbs/splats/23_kernels.ipynb #065d5304
 ZERO, HALF, ONE, TWO, FOUR = [np.float32(v) for v in (0, 0.5, 1, 2, 4)]
 TINY, FLAT = np.float32(1e-10), np.float32(1e-6)
-exact = dict(cache=True, error_model='numpy')
+exact = dict(cache=True, error_model='numpy', nogil=True)
 kernel = dict(exact, fastmath={'reassoc', 'contract', 'arcp', 'nsz', 'afn'})
 inline = nb.njit(forceinline=True, **kernel)
 
@@ -99,22 +99,26 @@ def _dot(a, b):
     return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
 
 
+# %% ../../nbs/splats/23_kernels.ipynb #3eb4f792
 @inline
 def _cross(a, b):
     return (a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0])
 
 
+# %% ../../nbs/splats/23_kernels.ipynb #a7bda628
 @inline
 def _add(a, s, b):
     "a + s b"
     return (a[0] + s * b[0], a[1] + s * b[1], a[2] + s * b[2])
 
 
+# %% ../../nbs/splats/23_kernels.ipynb #d0ba96be
 @inline
 def _times(s, a):
     return (s * a[0], s * a[1], s * a[2])
 
 
+# %% ../../nbs/splats/23_kernels.ipynb #4ede031d
 @inline
 def _each(a, b):
     "Products of entries."

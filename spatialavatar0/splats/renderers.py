@@ -175,6 +175,7 @@ def _pixels_between(lo, hi, size):
     return (int(p0), int(p1)) if p0 <= p1 else (0, -1)
 
 
+# %% ../../nbs/splats/24_renderers.ipynb #8b462e72
 @inline
 def _tiles_between(lo, hi, size):
     "First and last tile of such pixels; (0,-1) if there is none."
@@ -182,6 +183,7 @@ def _tiles_between(lo, hi, size):
     return p0 // TILE, p1 // TILE
 
 
+# %% ../../nbs/splats/24_renderers.ipynb #124f7fc8
 @inline
 def _rows(s, k, height):
     "First and last tile row of splat k."
@@ -368,6 +370,7 @@ def _set_values(buf, p, values):
     buf[_V3 + p] = values[3]
 
 
+# %% ../../nbs/splats/24_renderers.ipynb #fc072f07
 @inline
 def _open_tile(buf, tile, width, height):
     "Pixel centres, all the light (negative outside the picture: nothing to do), black values."
@@ -619,6 +622,7 @@ def _tile_bits(width, height):
     return 7 if min(width, height) >= 384 else 6
 
 
+# %% ../../nbs/splats/24_renderers.ipynb #4f7062d1
 @nb.njit(**kernel)
 def bin_boxes(boxes, bits, width, height):
     "Of large tiles: offsets, ids, and how many rows of eight each has to do."
@@ -685,6 +689,7 @@ def _plane(size):
     return size * (size + 8) + _GAP
 
 
+# %% ../../nbs/splats/24_renderers.ipynb #88bccbc0
 @inline
 def _corners(tile, size, width, height):
     "x0, y0, x1, y1 of a tile within the picture, the last two exclusive."
@@ -693,6 +698,7 @@ def _corners(tile, size, width, height):
     return x0, y0, min(x0 + size, width), min(y0 + size, height)
 
 
+# %% ../../nbs/splats/24_renderers.ipynb #11b59a7a
 @inline
 def _open_strip(strip, corners, size):
     "All the light inside of the picture, -1 outside; the other planes zero."
@@ -704,6 +710,7 @@ def _open_strip(strip, corners, size):
         strip[start : start + x1 - x0] = ONE
 
 
+# %% ../../nbs/splats/24_renderers.ipynb #66b2aaec
 @inline
 def _within(box, corners):
     "The part of a splat's box that lies in a tile: x0, x1, y0, y1."
@@ -726,6 +733,7 @@ def _pass_light(strip, at, inside, sigma, opacity, max_alpha):
     return pick(live, w, eight(ZERO)), alpha, live & free
 
 
+# %% ../../nbs/splats/24_renderers.ipynb #dee66c46
 @inline
 def _gain_light(strip, at, w, value):
     "Add a value to eight pixels."
@@ -832,6 +840,7 @@ def _push_back(strip, at, plane, w, values, more):
     return (g0, g1, g2, g3), w * gain
 
 
+# %% ../../nbs/splats/24_renderers.ipynb #659f5b25
 @inline
 def _add_moments(six, moved, u, v):
     "w wu wv wuu wuv wvv, and eight pixels more."
@@ -906,6 +915,7 @@ def blend_rows_backward(dealt, splats, lists, max_alpha, part, more, drawn, arri
                 _write_totals(entries, j, six, four, more)
 
 
+# %% ../../nbs/splats/24_renderers.ipynb #d0312568
 @nb.njit(**kernel)
 def add_entries(ids, entries, part, each, sums):
     "Add the rows of all tiles, in their order, to the sums (M,8+each parts) of each splat."
@@ -946,6 +956,7 @@ class _Rung(NamedTuple):
     sums: object  # _Job, packs, lists, each, canvas, g_image, g_T -> (M,8+each parts)
 
 
+# %% ../../nbs/splats/24_renderers.ipynb #cfd9d302
 class _Job(NamedTuple):
     "What a compiled rung is asked for, besides its tensors."
 
@@ -994,6 +1005,7 @@ def _draw_rows(job, packs, lists, each):
     return canvas
 
 
+# %% ../../nbs/splats/24_renderers.ipynb #95a9b1c5
 def _row_sums(job, packs, lists, each, canvas, g_image, g_T):
     "The sums (M,8+each parts) of every drawn splat, by rung 5."
     dealt = deal_out(lists.rounds, nb.get_num_threads())
@@ -1152,6 +1164,7 @@ def find_tool(
     return shutil.which(name, path=places)
 
 
+# %% ../../nbs/splats/24_renderers.ipynb #9edd05d4
 def lacking_tools() -> str:  # empty: none
     "What gsplat needs to compile and this machine lacks, each with its remedy."
     lacking = [tool for tool in TOOLS if not find_tool(tool)]
@@ -1166,6 +1179,7 @@ def _telling_line(text):
     return ' '.join(next(telling, text).split())[:200]
 
 
+# %% ../../nbs/splats/24_renderers.ipynb #87c63495
 def missing_for_gsplat() -> str:  # empty: nothing
     "Why gsplat cannot use this machine's GPU; compiles it where that was not done yet."
     try:
@@ -1236,6 +1250,7 @@ def _rasterize_gsplat(gaussians, viewmats, Ks, width, height, options):
     return drawn
 
 
+# %% ../../nbs/splats/24_renderers.ipynb #2355daaa
 def _aspects_of(gaussians, viewmats, Ks, width, height, near_plane):
     "Log aspect ratios (C,N), where the projection does not give them."
     shapes = gaussians[:3]
@@ -1392,6 +1407,7 @@ def _each_camera(splats):
     return [FlatSplats(*of_camera) for of_camera in zip(*columns)]
 
 
+# %% ../../nbs/splats/24_renderers.ipynb #e2807794
 def _projected(project, gaussians, camera, limits, aspects):
     "FlatSplats of all cameras; and what else `meta` is to have."
     if not aspects:
@@ -1403,6 +1419,7 @@ def _projected(project, gaussians, camera, limits, aspects):
     return splats, dict(log_aspects=_aspects_of(gaussians, *camera, limits[0]))
 
 
+# %% ../../nbs/splats/24_renderers.ipynb #7b89262e
 def _draws_behind(draw, background, options):
     "Whether rung 5 can put the background behind the picture while it draws."
     if draw is not _rows_draw or background is None or options.absgrad:
@@ -1449,6 +1466,7 @@ def _chosen(backend, means):
     return backend
 
 
+# %% ../../nbs/splats/24_renderers.ipynb #888e3df8
 def _render(backend, gaussians, camera, options):
     "By the backend that was asked for; every open receipt notes it."
     backend = _chosen(backend, gaussians.means)
@@ -1459,6 +1477,7 @@ def _render(backend, gaussians, camera, options):
     return _rasterize_here(backend, gaussians, *camera, options)
 
 
+# %% ../../nbs/splats/24_renderers.ipynb #11876c42
 _receipts = []  # open ones
 
 

@@ -102,6 +102,7 @@ def _made_of(clips):
     return branches([Clip(clip).fingerprint() for clip in clips])
 
 
+# %% ../../nbs/stage1/55_trainer.ipynb #35f4162d
 class Shelf:
     "Looks of every frame of a data set, made once; and a `Roll` per person."
 
@@ -162,6 +163,7 @@ def _about(self: Shelf, record, generator):
     )
 
 
+# %% ../../nbs/stage1/55_trainer.ipynb #69531499
 @patch
 def fingerprint(self: Shelf) -> dict:
     "A name for all that is in it; of looks in memory, for the looks themselves."
@@ -206,6 +208,7 @@ def _fill(self: Shelf, person, clip, generator):
         self._mark(fresh)
 
 
+# %% ../../nbs/stage1/55_trainer.ipynb #171de193
 @patch
 def _mark(self: Shelf, fresh):
     "Records are done when their bytes are on the disk; a power cut cannot turn this around."
@@ -262,6 +265,7 @@ def _read(self: Shelf, number):
     return record.view(self.records.dtype)[0]
 
 
+# %% ../../nbs/stage1/55_trainer.ipynb #ff2e8595
 def _look_of(record, names):
     "The look that lies in a record."
 
@@ -272,6 +276,7 @@ def _look_of(record, names):
     return Look(*tensors, {name: tensor(f'params.{name}') for name in names})
 
 
+# %% ../../nbs/stage1/55_trainer.ipynb #6627d42f
 @patch
 def look(self: Shelf, person: int, frame: int) -> Look:
     "A look, as it was made."
@@ -413,6 +418,7 @@ def exchanged(
         raise OtherFailed(f'another process has ended ({str(error)[:80]})') from None
 
 
+# %% ../../nbs/stage1/55_trainer.ipynb #9e1e67b7
 def gather_object(
     mine: list,  # of anything that can be pickled
 ) -> list:  # those of all processes, in their order
@@ -452,6 +458,7 @@ def _start_count(self: Trainer, seed):
     self.rows = []  # costs of the steps since the last line of the log
 
 
+# %% ../../nbs/stage1/55_trainer.ipynb #eeb53d20
 @patch
 def _set_threads(self: Trainer, ahead, readers, hands):
     "How many batches are drawn ahead, who reads them, and who shares them."
@@ -464,6 +471,7 @@ def _set_threads(self: Trainer, ahead, readers, hands):
     self.crew = None
 
 
+# %% ../../nbs/stage1/55_trainer.ipynb #77bc6c9a
 @patch
 def now(self: Trainer, step: int = None) -> Now:
     "Where in the schedule a step is; default: the next one."
@@ -658,6 +666,7 @@ def _equal_parts(batch, most):
     return max(n for n in range(1, max(1, min(batch, most)) + 1) if batch % n == 0)
 
 
+# %% ../../nbs/stage1/55_trainer.ipynb #d691b068
 @patch
 def hands_for(
     self: Trainer,
@@ -680,6 +689,7 @@ def _lone(threads):
     torch.set_flush_denormal(True)  # vanishing gradients would cost ten times the time
 
 
+# %% ../../nbs/stage1/55_trainer.ipynb #fdbce3ab
 @patch
 @contextmanager
 def _at_work(self: Trainer, hands):
@@ -713,6 +723,7 @@ def add_gradient(
     return {name: term.detach() for name, term in terms.items()}, each
 
 
+# %% ../../nbs/stage1/55_trainer.ipynb #e4a7d2ea
 def _add_pieces(param, pieces):
     "Add the pieces of a gradient, in their order."
     for piece in pieces:

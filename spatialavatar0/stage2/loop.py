@@ -186,6 +186,7 @@ def _need_finite(frame):
             )
 
 
+# %% ../../nbs/stage2/61_loop.ipynb #45d2910c
 def _need_before_camera(frame, verts):
     "InputError for a head that no picture can show; nan is not before a camera, either."
     depths = verts @ frame.viewmat[2, :3] + frame.viewmat[2, 3]
@@ -196,12 +197,14 @@ def _need_before_camera(frame, verts):
         )
 
 
+# %% ../../nbs/stage2/61_loop.ipynb #dcdbc0b6
 def _span(on):
     "First true place, and one past the last."
     places = on.nonzero()[:, 0].tolist()
     return (places[0], places[-1] + 1) if places else (0, 0)
 
 
+# %% ../../nbs/stage2/61_loop.ipynb #abdcf020
 def _to_bytes(values):
     return (values.detach().clamp(0, 1) * 255).round().byte().contiguous()
 
@@ -247,6 +250,7 @@ def _tied(i, j, s, weight):
     return (nb.uintp(j), weight * (s[i] + s[nb.uintp(j)])) if j >= 0 else (i, np.float32(0))
 
 
+# %% ../../nbs/stage2/61_loop.ipynb #871464e8
 @_inline
 def _smooth_one(D, i, near, s, weight, x, grad):
     "One Gaussian's derivative; its product with the change."
@@ -390,6 +394,7 @@ def _room_on(device):
     return torch.cuda.mem_get_info(device)[0] / 2 if device.type == 'cuda' else 256e6
 
 
+# %% ../../nbs/stage2/61_loop.ipynb #cdd436a5
 @patch
 def view(self: Refinement, i):
     "View i, kept while there is room."
@@ -404,6 +409,7 @@ def view(self: Refinement, i):
     return view
 
 
+# %% ../../nbs/stage2/61_loop.ipynb #54dd671f
 @patch
 def _prepared(self: Refinement, view):
     "A view where it is computed on, and as much of it as is compared."
@@ -610,11 +616,13 @@ def _draw(self: Refinement):
     return view, send(background, self.device)
 
 
+# %% ../../nbs/stage2/61_loop.ipynb #9503a94e
 @patch
 def _is_extra(self: Refinement, step):
     return bool(self.extra) and step % 4 == 3
 
 
+# %% ../../nbs/stage2/61_loop.ipynb #0c0af8f4
 def _thrown(rng, count):
     "The place of a random picture, and a random background."
     return int(torch.randint(count, (), generator=rng)), torch.rand(3, generator=rng)
@@ -661,12 +669,14 @@ def _start(self: _Looker, i):
     self._fill()
 
 
+# %% ../../nbs/stage2/61_loop.ipynb #9eaa2401
 @patch
 def _fill(self: _Looker):
     while len(self.coming) < self.count and (i := next(self.order, None)) is not None:
         self.coming.append((i, self.pool.submit(self.run.view, i)))
 
 
+# %% ../../nbs/stage2/61_loop.ipynb #07a375bb
 @patch
 def stop(self: _Looker):
     "Forget what was made ahead; wait for the view in hand."
@@ -686,6 +696,7 @@ def _missing(self: Refinement, rng):  # a copy of the run's, which is not touche
             yield i
 
 
+# %% ../../nbs/stage2/61_loop.ipynb #e3ddd044
 def _two_may_draw():
     "Whether two threads may run compiled loops at once."
     try:
@@ -694,6 +705,7 @@ def _two_may_draw():
         return False
 
 
+# %% ../../nbs/stage2/61_loop.ipynb #7ad481fe
 @patch
 @contextmanager
 def _looking_ahead(self: Refinement):
@@ -713,6 +725,7 @@ class NotFinite(InputError):
     "A refinement met nan or inf; the state before that step is intact."
 
 
+# %% ../../nbs/stage2/61_loop.ipynb #5d6e3800
 @patch
 def check_finite(self: Refinement, loss, view):
     "Name step, frame and attribute of a nan."
@@ -785,6 +798,7 @@ def identity(self: Refinement):
     return self._identity
 
 
+# %% ../../nbs/stage2/61_loop.ipynb #45d55858
 # options that came later, and what was done before: states of then go on as they were
 _LATER = dict(beta2=0.999, huber=0.0, windows=1, margin=None)
 
@@ -909,6 +923,7 @@ def _try_step(self: Refinement):
         raise
 
 
+# %% ../../nbs/stage2/61_loop.ipynb #68f563b1
 @patch
 def _call(self: Refinement, callback, i):
     "Let the caller look; it may end the run as Ctrl-C does."
