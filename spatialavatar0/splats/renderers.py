@@ -885,11 +885,13 @@ def _write_totals(entries, j, six, four, more):
     "Sums over the lanes, into a row: six, two places that stay free, three values or four."
     w, wu, wv, wuu, wuv, wvv = six
     _put(entries, j, (total(w), total(wu), total(wv), total(wuu), total(wuv), total(wvv)))
-    entries[j, 6] = total(four[0])
-    entries[j, 7] = total(four[1])
-    entries[j, 8] = total(four[2])
+    entries[j, 6] = ZERO
+    entries[j, 7] = ZERO
+    entries[j, 8] = total(four[0])
+    entries[j, 9] = total(four[1])
+    entries[j, 10] = total(four[2])
     if more is not None:
-        entries[j, 9] = total(four[3])
+        entries[j, 11] = total(four[3])
 
 
 # %% ../../nbs/splats/24_renderers.ipynb #c5000018
@@ -919,11 +921,12 @@ def blend_rows_backward(dealt, splats, lists, max_alpha, part, more, drawn, arri
 @nb.njit(**kernel)
 def add_entries(ids, entries, part, each, sums):
     "Add the rows of all tiles, in their order, to the sums (M,8+each parts) of each splat."
+    width, rows, flat = sums.shape[1], entries.ravel(), sums.ravel()
     for j in range(len(ids)):
-        for d in range(6):
-            sums[ids[j], d] += entries[j, d]
+        at = ids[j] * width
+        store8(flat, at, load8(flat, at) + load8(rows, 12 * j))
         for d in range(each):
-            sums[ids[j], 8 + each * part + d] += entries[j, 6 + d]
+            flat[at + 8 + each * part + d] += entries[j, 8 + d]
 
 
 # %% ../../nbs/splats/24_renderers.ipynb #901674e8
@@ -939,8 +942,9 @@ def hand_back(order, splats, sums, g_means2d, moments, g_opacities, g_values, pu
         g_means2d[i, 1] = -TWO * (b * sums[k, 1] + c * sums[k, 2])
         for d in range(3):
             moments[i, d] = sums[k, 3 + d]
-        for d in range(2):
-            pulls[i, d] += sums[k, 6 + d]
+        if len(pulls) > 0:
+            for d in range(2):
+                pulls[i, d] += sums[k, 6 + d]
         for d in range(g_values.shape[1]):
             g_values[i, d] = sums[k, 8 + d]
         g_opacities[i] = sums[k, 0] / splats[k, 5]
@@ -1011,7 +1015,7 @@ def _row_sums(job, packs, lists, each, canvas, g_image, g_T):
     dealt = deal_out(lists.rounds, nb.get_num_threads())
     more = None if each == 3 else 1
     sums = np.zeros((len(packs[0]), 8 + each * len(packs)), np.float32)
-    entries = np.empty((len(lists.ids), 10), np.float32)
+    entries = np.empty((len(lists.ids), 12), np.float32)
     for part, splats in enumerate(packs):
         job_of_part = job.max_alpha, part, more, canvas[:2], (g_image, g_T)
         blend_rows_backward(dealt, splats, lists[:4], *job_of_part, entries)
@@ -1088,7 +1092,7 @@ class _Blend(torch.autograd.Function):
         drawn = ctx.job, ctx.packs, ctx.lists, ctx.each, ctx.canvas
         sums = ctx.job.rung.sums(*drawn, g_image, g_T)
         grads = _zeros((count, 2), (count, 3), count, (count, channels))
-        pulls = np.zeros((count, 2), np.float32) if ctx.job.pulls is None else ctx.job.pulls
+        pulls = np.zeros((0, 2), np.float32) if ctx.job.pulls is None else ctx.job.pulls
         hand_back(ctx.order, ctx.packs[0], sums, *grads, pulls)
         return *[torch.from_numpy(g) for g in grads], *[None] * 4
 
