@@ -28,13 +28,19 @@ import torch
 from spatialavatar0.avatar.avatar import new_avatar, open_splats
 from spatialavatar0.avatar.portrait import from_frame
 from spatialavatar0.pictures.clips import Clip, split, write_vhap
-from spatialavatar0.pictures.fast_metrics import ssim
 from spatialavatar0.pictures.formats import load_clip
 from spatialavatar0.pictures.people import make_person, mono_clip, novel_views
 from spatialavatar0.splats.renderers import rasterize
 from spatialavatar0.stage1.generator import from_pretrained
 from spatialavatar0.stage2.densify import densify
-from spatialavatar0.stage2.loop import NotFinite, Refinement, calm, measure, refine
+from spatialavatar0.stage2.loop import (
+    NotFinite,
+    Refinement,
+    calm,
+    fast_photo_loss,
+    measure,
+    refine,
+)
 from spatialavatar0.stage2.refine import RefineConfig, paper_config, start_frame
 
 NONE = dict(spread=99.0, grow=99.0)
@@ -155,7 +161,7 @@ def print_table(rows):
 
 
 def kernels(refinement, i):
-    "Calls of the rasterizer and of SSIM, forward and backward, on picture i."
+    "Calls of the rasterizer and of the photometric terms, forward and backward, on picture i."
     view = refinement.view(i)
     background = torch.rand(3)
     opened = open_splats(refinement.splats(), view.mesh)
@@ -168,7 +174,7 @@ def kernels(refinement, i):
         image, _, _ = rasterize(*world, *camera, backgrounds=background[None])
         image.sum().backward()
 
-    return render, lambda: ssim(picture, target).backward()
+    return render, lambda: fast_photo_loss(picture, target, refinement.cfg).backward()
 
 
 def milliseconds(call):
@@ -209,14 +215,14 @@ def speed(options, steps=100):
             [milliseconds(call) for call in (refinement.step, *kernels(refinement, i % frames))]
             for i in range(steps)
         ]
-    step, raster, similar = torch.tensor(times).median(0).values.tolist()
+    step, raster, photometric = torch.tensor(times).median(0).values.tolist()
     out = dict(
         size=options.size,
         gaussians=len(refinement.avatar),
         step_ms=round(step, 2),
         raster_ms=round(raster, 2),
-        ssim_ms=round(similar, 2),
-        other_ms=round(step - raster - similar, 2),
+        loss_ms=round(photometric, 2),
+        other_ms=round(step - raster - photometric, 2),
         minutes_10k=round(step / 6, 2),
         memory_mb=round(peak_mb()),
         machine=common.machine(),
