@@ -23,13 +23,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numba as nb
+import numpy as np
 import torch
 import torch.nn.functional as F
 from common import SIZES, machine, save, scene, set_threads
 
+from spatialavatar0.avatar.portrait import from_frame
 from spatialavatar0.pictures.fast_metrics import ssim
 from spatialavatar0.pictures.metrics import SSIM_WINDOW, ssim_map
+from spatialavatar0.pictures.people import make_person, mono_clip
 from spatialavatar0.splats import renderers
+from spatialavatar0.splats.kernels import project_splats
 from spatialavatar0.splats.renderers import rasterize
 
 HERE = Path(__file__).resolve()
@@ -194,6 +198,77 @@ def show_ladder(name, rungs, threads):
         cells = ''.join(f'{passes(times, t):>26}' for t in threads)
         ratio = times[one]['cpu_ms'] / rungs[fastest][one]['cpu_ms']
         print(f'{rung:12}{cells}{ratio:10.1f}', flush=True)
+
+
+# --- the kernels of rungs 4 and 5 alone, on a painted head
+
+
+def packed_head(size):
+    "Packed splats of a one-picture avatar, as the camera of that picture sees it."
+    frame = mono_clip(make_person(3), 8, size, seed=1)[2]
+    avatar = from_frame(frame, size // 2)
+    world = avatar.world(**frame.pose)
+    camera = frame.viewmat[None], frame.K[None], size, size
+    screen = [column[0].numpy() for column in project_splats(*world[:4], *camera)]
+    means2d, depths, white, reach, extents = screen
+    order = renderers.order_by_depth(depths, reach)
+    values = renderers._padded(world.colors.detach().numpy())
+    columns = means2d, white, world.opacities.detach().numpy(), reach, extents
+    return renderers.pack_splats(order, *columns, values, 0)
+
+
+def kernel_jobs(splats, size):
+    "(rung, part of the work) -> function, all for one thread."
+    most, plain = np.float32(0.999), np.zeros(3, np.float32)
+    generator = np.random.default_rng(0)
+    arriving = [
+        generator.normal(size=shape).astype(np.float32) for shape in ((size, size, 4), (size, size))
+    ]
+    tiles = renderers.exact_lists(splats, size, size)
+    rows = renderers.row_lists(splats, size, size)
+    dealt = renderers.deal_out(rows.rounds, 1)
+    canvas = renderers._new_canvas(size, size, 4)
+    image, T = np.empty((size, size, 3), np.float32), np.empty((size, size), np.float32)
+    sums = np.zeros((1, len(splats), 12), np.float32)
+    entries = np.zeros((len(rows.ids), 12), np.float32)
+    of_rows = dealt, splats, rows[:4], most, 0, None
+    of_tiles = 1, size, size, splats, *tiles, most, 0
+    three = np.ascontiguousarray(arriving[0][..., :3]), arriving[1]
+    left = *arriving, *canvas[1:], False, sums
+
+    def unblend_rows():
+        renderers.blend_rows_backward(*of_rows, (image, T), three, entries)
+        renderers.add_entries(rows.ids, entries, 0, 3, sums[0])
+
+    return {
+        ('per_tile', 'lists'): lambda: renderers.exact_lists(splats, size, size),
+        ('cpu', 'lists'): lambda: renderers.row_lists(splats, size, size),
+        ('per_tile', 'blend'): lambda: renderers.blend_tiles(*of_tiles, *canvas),
+        ('cpu', 'blend'): lambda: renderers.blend_rows(*of_rows, plain, image, T),
+        ('per_tile', 'unblend'): lambda: renderers.blend_tiles_backward(*of_tiles, *left),
+        ('cpu', 'unblend'): unblend_rows,
+    }
+
+
+def kernels_alone(sizes, rounds):
+    "CPU milliseconds of each part by both rungs, which take turns."
+    found = {}
+    for size in sizes:
+        splats = packed_head(size)
+        jobs = {(*key, 1): job for key, job in kernel_jobs(splats, size).items()}
+        times = {key[:2]: t['cpu_ms'] for key, t in side_by_side(jobs, rounds).items()}
+        found[str(size)] = here = dict(gaussians=len(splats))
+        print(f'\nkernels alone, a painted head of {len(splats):,} Gaussians, {size} x {size}, ms')
+        for part in ('lists', 'blend', 'unblend'):
+            slow, fast = times['per_tile', part], times['cpu', part]
+            here[part] = dict(per_tile=slow, cpu=fast)
+            print(f'{part:10} per_tile {slow:7.2f}   cpu {fast:7.2f}   {slow / fast:5.2f} x')
+        both = [
+            sum(times[rung, part] for part in ('blend', 'unblend')) for rung in ('per_tile', 'cpu')
+        ]
+        here['gain'] = round(both[0] / both[1], 2)
+        print(f'blend + unblend: {here["gain"]:.2f} x', flush=True)
+    return found
 
 
 # --- SSIM: what the fused kernel is compared with
@@ -434,6 +509,7 @@ def main():
     threads = [count for count in map(int, given.threads.split(',')) if count <= most]
     found = dict(machine=machine(), rounds=rounds)
     found['raster'] = ladder(sizes, given.rungs.split(','), threads, rounds)
+    found['kernels'] = kernels_alone((256,) if given.quick else (256, 512), rounds)
     found['ssim'] = similarity((256,) if given.quick else (256, 512), rounds)
     found['start'] = starts(not given.quick)
     if sys.platform != 'win32':
