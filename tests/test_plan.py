@@ -47,7 +47,7 @@ def test_memory_of_a_real_step(parts, batch, multi):
     phase = replace(phases[0], accumulate=parts, sources=1)
     if multi:  # the view-Jacobian's second way back
         phase = replace(phase, weights=replace(phase.weights, jacobian=0.1))
-    trainer = Trainer(from_preset('tiny'), [phase], [people(mono(64), 2)])
+    trainer = Trainer(from_preset('tiny'), [phase], [people(mono(64), 2)], hands=1)  # as a GPU
     trainer.step()
     expected = activations(measure_room(TINY, phase, device='cpu'), batch / parts, 1)
     if parts > 1:
