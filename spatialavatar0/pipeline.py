@@ -1334,7 +1334,7 @@ class RefinePlan:
 
 
 # %% ../nbs/pipeline.ipynb #58a00009
-CPU_STEPS = (256, 15_464, 20.33), (512, 55_094, 59.64)  # pixels, Gaussians, ms of a step
+CPU_STEPS = (256, 15_464, 13.53), (512, 62_785, 39.11)  # pixels, Gaussians, ms of a step
 PAPER_RATE = 10_000 / 120  # steps a second, RTX 3090: 2.0 minutes (Sec. 4.1)
 
 
