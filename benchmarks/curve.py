@@ -36,6 +36,7 @@ ROWS = dict(
     short=RefineConfig(iters=5_000),
     fast=fast_config(),
     exact=fast_config(windows=1, margin=None),
+    l1=fast_config(huber=0.0),
     quick=quick_config(),
     brief=RefineConfig(iters=2_500),
 )

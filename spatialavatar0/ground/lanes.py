@@ -288,8 +288,8 @@ def _is_plain(array, ndim):
 
 # %% ../../nbs/ground/08_lanes.ipynb #1a000031
 def _block(context, builder, array_type, array, i, width):
-    """Where eight rows begin, in the array or else in a block of zeros; whether they are all there;
-    the first in the array; how many bytes of them exist."""
+    """Where eight rows begin, in the array or else in a block of zeros, whether they are all there,
+    the first in the array, and how many bytes of them exist."""
     found = context.make_array(array_type)(context, builder, array)
     start = builder.gep(found.data, [builder.mul(i, _SIZE(width))])
     left = builder.sub(builder.extract_value(found.shape, 0), i)

@@ -734,7 +734,7 @@ def check_train(
 
 
 # %% ../../nbs/judge/94_gpu_check.ipynb #91d1fb81
-_PATH = re.compile(r'(?<![\w.])(?:[A-Za-z]:)?[\\/~][^\s\'",;:()\[\]]*')
+_PATH = re.compile(r'(?<![\w.])(?:[A-Za-z]:)?[\\/~][^\s\'",\x3b:()\[\]]*')
 
 
 def _own_names():

@@ -176,7 +176,7 @@ def _unit_quat(q):
 # %% ../../nbs/splats/23_kernels.ipynb #ea65991e
 @inline
 def _frame(p0, p1, p2):
-    """Axes a0, a1, a2 (Eq. 8) and the three numbers of a triangle; without area its axes are
+    """Axes a0, a1, a2 (Eq. 8) and the three numbers of a triangle. Without area its axes are
     zero."""
     e, f = _add(p1, -ONE, p0), _add(p2, -ONE, p0)
     edge = math.sqrt(_dot(e, e))
@@ -446,7 +446,7 @@ def place_backward(
 def place_backward_frames(
     threads, quats, scales, offsets, local, sizes, g_means, g_quats, g_scales, g_qf, g_sf
 ):
-    """Fill the gradients of the frames' quaternions and sizes; that of their points is g_means
+    """Fill the gradients of the frames' quaternions and sizes. That of their points is g_means
     itself."""
     N = len(quats)
     for t in nb.prange(threads):
@@ -996,7 +996,7 @@ def _stretched(aspects, slopes, g_aspects, i):
 @nb.njit(parallel=True, **kernel)
 def project_backward(means, quats, scales, V, cam, white, reach, asked, long, grads):
     """Add to grads, of means, quaternions and scales. asked: gradients of places on the screen,
-    of depths, and moments; long: aspects, slopes and their gradients, or empty."""
+    of depths, and moments. long: aspects, slopes and their gradients, or empty."""
     g_xy, g_depths, moments = asked
     g_means, g_quats, g_scales = grads
     for group in nb.prange((len(means) + 7) // 8):
@@ -1074,7 +1074,7 @@ def project_splats(
     eps2d: float = 0.3,  # pixels^2
     aspects: bool = False,  # also the log aspect ratios (Eq. 4): LongSplats
 ) -> ScreenSplats:
-    """Project Gaussians with numba; differentiable in means, quats and scales. Expects moments for
+    """Project Gaussians with numba, differentiable in means, quats and scales. Expects moments for
     `white`."""
     if viewmats.requires_grad or Ks.requires_grad:
         raise InputError(
@@ -1098,7 +1098,7 @@ def fast_log_aspects(
     height: int,  # pixels
     near_plane: float = 0.01,  # metres
 ) -> Tensor:  # (N,) log of the ratio of axes on the screen, without blur; -1 behind the camera
-    """`log_aspects` (Eq. 4), compiled for float32 on the CPU, else the readable one;
+    """`log_aspects` (Eq. 4), compiled for float32 on the CPU, else the readable one,
     differentiable in all but the camera."""
     if means.device.type != 'cpu' or means.dtype != torch.float32:
         return log_aspects(means, quats, scales, viewmat, K, width, height, near_plane)

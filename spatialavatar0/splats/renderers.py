@@ -718,6 +718,14 @@ def _within(box, corners):
     return max(box[0], x0), min(box[1], x1 - 1), max(box[2], y0), min(box[3], y1 - 1)
 
 
+# %% ../../nbs/splats/24_renderers.ipynb #c5c00001
+@inline
+def _whitened(mx, my, a, b, c, x, y):
+    "u of eight pixels of row y from column x on, and v, which is the same for all of them."
+    dx, dy = mx - (np.float32(x) + HALF), my - (np.float32(y) + HALF)
+    return a * dx + b * dy - a * lane_numbers(), c * dy
+
+
 # %% ../../nbs/splats/24_renderers.ipynb #c500000e
 @inline
 def _pass_light(strip, at, inside, sigma, opacity, max_alpha):
@@ -752,9 +760,7 @@ def _blend_box(strip, s, k, box, corners, size, max_alpha, more):
     x0, x1, y0, y1 = _within(box, corners)
     plane = _plane(size)
     for y in range(y0, y1 + 1):
-        dy = my - (np.float32(y) + HALF)
-        v = c * dy
-        u = a * (mx - (np.float32(x0) + HALF)) + b * dy - a * lane_numbers()
+        u, v = _whitened(mx, my, a, b, c, x0, y)
         at = (y - corners[1]) * (size + 8) + x0 - corners[0]
         for _ in range(x0, x1 + 1, 8):
             sigma = u * u + v * v
@@ -789,8 +795,8 @@ def _close_strip(strip, corners, size, part, each, behind, image, T):
 # %% ../../nbs/splats/24_renderers.ipynb #c5000011
 @nb.njit(parallel=True, **kernel)
 def blend_rows(dealt, splats, lists, max_alpha, part, more, behind, image, T):
-    """Fill image (H,W,each of part), on the colour `behind` (channels,), and T (H,W); more: None
-    for three channels each, else four."""
+    """Fill image (H,W,each of part), on the colour `behind` (channels,), and T (H,W). more is
+    None for three channels each, else anything."""
     first, tiles = dealt
     boxes, size, offsets, ids = lists
     height, width = T.shape
@@ -859,9 +865,7 @@ def _unblend_box(strip, s, k, box, corners, size, max_alpha, more):
     plane, zero = _plane(size), eight(ZERO)
     six, four = (zero, zero, zero, zero, zero, zero), (zero, zero, zero, zero)
     for y in range(y0, y1 + 1):
-        dy = my - (np.float32(y) + HALF)
-        v = c * dy
-        u = a * (mx - (np.float32(x0) + HALF)) + b * dy - a * lane_numbers()
+        u, v = _whitened(mx, my, a, b, c, x0, y)
         at = (y - corners[1]) * (size + 8) + x0 - corners[0]
         for _ in range(x0, x1 + 1, 8):
             sigma = u * u + v * v
