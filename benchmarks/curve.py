@@ -1,6 +1,6 @@
 """Stage 2: quality against seconds, configurations paired by person, seed and kind of clip.
 
-    python benchmarks/curve.py [--rows today,fast,quick] [--kinds clean,tracked] [--people 3]
+    python benchmarks/curve.py [--rows ours,fast,quick] [--kinds clean,tracked] [--people 3]
         [--seeds 3] [--size 256] [--jobs 1] [--threads 1] [--out results/curve_256.json]
 
 Each painted person is filmed for 200 frames by one camera; the last fifth is held out, and so are
@@ -32,13 +32,14 @@ from spatialavatar0.stage2.refine import RefineConfig, fast_config, quick_config
 TEXELS = {64: 32, 128: 64, 256: 128, 512: 256}  # per side of the UV grid, by pixels
 MARKS = 0, 250, 500, 1000, 2500, 5000, 10_000  # steps after which a run is measured
 ROWS = dict(
-    today=RefineConfig(),
-    short=RefineConfig(iters=5_000),
+    ours=RefineConfig(),
     fast=fast_config(),
+    quick=quick_config(),
+    short=RefineConfig(iters=5_000),
+    brief=RefineConfig(iters=2_500),
     exact=fast_config(windows=1, margin=None),
     l1=fast_config(huber=0.0),
-    quick=quick_config(),
-    brief=RefineConfig(iters=2_500),
+    calmer=fast_config(huber=0.05, beta2=0.99, lr_end=0.05),
 )
 
 
@@ -170,7 +171,7 @@ def command_line():
     )
     for name, default in dict(people=3, seeds=3, size=256, jobs=1, threads=1).items():
         parser.add_argument(f'--{name}', type=int, default=default)
-    parser.add_argument('--rows', default='today,fast,quick')
+    parser.add_argument('--rows', default='ours,fast,quick')
     parser.add_argument('--kinds', default='clean,tracked')
     parser.add_argument('--out')
     return parser.parse_args()

@@ -1,6 +1,6 @@
 """One picture in, true side views out: five painted people, whose every view is known.
 
-    python benchmarks/photo.py [--people 5] [--size 256] [--resolution 128] [--iters 300]
+    python benchmarks/photo.py [--people 5] [--size 256] [--resolution 128] [--iters 200]
                                [--track] [--out results/photo.json]
 
 Each person is seen once from the front, with the true camera and head parameters (--track: with
@@ -115,7 +115,7 @@ def arguments():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for name, default in dict(people=5, size=256, resolution=128, iters=300).items():
+    for name, default in dict(people=5, size=256, resolution=128, iters=200).items():
         parser.add_argument(f'--{name}', type=int, default=default)
     parser.add_argument('--track', action='store_true')
     parser.add_argument('--out', default='results/photo.json')

@@ -226,19 +226,18 @@ def kernel_jobs(splats, size):
     ]
     tiles = renderers.exact_lists(splats, size, size)
     rows = renderers.row_lists(splats, size, size)
-    dealt = renderers.deal_out(rows.rounds, 1)
     canvas = renderers._new_canvas(size, size, 4)
     image, T = np.empty((size, size, 3), np.float32), np.empty((size, size), np.float32)
     sums = np.zeros((1, len(splats), 12), np.float32)
     entries = np.zeros((len(rows.ids), 12), np.float32)
-    of_rows = dealt, splats, rows[:4], most, 0, None
+    of_rows = 1, splats, rows[:], most, 0, None
     of_tiles = 1, size, size, splats, *tiles, most, 0
     three = np.ascontiguousarray(arriving[0][..., :3]), arriving[1]
     left = *arriving, *canvas[1:], False, sums
 
     def unblend_rows():
         renderers.blend_rows_backward(*of_rows, (image, T), three, entries)
-        renderers.add_entries(rows.ids, entries, 0, 3, sums[0])
+        renderers.add_entries(1, rows.ids, entries, 0, 3, sums[0])
 
     return {
         ('per_tile', 'lists'): lambda: renderers.exact_lists(splats, size, size),

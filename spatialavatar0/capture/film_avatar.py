@@ -32,7 +32,7 @@ from ..head.head import Head, open_head
 from ..pictures.clips import Clip, Frame
 from ..splats.renderers import rasterize
 from ..stage2.loop import look, refine
-from ..stage2.refine import RefineConfig, start_frame
+from ..stage2.refine import RefineConfig, fast_config, start_frame
 from .film import farthest_points
 from .photo import from_photos, frontal_first, gates, uncovered
 
@@ -173,10 +173,10 @@ def first_film_avatar(
 
 # %% ../../nbs/capture/76_film_avatar.ipynb #a234d618
 def film_config(
-    iters: int = 2000,
+    iters: int = 1000,
 ) -> RefineConfig:
     "Stage 2 for a film of which the tracker made the best it could."
-    return RefineConfig(
+    return fast_config(
         iters=iters,
         freeze=min(500, iters // 4),
         aspect_from=min(500, iters // 4),
@@ -199,7 +199,7 @@ def refine_on_film(
     avatar: Avatar,
     vote: Tensor,  # from first_film_avatar
     clip: Clip,  # to learn from
-    iters: int = 2000,
+    iters: int = 1000,
     *,
     seed: int = 0,
     state=None,

@@ -48,7 +48,7 @@ from ..pictures.clips import Clip, Frame, on_background
 from ..pictures.metrics import psnr
 from ..splats.mesh import rasterize_mesh
 from ..stage2.loop import look, refine
-from ..stage2.refine import RefineConfig
+from ..stage2.refine import RefineConfig, fast_config
 from .landmarks import find_face, landmark_model, landmark_table, load_photo
 from .matte import with_matte
 from .track import camera_guess, minimise, set_up, solve, to_frame
@@ -144,10 +144,10 @@ def shut_eyes(
 
 # %% ../../nbs/capture/73_photo.ipynb #163bf237
 def photo_config(
-    iters: int = 300,
+    iters: int = 200,
 ) -> RefineConfig:
     "A few hundred steps on one photo: the front sharpens, the sides keep their shape."
-    return RefineConfig(
+    return fast_config(
         iters=iters,
         freeze=50,
         aspect=0.0,
@@ -162,7 +162,7 @@ def photo_config(
 def refine_photo(
     avatar: Avatar,
     photos,  # a Frame, or several of one person, the most frontal first
-    iters: int = 300,
+    iters: int = 200,
     *,
     seed: int = 0,
     callback=None,  # called as callback(step, avatar) every 50 steps

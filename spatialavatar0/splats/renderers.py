@@ -16,7 +16,7 @@ __all__ = [
     'blend_pixels_backward',
     'pixel_boxes',
     'bin_boxes',
-    'deal_out',
+    'take_next',
     'row_lists',
     'blend_rows',
     'blend_rows_backward',
@@ -46,6 +46,8 @@ import numba as nb
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numba.core import types
+from numba.extending import intrinsic
 from torch import Tensor
 
 from spatialavatar0.splats.kernels import (
@@ -90,26 +92,34 @@ def _project_readable(
 
 
 # %% ../../nbs/splats/24_renderers.ipynb #42ca1035
+@inline
+def _by_digit(idx, keys, shift):
+    "One pass: 12 bits of the keys decide, then the order that was."
+    start = np.zeros(4097, np.int32)
+    for key in keys:
+        start[(key >> shift & 4095) + 1] += 1
+    for d in range(4096):
+        start[d + 1] += start[d]
+    new_idx, new_keys = np.empty_like(idx), np.empty_like(keys)
+    for i in range(len(idx)):
+        d = keys[i] >> shift & 4095
+        new_idx[start[d]] = idx[i]
+        new_keys[start[d]] = keys[i]
+        start[d] += 1
+    return new_idx, new_keys
+
+
 @nb.njit(**kernel)
 def order_by_depth(depths, reach):
-    "Drawn Gaussians, near to far: a radix sort of positive floats by their bits, 11 at a time."
+    "Drawn Gaussians, near to far: a radix sort of positive floats by their bits, 12 at a time."
     idx = np.flatnonzero(reach >= ZERO).astype(np.int32)
-    keys = depths[idx].view(np.uint32)
-    for shift in (0, 11, 22):
-        digit = ((keys >> np.uint32(shift)) & np.uint32(2047)).astype(np.int32)
-        start = np.zeros(2049, np.int32)
-        for d in digit:
-            start[d + 1] += 1
-        for d in range(2048):
-            start[d + 1] += start[d]
-        new_idx = np.empty_like(idx)
-        new_keys = np.empty_like(keys)
-        for i in range(len(idx)):
-            j = start[digit[i]]
-            start[digit[i]] += 1
-            new_idx[j] = idx[i]
-            new_keys[j] = keys[i]
-        idx, keys = new_idx, new_keys
+    keys = depths[idx].view(np.int32)
+    if len(idx):
+        keys = keys - keys.min()
+        shift, largest = 0, keys.max()
+        while largest >> shift:
+            idx, keys = _by_digit(idx, keys, shift)
+            shift += 12
     return idx
 
 
@@ -622,44 +632,62 @@ def _tile_bits(width, height):
     return 7 if min(width, height) >= 384 else 6
 
 
+# %% ../../nbs/splats/24_renderers.ipynb #c5000016a
+@inline
+def _places(counts):
+    "Where each tile's list begins; where each thread (row of counts) writes into it."
+    threads, tiles = counts.shape
+    offsets = np.zeros(tiles + 1, np.int64)
+    starts = np.empty_like(counts)
+    for tile in range(tiles):
+        offsets[tile + 1] = offsets[tile]
+        for t in range(threads):
+            starts[t, tile] = offsets[tile + 1]
+            offsets[tile + 1] += counts[t, tile]
+    return offsets, starts
+
+
 # %% ../../nbs/splats/24_renderers.ipynb #4f7062d1
-@nb.njit(**kernel)
-def bin_boxes(boxes, bits, width, height):
+@nb.njit(parallel=True, **kernel)
+def bin_boxes(threads, boxes, bits, width, height):
     "Of large tiles: offsets, ids, and how many rows of eight each has to do."
-    size = 1 << bits
+    size, M = 1 << bits, len(boxes)
     nx, ny = -(-width // size), -(-height // size)
-    offsets = np.zeros(nx * ny + 1, np.int64)
-    rounds = np.zeros(nx * ny, np.int64)
-    for k in range(len(boxes)):
-        x0, x1, y0, y1 = _quat(boxes, k)
-        for row in range(y0 >> bits, (y1 >> bits) + 1):
-            for tile in range(row * nx + (x0 >> bits), row * nx + (x1 >> bits) + 1):
-                offsets[tile + 1] += 1
-                rounds[tile] += min(y1 - y0 + 1, size) * (min(x1 - x0 + 1, size) // 8 + 1)
-    for tile in range(nx * ny):
-        offsets[tile + 1] += offsets[tile]
+    counts = np.zeros((threads, nx * ny), np.int64)  # each thread takes a stretch of the splats
+    rounds = np.zeros((threads, nx * ny), np.int64)
+    for t in nb.prange(threads):
+        for k in range(t * M // threads, (t + 1) * M // threads):
+            x0, x1, y0, y1 = _quat(boxes, k)
+            for row in range(y0 >> bits, (y1 >> bits) + 1):
+                for tile in range(row * nx + (x0 >> bits), row * nx + (x1 >> bits) + 1):
+                    counts[t, tile] += 1
+                    rounds[t, tile] += min(y1 - y0 + 1, size) * (min(x1 - x0 + 1, size) // 8 + 1)
+    offsets, nxt = _places(counts)
     ids = np.empty(offsets[-1], np.int32)
-    nxt = offsets.copy()
-    for k in range(len(boxes)):
-        x0, x1, y0, y1 = _quat(boxes, k)
-        for row in range(y0 >> bits, (y1 >> bits) + 1):
-            for tile in range(row * nx + (x0 >> bits), row * nx + (x1 >> bits) + 1):
-                ids[nxt[tile]] = k
-                nxt[tile] += 1
-    return offsets, ids, rounds
+    for t in nb.prange(threads):
+        for k in range(t * M // threads, (t + 1) * M // threads):
+            x0, x1, y0, y1 = _quat(boxes, k)
+            for row in range(y0 >> bits, (y1 >> bits) + 1):
+                for tile in range(row * nx + (x0 >> bits), row * nx + (x1 >> bits) + 1):
+                    ids[nxt[t, tile]] = k
+                    nxt[t, tile] += 1
+    return offsets, ids, rounds.sum(0)
 
 
 # %% ../../nbs/splats/24_renderers.ipynb #c5000008
-def deal_out(rounds, threads):
-    "first (threads+1,), tiles: thread t gets the tiles tiles[first[t]:first[t+1]]."
-    hands = [[] for _ in range(threads)]
-    work = [0] * threads
-    for tile in np.argsort(-rounds, kind='stable').tolist():
-        least = work.index(min(work))
-        hands[least].append(tile)
-        work[least] += int(rounds[tile]) + 1
-    first = np.cumsum([0, *map(len, hands)])
-    return first, np.array([tile for hand in hands for tile in hand], np.int64)
+@intrinsic
+def take_next(
+    typing,
+    counter,  # (1,) int64
+):  # int64
+    "The counter's number, which grows by one: no two threads get the same."
+
+    def emit(context, builder, sig, args):
+        place = context.make_array(sig.args[0])(context, builder, args[0]).data
+        one = context.get_constant(types.int64, 1)
+        return builder.atomic_rmw('add', place, one, 'monotonic')
+
+    return types.int64(counter), emit
 
 
 # %% ../../nbs/splats/24_renderers.ipynb #c5000009
@@ -670,13 +698,15 @@ class _RowLists(NamedTuple):
     size: int  # pixels of a tile's side
     offsets: np.ndarray  # (tiles+1,)
     ids: np.ndarray
-    rounds: np.ndarray  # (tiles,) work
+    queue: np.ndarray  # (tiles,) the one with most work first
 
 
 def row_lists(splats, width, height) -> _RowLists:
     "Lists of large tiles."
     boxes, bits = pixel_boxes(splats, width, height), _tile_bits(width, height)
-    return _RowLists(boxes, 1 << bits, *bin_boxes(boxes, bits, width, height))
+    threads = nb.get_num_threads()
+    offsets, ids, rounds = bin_boxes(threads, boxes, bits, width, height)
+    return _RowLists(boxes, 1 << bits, offsets, ids, np.argsort(-rounds, kind='stable'))
 
 
 # %% ../../nbs/splats/24_renderers.ipynb #c500000c
@@ -794,23 +824,25 @@ def _close_strip(strip, corners, size, part, each, behind, image, T):
 
 # %% ../../nbs/splats/24_renderers.ipynb #c5000011
 @nb.njit(parallel=True, **kernel)
-def blend_rows(dealt, splats, lists, max_alpha, part, more, behind, image, T):
+def blend_rows(threads, splats, lists, max_alpha, part, more, behind, image, T):
     """Fill image (H,W,each of part), on the colour `behind` (channels,), and T (H,W). more is
     None for three channels each, else anything."""
-    first, tiles = dealt
-    boxes, size, offsets, ids = lists
+    boxes, size, offsets, ids, queue = lists
     height, width = T.shape
     each = 3 if more is None else 4
-    for thread in nb.prange(len(first) - 1):
+    taken = np.zeros(1, np.int64)
+    for _ in nb.prange(threads):
         strip = np.empty((each + 1) * _plane(size), np.float32)
-        for n in range(first[thread], first[thread + 1]):
-            tile = tiles[n]
+        turn = take_next(taken)
+        while turn < len(queue):
+            tile = queue[turn]
             corners = _corners(tile, size, width, height)
             _open_strip(strip, corners, size)
             for j in range(offsets[tile], offsets[tile + 1]):
                 k = ids[j]
                 _blend_box(strip, splats, k, boxes[k], corners, size, max_alpha, more)
             _close_strip(strip, corners, size, part, each, behind, image, T)
+            turn = take_next(taken)
 
 
 # %% ../../nbs/splats/24_renderers.ipynb #c5000014
@@ -900,37 +932,42 @@ def _write_totals(entries, j, six, four, more):
 
 # %% ../../nbs/splats/24_renderers.ipynb #c5000018
 @nb.njit(parallel=True, **kernel)
-def blend_rows_backward(dealt, splats, lists, max_alpha, part, more, drawn, arrived, entries):
+def blend_rows_backward(threads, splats, lists, max_alpha, part, more, drawn, arrived, entries):
     "Fill entries, a row for each of ids: w wu wv wuu wuv wvv, gradients of three or four values."
-    first, tiles = dealt
-    boxes, size, offsets, ids = lists
+    boxes, size, offsets, ids, queue = lists
     (image, T), (g_image, g_T) = drawn, arrived
     height, width = T.shape
     each = 3 if more is None else 4
-    for thread in nb.prange(len(first) - 1):
+    busy = (offsets[1:] > offsets[:-1]).sum()  # empty tiles stand at the end of the queue
+    taken = np.zeros(1, np.int64)
+    for _ in nb.prange(threads):
         strip = np.empty((each + 2) * _plane(size), np.float32)
-        for n in range(first[thread], first[thread + 1]):
-            tile = tiles[n]
+        turn = take_next(taken)
+        while turn < busy:
+            tile = queue[turn]
             corners = _corners(tile, size, width, height)
-            if offsets[tile] == offsets[tile + 1]:
-                continue
             _open_strip_backward(strip, corners, size, part, each, image, g_image, T, g_T)
             for j in range(offsets[tile], offsets[tile + 1]):
                 k = ids[j]
                 six, four = _unblend_box(strip, splats, k, boxes[k], corners, size, max_alpha, more)
                 _write_totals(entries, j, six, four, more)
+            turn = take_next(taken)
 
 
 # %% ../../nbs/splats/24_renderers.ipynb #d0312568
-@nb.njit(**kernel)
-def add_entries(ids, entries, part, each, sums):
+@nb.njit(parallel=True, **kernel)
+def add_entries(threads, ids, entries, part, each, sums):
     "Add the rows of all tiles, in their order, to the sums (M,8+each parts) of each splat."
-    width, rows, flat = sums.shape[1], entries.ravel(), sums.ravel()
-    for j in range(len(ids)):
-        at = ids[j] * width
-        store8(flat, at, load8(flat, at) + load8(rows, 12 * j))
-        for d in range(each):
-            flat[at + 8 + each * part + d] += entries[j, 8 + d]
+    M, width = sums.shape
+    rows, flat = entries.ravel(), sums.ravel()
+    for t in nb.prange(threads):
+        first, end = t * M // threads, (t + 1) * M // threads
+        for j in range(len(ids)):
+            if first <= ids[j] < end:
+                at = ids[j] * width
+                store8(flat, at, load8(flat, at) + load8(rows, 12 * j))
+                for d in range(each):
+                    flat[at + 8 + each * part + d] += entries[j, 8 + d]
 
 
 # %% ../../nbs/splats/24_renderers.ipynb #901674e8
@@ -1003,27 +1040,27 @@ def _backward_sums(backward, job, packs, lists, each, canvas, g_image, g_T):
 def _draw_rows(job, packs, lists, each):
     "A canvas with all channels, by rung 5; it remembers no last splat."
     canvas = _new_canvas(job.width, job.height, each * len(packs))._replace(last=None)
-    dealt = deal_out(lists.rounds, nb.get_num_threads())
+    threads = nb.get_num_threads()
     more = None if each == 3 else 1
     behind = np.zeros(each * len(packs), np.float32)
     if job.behind is not None:
         behind[: len(job.behind)] = job.behind
     for part, splats in enumerate(packs):
-        blend_rows(dealt, splats, lists[:4], job.max_alpha, part, more, behind, *canvas[:2])
+        blend_rows(threads, splats, lists[:], job.max_alpha, part, more, behind, *canvas[:2])
     return canvas
 
 
 # %% ../../nbs/splats/24_renderers.ipynb #95a9b1c5
 def _row_sums(job, packs, lists, each, canvas, g_image, g_T):
     "The sums (M,8+each parts) of every drawn splat, by rung 5."
-    dealt = deal_out(lists.rounds, nb.get_num_threads())
+    threads = nb.get_num_threads()
     more = None if each == 3 else 1
     sums = np.zeros((len(packs[0]), 8 + each * len(packs)), np.float32)
     entries = np.empty((len(lists.ids), 12), np.float32)
     for part, splats in enumerate(packs):
         job_of_part = job.max_alpha, part, more, canvas[:2], (g_image, g_T)
-        blend_rows_backward(dealt, splats, lists[:4], *job_of_part, entries)
-        add_entries(lists.ids, entries, part, each, sums)
+        blend_rows_backward(threads, splats, lists[:], *job_of_part, entries)
+        add_entries(threads, lists.ids, entries, part, each, sums)
     return sums
 
 
