@@ -34,6 +34,7 @@ from spatialavatar0.stage2.loop import (
 )
 from spatialavatar0.stage2.refine import (
     RAW,
+    REFINE_PRESETS,
     RefineConfig,
     aspect_loss,
     clamp_scales,
@@ -596,9 +597,21 @@ def test_the_fast_presets():
     paper = paper_config()
     assert (paper.huber, paper.windows, paper.margin, paper.beta2) == (0, 1, None, 0.999)
     run = Refinement.__new__(Refinement)
-    run.cfg, run.delta = fast, {k: torch.zeros(1, requires_grad=True) for k in RAW}
+    run.cfg = replace(fast, beta2=0.99)
+    run.delta = {k: torch.zeros(1, requires_grad=True) for k in RAW}
     run._set_up_optimiser()
     assert run.opt.defaults['betas'] == (0.9, 0.99)
+
+
+def test_presets_by_name():
+    "The command's names, those of the table, and what each makes."
+    from spatialavatar0.cli import Refining
+    from spatialavatar0.pipeline import RefineOptions
+
+    assert list(Refining) == list(REFINE_PRESETS)
+    assert RefineOptions().config() == fast_config()
+    assert RefineOptions('paper').config() == paper_config()
+    assert RefineOptions('ours', 7).config() == RefineConfig(iters=7)
 
 
 def test_cheaper_steps_go_on_to_the_last_bit(start, clip, tmp_path):
