@@ -12,7 +12,6 @@ end: differences to the first row, paired, with 95 % intervals by Student's t.
 
 import argparse
 import json
-import math
 import multiprocessing as mp
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -23,6 +22,7 @@ import torch
 from guards import noisy
 
 from spatialavatar0.avatar.portrait import from_frame
+from spatialavatar0.judge.reproduce import interval
 from spatialavatar0.pictures.clips import Clip, on_background, split
 from spatialavatar0.pictures.fast_metrics import open_lpips
 from spatialavatar0.pictures.people import make_person, mono_clip, novel_views
@@ -39,7 +39,8 @@ ROWS = dict(
     brief=RefineConfig(iters=2_500),
     exact=fast_config(windows=1, margin=None),
     l1=fast_config(huber=0.0),
-    calmer=fast_config(huber=0.05, beta2=0.99, lr_end=0.05),
+    calmer=fast_config(huber=0.05),
+    falling=fast_config(beta2=0.999, lr_end=0.0125),
 )
 
 
@@ -102,18 +103,6 @@ QUANTITIES = dict(
 )
 
 
-def interval(differences):
-    "Mean of paired differences, and half the width of its 95 % interval."
-    from scipy.stats import t
-
-    n = len(differences)
-    mean = sum(differences) / n
-    if n < 2:
-        return mean, math.nan
-    variance = sum((d - mean) ** 2 for d in differences) / (n - 1)
-    return mean, float(t.ppf(0.975, n - 1)) * math.sqrt(variance / n)
-
-
 def ends_of(rows, name, kind):
     "person, seed -> the last measurement, of one row and kind of clip."
     here = [r for r in rows if r['row'] == name and r['kind'] == kind]
@@ -127,8 +116,8 @@ def print_row(name, found, base):
     print(f'{name:8}{len(found):4}{seconds:8.0f} s', end='')
     for quantity, take in QUANTITIES.items():
         values = [take(end) for end in ends.values()]
-        if None in values:
-            continue
+        if None in values or None in [take(r['marks'][-1]) for r in base.values()]:
+            continue  # LPIPS, where its weights were not there
         worst = max if quantity == 'longest' else lambda x: sum(x) / len(x)
         print(f'  {quantity} {worst(values):.4g}', end='')
         pairs = [

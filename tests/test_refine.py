@@ -597,7 +597,7 @@ def test_the_fast_presets():
     paper = paper_config()
     assert (paper.huber, paper.windows, paper.margin, paper.beta2) == (0, 1, None, 0.999)
     run = Refinement.__new__(Refinement)
-    run.cfg = replace(fast, beta2=0.99)
+    run.cfg = fast
     run.delta = {k: torch.zeros(1, requires_grad=True) for k in RAW}
     run._set_up_optimiser()
     assert run.opt.defaults['betas'] == (0.9, 0.99)
