@@ -2,7 +2,7 @@
 
     python benchmarks/refine.py [--people 3] [--seeds 3] [--size 128] [--resolution 64]
         [--iters 10000] [--rows full,remedy] [--jobs 2] [--out results/refine_128.json]
-    python benchmarks/refine.py --speed [--size 256] [--resolution 128]
+    python benchmarks/refine.py --speed [--size 256] [--resolution 128] [--whole]
         [--out results/refine_speed.json]
 
 Each painted person is filmed for 200 frames by one camera; the last fifth is held out, and so are
@@ -10,6 +10,9 @@ twelve views from the far sides. Rows of a person start from the same one-pictur
 start), but for the grey start and those named "generator": these start from what the shipped
 network makes of four frames (row D of the paper is "generator full"). Rows that are in the output
 file already are not run again, so an interrupted table goes on where it was.
+
+--speed: milliseconds of a step, from a hundred; with --whole the minutes of all --iters steps,
+every one of them made.
 """
 
 import argparse
@@ -27,6 +30,7 @@ import torch
 
 from spatialavatar0.avatar.avatar import new_avatar, open_splats
 from spatialavatar0.avatar.portrait import from_frame
+from spatialavatar0.ground.core import progress
 from spatialavatar0.pictures.clips import Clip, split, write_vhap
 from spatialavatar0.pictures.formats import load_clip
 from spatialavatar0.pictures.people import make_person, mono_clip, novel_views
@@ -231,6 +235,25 @@ def speed(options, steps=100):
     return out
 
 
+def whole(options):
+    "Minutes on the wall of all steps, really made."
+    refinement = filmed_refinement(options)
+    begun = time.perf_counter()
+    with calm(options.size**2):
+        for _ in progress(options.iters, 'refine'):
+            refinement.step()
+    out = dict(
+        size=options.size,
+        gaussians=len(refinement.avatar),
+        steps=refinement.step_number,
+        minutes=round((time.perf_counter() - begun) / 60, 2),
+        memory_mb=round(peak_mb()),
+        machine=common.machine(),
+    )
+    print(json.dumps({k: v for k, v in out.items() if k != 'machine'}))
+    return out
+
+
 def peak_mb():
     "Largest resident memory of this process so far, megabytes."
     try:
@@ -249,6 +272,7 @@ def command_line():
         parser.add_argument(f'--{name}', type=int, default=default)
     parser.add_argument('--rows', default='start,' + ','.join(ROWS))
     parser.add_argument('--speed', action='store_true')
+    parser.add_argument('--whole', action='store_true')
     parser.add_argument('--out')
     return parser.parse_args()
 
@@ -304,7 +328,8 @@ def main():
     old = json.loads(out.read_text()) if out.exists() else {}
     if options.speed:
         common.set_threads(options.threads)
-        common.save(out, {**old, f'{options.size}': speed(options)})
+        measured, name = (whole, ' whole') if options.whole else (speed, '')
+        common.save(out, {**old, f'{options.size}{name}': measured(options)})
     else:
         fill_table(out, old, options)
 
