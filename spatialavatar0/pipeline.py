@@ -936,6 +936,9 @@ class RefineOptions:
     device: str = 'cpu'
 
     def config(self):  # -> RefineConfig
+        if self.preset not in REFINE_PRESETS:
+            known = ', '.join(REFINE_PRESETS)
+            raise InputError(f'preset should be one of {known}; got {self.preset!r}')
         given = {} if self.iters is None else dict(iters=self.iters)
         return REFINE_PRESETS[self.preset](**given)
 

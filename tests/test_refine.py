@@ -612,6 +612,8 @@ def test_presets_by_name():
     assert RefineOptions().config() == fast_config()
     assert RefineOptions('paper').config() == paper_config()
     assert RefineOptions('ours', 7).config() == RefineConfig(iters=7)
+    with pytest.raises(InputError, match="one of fast, quick, ours, paper; got 'best'"):
+        RefineOptions('best').config()
 
 
 def test_cheaper_steps_go_on_to_the_last_bit(start, clip, tmp_path):
