@@ -13,6 +13,7 @@ import json
 import math
 import platform
 import re
+import subprocess
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spatialavatar0.ground.content import hash_of
 from spatialavatar0.ground.core import atomic_path
 from spatialavatar0.ground.geometry import intrinsics, mat_to_quat
 
@@ -190,3 +192,22 @@ def scene(
     viewmat[2, 3] = 4.0
     K = intrinsics(0.474 * 4 * size, size, size)
     return Scene(*[x[order] for x in splats], viewmat, K, size, size)
+
+
+def commit() -> str:  # seven hex digits; with a + where files differ from it
+    "Which version of the kit is measured."
+    git = ['git', '-C', str(Path(__file__).parent)]
+    try:
+        name = subprocess.run([*git, 'rev-parse', '--short=7', 'HEAD'], capture_output=True)
+        changed = subprocess.run([*git, 'diff', '--quiet', 'HEAD', '--', ':(top)spatialavatar0'])
+    except OSError:
+        return 'unknown'
+    return name.stdout.decode().strip() + '+' * bool(changed.returncode)
+
+
+def receipt(
+    *clips,  # what was learned from, and measured on
+) -> dict:
+    "Where a line of results comes from: version, pictures, processor."
+    pictures = hash_of([clip.fingerprint() for clip in clips])[:16]
+    return dict(commit=commit(), clips=pictures, device=cpu_name())

@@ -19,11 +19,11 @@ from pathlib import Path
 
 import common  # first: waiting threads shall sleep
 import torch
-from guards import noisy
 
 from spatialavatar0.avatar.portrait import from_frame
 from spatialavatar0.judge.reproduce import interval
 from spatialavatar0.pictures.clips import Clip, on_background, split
+from spatialavatar0.pictures.domains import mistracked
 from spatialavatar0.pictures.fast_metrics import open_lpips
 from spatialavatar0.pictures.people import make_person, mono_clip, novel_views
 from spatialavatar0.stage2.loop import Refinement, calm, measure
@@ -52,7 +52,7 @@ def stage(person, kind, seed, size):
     start = from_frame(frames[start_frame(train)], TEXELS[size])
     if kind == 'tracked':
         dice = torch.Generator().manual_seed(seed)
-        frames = [noisy(frame, dice) for frame in frames]
+        frames = [mistracked(frame, 3.0, dice) for frame in frames]
     return Clip(frames), Clip(test.frames), Clip(novel_views(painted, size).frames), start
 
 

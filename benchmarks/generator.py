@@ -369,7 +369,8 @@ def speed(given):
 def parts(trainer):
     "Milliseconds of the pieces of one laptop step, forward and backward."
     batch, generator = trainer.draw(), trainer.generator
-    directions = torch.stack([look.direction for look in batch.targets])
+    looks = batch.targets
+    directions = torch.stack([generator.direction(x.viewmat, x.params) for x in looks])
 
     def decoded():
         return generator.decode(generator.encode(batch.sources), directions)

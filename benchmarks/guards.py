@@ -11,7 +11,6 @@ picture painted and rendered at 512). Rows in the output file are not run again.
 import argparse
 import json
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import common  # first: waiting threads shall sleep
@@ -19,7 +18,7 @@ import torch
 
 from spatialavatar0.avatar.portrait import from_frame
 from spatialavatar0.pictures.clips import Clip
-from spatialavatar0.pictures.domains import TRACKING
+from spatialavatar0.pictures.domains import mistracked
 from spatialavatar0.pictures.people import make_person, mono_clip, novel_views
 from spatialavatar0.stage2.loop import NotFinite, measure, refine
 from spatialavatar0.stage2.refine import paper_config, start_frame
@@ -32,17 +31,6 @@ ROWS = {
 VIEWS = 'held out', 'near', 'far', 'far and near'
 
 
-def noisy(frame, dice):
-    "The frame with a bad tracker's errors in its parameters."
-
-    def with_error(name, value):
-        if name == 'shape':
-            return value
-        return value + 3 * TRACKING[name] * torch.randn(value.shape, generator=dice)
-
-    return replace(frame, params={k: with_error(k, v) for k, v in frame.params.items()})
-
-
 def stage(options):
     "Clips to learn from, by condition, and clips to be measured on."
     person = make_person(options.person)
@@ -52,7 +40,7 @@ def stage(options):
     learn = dict(
         clip=Clip(train),
         few=Clip(train[::20]),
-        noise=Clip([noisy(frame, dice) for frame in train]),
+        noise=Clip([mistracked(frame, 3.0, dice) for frame in train]),
     )
     seen = small[160::4], large[160::4], novel_views(person, 128), novel_views(person, 512)
     return learn, {name: Clip(clip.frames) for name, clip in zip(VIEWS, seen)}

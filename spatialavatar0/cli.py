@@ -640,7 +640,7 @@ def _run_train(
 app.command('train')(_run_train)
 
 # %% ../nbs/cli.ipynb #18e00004
-_JUDGED = 'An avatar file; or warp, network: made of a frame of the clip.'
+_JUDGED = 'An avatar file; or warp, network, network+baked: made of the clip.'
 _PROTOCOL = (
     'splattingavatar, flashavatar, vhap_time, vhap_camera, vfhq, hdtf; or a rule: '
     'last:15, share:.7, first:50, uniform:20.'
@@ -676,7 +676,7 @@ def _run_evaluate(
 
 # %% ../nbs/cli.ipynb #c1a57e01
 _PEOPLE = 'A folder with a folder per person or sequence, in any format of page 33.'
-_METHOD = "warp, network or a generator's file; then perhaps +paper or +ours."
+_METHOD = "warp, network or a generator's file; then perhaps +paper, +ours or +baked."
 _KEPT = typer.Option(help='Lines of results; those that are there are not made again.')
 _AT_A_TIME = 'People at a time, a process each; default: 1, or one for each GPU.'
 _CLUSTER = 'Address of a Dask scheduler, tcp://HOST:8786: its workers do it, on any machine.'

@@ -1571,10 +1571,13 @@ def _own_protocol(name):
 
 
 # %% ../nbs/pipeline.ipynb #5460c39c
+_MADE_HERE = 'warp', 'network', 'network+baked'
+
+
 @gpu_memory('use --device cpu')
 def _avatar_to_judge(avatar, protocol, part, head, given, seed, device):
     "An avatar file, or one made of a frame of the clip; on the device that is to render it."
-    if str(avatar) in ('warp', 'network'):
+    if str(avatar) in _MADE_HERE:
         method = method_of(str(avatar))
         return avatar_by(method, protocol, part, head, seed, device=device).to(device)
     return load_avatar(avatar, given or head).to(device)
@@ -1603,7 +1606,7 @@ def _judged(avatar, frames, protocol, say, **names):
 # %% ../nbs/pipeline.ipynb #18e00005
 def _judged_content(avatar, clip, head):
     "What a line of results is made of."
-    is_made = str(avatar) in ('warp', 'network')
+    is_made = str(avatar) in _MADE_HERE
     start = start_content(method_of(str(avatar))) if is_made else dict(start=file_hash(avatar))
     return dict(clip=clip.fingerprint(), head=head_content(head), options=start)
 
@@ -1628,7 +1631,7 @@ def _table_with(line, results):
 
 # %% ../nbs/pipeline.ipynb #91ed65c9
 def evaluate_avatar(
-    avatar,  # an avatar file, warp or network
+    avatar,  # an avatar file, warp, network or network+baked
     clip,  # a folder in any format of page 33
     protocol: str,  # see protocol_of
     out,  # .jsonl

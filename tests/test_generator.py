@@ -18,7 +18,7 @@ from spatialavatar0.head.flame_files import load_flame, write_flame_folder
 from spatialavatar0.head.head import open_head
 from spatialavatar0.pictures.people import make_person, mono_clip
 from spatialavatar0.stage1.backbone import backbone_of
-from spatialavatar0.stage1.generator import Generator, preset
+from spatialavatar0.stage1.generator import AS_PRINTED, Generator, preset
 from spatialavatar0.stage1.network import CHANNELS, harmonics
 
 SMALL = dict(unet=(8, 16, 24, 32), encoder=(8, 8, 16, 16), features=8, hidden=8)
@@ -103,8 +103,6 @@ def test_what_is_seen_grows_with_sources(gen, looks):
 # ---- gradients and switches
 
 PLAIN = dict(residual=False, view=False, mirror=False, shells=(0.0,))
-SWITCHES = 'pool', 'shells', 'mirror', 'visibility', 'bypass', 'teeth'
-AS_PRINTED = {name: getattr(preset('paper'), name) for name in SWITCHES}
 
 
 @pytest.mark.parametrize('changes', [{}, dict(pool='attention'), PLAIN, AS_PRINTED])
@@ -124,16 +122,43 @@ def test_gradients_reach_every_weight(clip, changes):
 def test_presets():
     "`ours` has all that we add, `paper` nothing of it; their sizes are the same."
     ours, paper = preset('ours'), preset('paper')
-    assert AS_PRINTED == dict(
-        pool='plain', shells=(0.0,), mirror=False, visibility=False, bypass=False, teeth=False
-    )
     assert replace(ours, **AS_PRINTED) == paper
-    added = {name: getattr(ours, name) for name in SWITCHES}
-    assert added == {name: getattr(preset('laptop'), name) for name in SWITCHES}
+    assert not any(getattr(ours, name) == value for name, value in AS_PRINTED.items())
+    added = {name: getattr(ours, name) for name in AS_PRINTED}
+    assert added == {name: getattr(preset('laptop'), name) for name in AS_PRINTED}
     assert (paper.image_size, paper.resolution, paper.features) == (512, 256, 32)
     assert [backbone_of(size)['token'] for size in 'SBL'] == [384, 768, 1024]
     with pytest.raises(InputError, match='S, B or L'):
         backbone_of('XL')
+
+
+@torch.no_grad()
+def test_live_hears_view_and_expression(clip):
+    "Each picture has Gaussians of its own; the baked avatar is the one of a neutral front view."
+    generator = stir(Generator.from_preset('tiny', **SMALL))
+    live, baked = generator.live(clip[:2]), generator(clip[:2])
+    frame, other = clip[2], clip[4]
+    camera = frame.viewmat, frame.K, frame.width, frame.height
+    look = generator.look(frame)
+    drawn = generator.render(live.code, look).rgb[0]
+    assert torch.allclose(live.render(*camera, **frame.pose)[0], drawn, atol=1e-5)
+    posed = live.posed(frame.viewmat, **frame.pose).splats
+    assert not torch.equal(posed['sh0'], live.posed(frame.viewmat, **other.pose).splats['sh0'])
+    front = torch.diag(torch.tensor([1.0, -1, -1, 1]))
+    at_rest = live.posed(front).splats
+    assert all(torch.allclose(x, baked.splats[name], atol=1e-6) for name, x in at_rest.items())
+
+
+@torch.no_grad()
+def test_the_paper_sees_the_camera_in_the_world(clip):
+    "Eq. 6 as printed has nothing of the head's own turn."
+    frame = clip[2]
+    turned = {**frame.params, 'rotation': torch.tensor([[0.0, 0.5, 0.0]])}
+    ours, paper = (Generator.from_preset('tiny', **SMALL, **x) for x in ({}, AS_PRINTED))
+    one, two = (paper.direction(frame.viewmat, params) for params in (frame.params, turned))
+    assert torch.equal(one, two)
+    assert torch.equal(one, frame.viewmat[:3, 2])
+    assert not torch.allclose(ours.direction(frame.viewmat, turned), one, atol=0.1)
 
 
 @torch.no_grad()

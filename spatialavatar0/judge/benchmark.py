@@ -57,7 +57,6 @@ from spatialavatar0.pictures.clips import (
 )
 
 # %% ../../nbs/judge/92_benchmark.ipynb #13575dea
-from ..avatar.avatar import Avatar
 from ..avatar.portrait import from_frame, head_square
 from ..ground.content import file_hash, hash_of, refuse_other, what_changed
 from ..ground.core import InputError, gpu_memory, progress
@@ -289,6 +288,7 @@ class Method:
 
     start: str  # warp, network, or a generator's file
     refine: str = ''  # paper, ours, or nothing
+    baked: bool = True  # one set of Gaussians; False: a network decodes them for every picture
     iters: int = 10_000
     resolution: int = 128  # texels per side of a warped start
 
@@ -304,19 +304,21 @@ def method_of(
 ) -> Method:
     "A method by name."
     start, how = name, ''
-    if name.endswith(('+paper', '+ours')):
+    if name.endswith(('+paper', '+ours', '+baked')):
         start, _, how = name.rpartition('+')
-    if start not in ('warp', 'network') and not Path(start).is_file():
+    known = start in ('warp', 'network') or Path(start).is_file()
+    if not known or (start, how) == ('warp', 'baked'):
         raise InputError(
             'method should be warp, network or the file of a generator, then perhaps +paper or '
-            f'+ours; got {name!r}'
+            f'+ours; or, of a network, +baked; got {name!r}'
         )
-    return Method(start, how, iters, resolution)
+    baked = start == 'warp' or bool(how)
+    return Method(start, how.removesuffix('baked'), baked, iters, resolution)
 
 
 # %% ../../nbs/judge/92_benchmark.ipynb #b46b3d4a
 def _first_avatar(method, part, head, device):
-    "Where a method starts: a frame, warped, or four frames through a network."
+    "Where a method starts: a frame, warped, or four frames through a network; perhaps Live."
     train, source = part['train'], part['source']
     if method.start == 'warp':
         frame = train[start_frame(train)] if len(train) else source
@@ -324,7 +326,8 @@ def _first_avatar(method, part, head, device):
     known = [train[i * len(train) // 4] for i in range(4)] if len(train) >= 4 else [source]
     generator = from_pretrained('toy' if method.start == 'network' else method.start, head)
     squares = list(head_squares(known, head, generator.config.image_size))
-    return generator.to(device)(squares)
+    generator = generator.to(device)
+    return generator(squares) if method.baked else generator.live(squares)
 
 
 # %% ../../nbs/judge/92_benchmark.ipynb #06421962
@@ -336,7 +339,7 @@ def avatar_by(
     seed: int = 0,
     state=None,  # as for refine
     device='cpu',  # as for refine
-) -> Avatar:
+):  # Avatar; or Live, of a network that is neither baked nor refined
     "A person's avatar, made from what the protocol allows."
     if method.refine and not len(part['train']):
         raise InputError(f'{p.id} gives one picture of each person; there is nothing to refine on')
@@ -402,10 +405,9 @@ def _state_file(job):
     return folder / f'{job.shown}_{job.seed}_{hash_of(job.key)[:8]}.safetensors'
 
 
-def _driven(avatar, frames, head):
+def _driven(render, frames, head):
     "A renderer of somebody else's motion: the poses are retargeted, one per call."
     poses = iter(retarget([frame.pose for frame in frames], head))
-    render = renderer(avatar)
     return lambda frame, background: render(frame, background, **next(poses))
 
 
@@ -422,7 +424,8 @@ def start_content(
     if method.start == 'warp':
         return dict(resolution=method.resolution)
     name = 'toy' if method.start == 'network' else method.start
-    return dict(start=file_hash(generator_file(name)))
+    drawn = {} if method.baked else dict(decoded='for every picture')
+    return dict(start=file_hash(generator_file(name)), **drawn)
 
 
 # %% ../../nbs/judge/92_benchmark.ipynb #d46f32c6
@@ -471,12 +474,11 @@ def run_job(job: Job) -> Line:
     part = _parts_of(job.shown, _path_of(job.shown_at), p, head)
     method = method_of(job.method, job.iters, job.resolution)
     avatar = avatar_by(method, p, part, head, job.seed, _state_file(job), job.device)
-    avatar = avatar.to(job.device)
-    render, test, source = renderer(avatar), part['test'], None
+    render, test, source = renderer(avatar.to(job.device)), part['test'], None
     if job.driver != job.shown:
         driven = _parts_of(job.driver, _path_of(job.driver_at), p, head)
         test, part['left_out'] = driven['test'], driven['left_out']
-        render, source = _driven(avatar, test, head), part['source']
+        render, source = _driven(render, test, head), part['source']
     names = dict(method=job.method, subject=job.shown, driver=job.driver, seed=job.seed)
     more = dict(made_of=made_of, iters=job.iters if method.refine else 0, **left_out_of(part))
     judges = judges_here(lambda _: None)

@@ -24,6 +24,7 @@ __all__ = [
     'backdrop_picture',
     'People',
     'people',
+    'mistracked',
     'Trial',
     'held_out',
 ]
@@ -1015,6 +1016,22 @@ def people(
     if type(n) is not int or n < 1:
         raise InputError(f'n should be a number of people, 1 or more; got {n!r}')
     return People(_checked(domain), [person_seed(domain.block, seed, i) for i in range(n)], head)
+
+
+# %% ../../nbs/pictures/36_domains.ipynb #36d1a102
+def mistracked(
+    frame: Frame,
+    amount: float,  # in units of TRACKING; 3 is a bad tracker
+    rng: torch.Generator,
+) -> Frame:
+    "The frame with a tracker's errors in its parameters; who it is stays true."
+
+    def with_error(name, value):
+        if name == 'shape':
+            return value
+        return value + amount * TRACKING[name] * torch.randn(value.shape, generator=rng)
+
+    return replace(frame, params={name: with_error(name, x) for name, x in frame.params.items()})
 
 
 # %% ../../nbs/pictures/36_domains.ipynb #43339a15

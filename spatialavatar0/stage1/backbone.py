@@ -10,6 +10,9 @@ __all__ = [
     'shell_points',
     'soft_visibility',
     'shell_heights',
+    'skull_view',
+    'world_view',
+    'expression_code',
     'Look',
     'sample',
     'aim',
@@ -135,6 +138,37 @@ def shell_heights(
 
 
 # %% ../../nbs/stage1/50_backbone.ipynb #6a439512
+def skull_view(
+    viewmat: Tensor,  # (4,4) world to camera
+    params: dict,  # of the head; rotation and neck, where it has them
+) -> Tensor:  # (3,) unit
+    "The camera's axis as the skull sees it (ours): the head may turn, too."
+    axis = F.normalize(viewmat[2, :3], dim=0)
+    for joint in ('rotation', 'neck'):
+        if joint in params:
+            axis = axis @ axis_angle_to_mat(params[joint])[0]
+    return axis
+
+
+def world_view(
+    viewmat: Tensor,  # (4,4) world to camera
+) -> Tensor:  # (3,) unit
+    "d of Eq. 6 as printed: the third column of the rotation from world to camera."
+    return F.normalize(viewmat[:3, 2], dim=0)
+
+
+def expression_code(
+    params: dict,  # of the head: expr, neck, jaw, eyes, each (1,n)
+    head: Head,
+) -> Tensor:  # (C,) expression, neck, jaw and eyes; zero where there is none
+    "c_t of Eq. 7."
+    parts = []
+    for name, size in dict(expr=head.num_expr, neck=3, jaw=3, eyes=6).items():
+        given = params[name][0] if name in params else torch.zeros(size)
+        parts.append(F.pad(given, (0, size - len(given))))
+    return torch.cat(parts)
+
+
 @dataclass
 class Look:
     "What a generator needs of one picture, small enough to keep thousands."
@@ -151,12 +185,8 @@ class Look:
         return self.image.shape[-1]
 
     @property
-    def direction(self):  # (3,) the camera's axis as the skull sees it: the head may turn, too
-        axis = F.normalize(self.viewmat[2, :3], dim=0)
-        for joint in ('rotation', 'neck'):
-            if joint in self.params:
-                axis = axis @ axis_angle_to_mat(self.params[joint])[0]
-        return axis
+    def direction(self):  # (3,)
+        return skull_view(self.viewmat, self.params)
 
 
 # %% ../../nbs/stage1/50_backbone.ipynb #71df3400
@@ -166,11 +196,7 @@ def code(
     head: Head,
 ) -> Tensor:  # (C,) expression, neck, jaw and eyes; zero where the frame has none
     "What the residual head listens to: c_t of Eq. 7."
-    parts = []
-    for name, size in dict(expr=head.num_expr, neck=3, jaw=3, eyes=6).items():
-        given = self.params[name][0] if name in self.params else torch.zeros(size)
-        parts.append(F.pad(given, (0, size - len(given))))
-    return torch.cat(parts)
+    return expression_code(self.params, head)
 
 
 # %% ../../nbs/stage1/50_backbone.ipynb #83f24dc1
@@ -476,6 +502,9 @@ CONFIG_FIELDS = dict(
     visibility=Field(bool, needed=False),  # generators of before have all three
     bypass=Field(bool, needed=False),
     teeth=Field(bool, needed=False),
+    modulated=Field(bool, needed=False),  # generators of before have none of these three
+    zero_film=Field(bool, needed=False),
+    skull_view=Field(bool, needed=False),
 )
 
 

@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = [
+    'AS_PRINTED',
     'GeneratorConfig',
     'preset',
     'Code',
@@ -13,6 +14,7 @@ __all__ = [
     'Warped',
     'Pooled',
     'Rendered',
+    'Live',
     'generator_file',
     'from_pretrained',
 ]
@@ -41,17 +43,22 @@ from spatialavatar0.stage1.backbone import (
     Look,
     backbone_of,
     check_config,
+    expression_code,
     look_at,
     make_encoder,
     sample,
     shell_heights,
+    skull_view,
     weight_table,
+    world_view,
 )
 from spatialavatar0.stage1.network import (
     CHANNELS,
     AttentionPool,
     Heads,
+    Modulated,
     ResidualHead,
+    Sft,
     UVNet,
     harmonics,
     pool_plain,
@@ -96,6 +103,9 @@ class GeneratorConfig:
     visibility: bool = True  # tell the network how well each texel was seen
     bypass: bool = True  # colours that were seen go around the network, to the Gaussians
     teeth: bool = True  # Gaussians on the teeth, where the head has any
+    modulated: bool = False  # layers of the UV network as StyleGAN2 has them, without a norm
+    zero_film: bool = False  # the residual head's FiLM starts at zero, too (A.1)
+    skull_view: bool = True  # the direction as the skull sees it; False: as Eq. 6 prints it
 
 
 # %% ../../nbs/stage1/52_generator.ipynb #73c9e9d9
@@ -119,10 +129,18 @@ _OURS = GeneratorConfig(
     hidden=32,
     **backbone_of('B'),
 )
-_AS_PRINTED = dict(
-    pool='plain', shells=(0.0,), mirror=False, visibility=False, bypass=False, teeth=False
+AS_PRINTED = dict(
+    pool='plain',
+    shells=(0.0,),
+    mirror=False,
+    visibility=False,
+    bypass=False,
+    teeth=False,
+    modulated=True,
+    zero_film=True,
+    skull_view=False,
 )
-_PAPER = replace(_OURS, **_AS_PRINTED)
+_PAPER = replace(_OURS, **AS_PRINTED)
 _PRESETS = dict(tiny=_TINY, laptop=GeneratorConfig(), ours=_OURS, paper=_PAPER)
 
 
@@ -230,9 +248,11 @@ def _make_networks(self: Generator, weights):
     self.base = nn.Parameter(0.1 * torch.randn(texels, c.base))
     self.mean = nn.Parameter(torch.zeros(texels, sum(CHANNELS.values())))
     self.stem = nn.Linear((1 + c.mirror) * pooled + c.base + 3 * c.bypass, c.unet[0])
-    self.uvnet = UVNet(c.unet, c.features, c.token)
+    self.uvnet = UVNet(c.unet, c.features, c.token, Modulated if c.modulated else Sft)
     self.heads = Heads(c.features + c.base + 5 * c.bypass, c.hidden, c.view, shells)
-    self.residual = ResidualHead(c.features, self.code_size) if c.residual else None
+    self.residual = None
+    if c.residual:
+        self.residual = ResidualHead(c.features, self.code_size, zero_film=c.zero_film)
 
 
 # %% ../../nbs/stage1/52_generator.ipynb #9a030e0e
@@ -484,12 +504,23 @@ def encode(
     )
 
 
+# %% ../../nbs/stage1/52_generator.ipynb #52a70001
+@patch
+def direction(
+    self: Generator,
+    viewmat: Tensor,  # (4,4) of the target, world to camera
+    params: dict,  # of the target's head
+) -> Tensor:  # (3,) unit
+    "d of Eq. 6, as this generator takes it."
+    return skull_view(viewmat, params) if self.config.skull_view else world_view(viewmat)
+
+
 # %% ../../nbs/stage1/52_generator.ipynb #71930545
 @patch
 def decode(
     self: Generator,
     code: Code,  # of B people
-    view: Tensor = None,  # (B,3) target's direction, see Look.direction; default: the front
+    view: Tensor = None,  # (B,3) target's, from `direction`; default: the front
     expr_code: Tensor = None,  # (B,num_expr+12) see Look.code; default: neutral
     gamma: Tensor = None,  # (B,27) in place of `view`: what the view-Jacobian differentiates
 ) -> Decoded:
@@ -611,7 +642,7 @@ def render(
 ) -> Rendered:
     "Decode for these targets and render."
     looks = self.as_looks(looks if isinstance(looks, (list, tuple)) else [looks])
-    directions = torch.stack([look.direction for look in looks])
+    directions = torch.stack([self.direction(look.viewmat, look.params) for look in looks])
     codes = torch.stack([look.code(self.head) for look in looks])
     decoded = self.decode(code, directions, codes)
     if backgrounds is None:
@@ -643,13 +674,63 @@ def forward(
         looks = self.as_looks([frames] if isinstance(frames, (Frame, Look)) else frames)
         code = self.encode([looks])
         splats = self.decode(code).splats[0]
+    on_host = {name: values.cpu().contiguous() for name, values in splats.items()}
+    return replace(self._person(looks, code), splats=on_host)
+
+
+@patch
+def _person(self: Generator, looks, code):
+    "Who the sources show, without Gaussians of their own."
     return replace(
         self.avatar_[0],
-        splats={name: values.cpu().contiguous() for name, values in splats.items()},
         shape=self._mean_shape(looks),
         seen=code.seen[0].cpu(),
         info=dict(generator=self.config.pool, sources=len(looks)),
     )
+
+
+# %% ../../nbs/stage1/52_generator.ipynb #52a71e02
+class Live:
+    "Somebody as the network draws them: Gaussians anew for every view and expression."
+
+    def __init__(self, generator, person, code):
+        self.generator = generator
+        self.person = person.to(code.map.device)  # an Avatar, for its head, shape and binding
+        self.code = code
+
+    def posed(
+        self,
+        viewmat: Tensor,  # (4,4) world to camera
+        **pose,  # expr rotation neck jaw eyes translation, each (1,n)
+    ) -> Avatar:
+        "The avatar that is decoded for one picture (Eq. 6, 7)."
+        view = self.generator.direction(viewmat, pose)
+        mood = expression_code(pose, self.generator.head)
+        with torch.no_grad():
+            splats = self.generator.decode(self.code, view[None], mood[None]).splats[0]
+        return replace(self.person, splats={k: x.contiguous() for k, x in splats.items()})
+
+    def to(self, device):
+        "Decoded and drawn there; the generator moves along."
+        code = Code(*[x.to(device) for x in vars(self.code).values()])
+        return Live(self.generator.to(device), self.person, code)
+
+    def render(self, viewmat, K, width, height, *, background=None, **pose):
+        "As `Avatar.render`."
+        avatar = self.posed(viewmat, **pose)
+        return avatar.render(viewmat, K, width, height, background=background, **pose)
+
+
+@patch
+def live(
+    self: Generator,
+    frames,  # K frames or looks of one person, any order
+) -> Live:
+    "A person in one pass, not baked."
+    with torch.no_grad():
+        looks = self.as_looks([frames] if isinstance(frames, (Frame, Look)) else frames)
+        code = self.encode([looks])
+    return Live(self, self._person(looks, code), code)
 
 
 # %% ../../nbs/stage1/52_generator.ipynb #beec013f

@@ -10,6 +10,7 @@ __all__ = [
     'AttentionPool',
     'pull_push',
     'Sft',
+    'Modulated',
     'UVNet',
     'run_part',
     'harmonics',
@@ -91,18 +92,46 @@ class Sft(nn.Module):
         return F.silu(self.norm(self.conv(h)) * (1 + gamma) + beta)
 
 
+# %% ../../nbs/stage1/51_network.ipynb #51a70002
+class Modulated(nn.Module):
+    """StyleGAN2's convolution, whose weights the global token scales, then a spatial feature
+    transform (Sec. 3.2)."""
+
+    def __init__(self, channels_in, channels_out, token, stride=1):
+        super().__init__()
+        self.stride = stride
+        self.weight = nn.Parameter(torch.randn(channels_out, channels_in, 3, 3))
+        self.bias = nn.Parameter(torch.zeros(channels_out))
+        self.style = nn.Linear(token, channels_in)
+        self.film = nn.Linear(token, 2 * channels_out)
+        for layer in (self.style, self.film):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, h, token):
+        styled = self.weight * (1 + self.style(token))[:, None, :, None, None]  # (B,o,i,3,3)
+        length = styled.square().sum((2, 3, 4), keepdim=True).add(1e-8).sqrt()
+        kernels = (styled / length).flatten(0, 1)
+        people = len(h)
+        grouped = h.flatten(0, 1)[None]  # everybody has kernels of their own
+        out = F.conv2d(grouped, kernels, stride=self.stride, padding=1, groups=people)
+        out = out.unflatten(1, (people, -1))[0] + self.bias[:, None, None]
+        gamma, beta = self.film(token)[:, :, None, None].chunk(2, 1)
+        return 2**0.5 * F.leaky_relu(out, 0.2) * (1 + gamma) + beta
+
+
 # %% ../../nbs/stage1/51_network.ipynb #a5915a29
 class UVNet(nn.Module):
     "StyleUNet: a U-Net over the UV grid whose every layer listens to the token (Sec. 3.2)."
 
-    def __init__(self, widths, features, token):
+    def __init__(self, widths, features, token, layer=Sft):  # layer: Sft or Modulated
         super().__init__()
         pairs = list(zip(widths, widths[1:]))
-        self.down = nn.ModuleList([Sft(i, o, token, 2) for i, o in pairs])
-        self.flat = nn.ModuleList([Sft(o, o, token) for _, o in pairs])
+        self.down = nn.ModuleList([layer(i, o, token, 2) for i, o in pairs])
+        self.flat = nn.ModuleList([layer(o, o, token) for _, o in pairs])
         self.lift = nn.ModuleList([nn.Conv2d(o, i, 1) for i, o in pairs])
-        self.up = nn.ModuleList([Sft(i, i, token) for i in widths[1:-1]])
-        self.out = Sft(widths[0], features, token)
+        self.up = nn.ModuleList([layer(i, i, token) for i in widths[1:-1]])
+        self.out = layer(widths[0], features, token)
 
     def forward(self, grid, token):  # (B,widths[0],R,R), (B,token) -> (B,features,R,R)
         levels = [grid]
@@ -193,14 +222,14 @@ def climb(
 class ResidualHead(nn.Module):
     "Eq. 7: what expression and pose add to all but opacity; starts as nothing."
 
-    def __init__(self, inputs, code, hidden=64):
+    def __init__(self, inputs, code, hidden=64, zero_film=False):
         super().__init__()
         self.names = [name for name in CHANNELS if name != 'opacity']
         first = nn.Linear(code, hidden)
         last = nn.Linear(hidden, 2 * inputs * len(self.names))
         self.mlp = nn.Sequential(first, nn.SiLU(), last)
         self.out = nn.ModuleDict({name: nn.Linear(inputs, CHANNELS[name]) for name in self.names})
-        for layer in self.out.values():
+        for layer in [*self.out.values(), *[last] * zero_film]:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 

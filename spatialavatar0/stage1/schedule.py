@@ -383,7 +383,8 @@ class Compared(NamedTuple):
 # %% ../../nbs/stage1/54_schedule.ipynb #702dc7a8
 def view_input(generator: Generator, batch: Batch, weights: Weights) -> Tensor:  # (B,27)
     "gamma(d) of the targets (Eq. 6); with a gradient where the view-Jacobian wants one."
-    directions = torch.stack([look.direction for look in batch.targets])
+    looks = batch.targets
+    directions = torch.stack([generator.direction(x.viewmat, x.params) for x in looks])
     gamma = send(harmonics(directions), generator.base.device)
     return gamma.requires_grad_(bool(weights.jacobian) and generator.config.view)
 

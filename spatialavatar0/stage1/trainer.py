@@ -823,6 +823,16 @@ def check(self: Trainer, batch, weights, terms, each, norm) -> float:
 
 
 # %% ../../nbs/stage1/55_trainer.ipynb #a6e5bb1a
+# switches that came later, and what was done before: states of then go on as they were
+_LATER = dict(modulated=False, zero_film=False, skull_view=True)
+
+
+def _sizes(generator):
+    "Its configuration, without later switches that change nothing."
+    sizes = asdict(generator.config)
+    return {k: v for k, v in sizes.items() if k not in _LATER or v != _LATER[k]}
+
+
 @patch
 def identity(self: Trainer) -> dict:
     "What must be the same for a run to go on: data, head, weights that do not learn, options."
@@ -834,7 +844,7 @@ def identity(self: Trainer) -> dict:
             {p.name: shelf.fingerprint() for p, shelf in zip(self.schedule, self.shelves)},
             head=head_content(self.generator.head),
             fixed=hash_of({n: x for n, x in weights.items() if n not in learned}),
-            options=dict(seed=self.seed, **asdict(self.generator.config), **phases),
+            options=dict(seed=self.seed, **_sizes(self.generator), **phases),
         )
     return self._identity
 
