@@ -15,13 +15,14 @@ from pathlib import Path
 
 import common  # first: waiting threads shall sleep
 import torch
+from refine import guarded
 
 from spatialavatar0.avatar.portrait import from_frame
 from spatialavatar0.pictures.clips import Clip
 from spatialavatar0.pictures.domains import mistracked
 from spatialavatar0.pictures.people import make_person, mono_clip, novel_views
 from spatialavatar0.stage2.loop import NotFinite, measure, refine
-from spatialavatar0.stage2.refine import paper_config, start_frame
+from spatialavatar0.stage2.refine import start_frame
 
 ROWS = {
     'full': {},
@@ -50,7 +51,7 @@ def trained(row, start, clip, options):
     "The avatar of a row, and a note where it did not come to its end."
     if row == 'start':
         return start, ''
-    config = paper_config(**ROWS[row])
+    config = guarded(**ROWS[row])
     try:
         return refine(start, clip, options.iters, config=config, seed=options.seed)[0], ''
     except NotFinite as e:

@@ -47,19 +47,27 @@ from spatialavatar0.stage2.loop import (
 )
 from spatialavatar0.stage2.refine import RefineConfig, paper_config, start_frame
 
+
+def guarded(**changes):
+    "The paper's guards and our bounds: a clamp around each start, colours from black to white."
+    return RefineConfig(**{**dict(keep=0.0), **changes})
+
+
 NONE = dict(spread=99.0, grow=99.0)
 ROWS = {
-    'full': paper_config(),
+    'full': guarded(),
     'remedy': RefineConfig(),
-    'no freeze': paper_config(freeze=0),
-    'no clamp': paper_config(**NONE),
-    'no aspect': paper_config(aspect=0.0),
-    'neither': paper_config(aspect=0.0, **NONE),
-    'grey start': paper_config(),
+    'no freeze': guarded(freeze=0),
+    'no clamp': guarded(**NONE),
+    'no aspect': guarded(aspect=0.0),
+    'neither': guarded(aspect=0.0, **NONE),
+    'grey start': guarded(),
     'densification': None,
     'generator start': None,
-    'generator full': paper_config(),
+    'generator full': guarded(),
     'generator remedy': RefineConfig(),
+    'printed': paper_config(),
+    'printed, matte behind': paper_config(matte_behind=True),
 }
 
 

@@ -44,6 +44,7 @@ from spatialavatar0.stage2.refine import (
     paper_config,
     photo_loss,
     quick_config,
+    reference_frame,
     refine_readable,
     render_frame,
     start_frame,
@@ -601,6 +602,48 @@ def test_the_fast_presets():
     run.delta = {k: torch.zeros(1, requires_grad=True) for k in RAW}
     run._set_up_optimiser()
     assert run.opt.defaults['betas'] == (0.9, 0.99)
+
+
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {},
+        dict(bounds=(-4.0, 0.5), freeze=0),
+        dict(matte_behind=True),
+        dict(bounded_colours=True, lr=dict(paper_config().lr, sh0=1.0)),
+    ],
+)
+def test_the_papers_options_are_the_readable_ones(start, clip, changes):
+    "Fast or readable, the same steps, whatever is as printed."
+    config = paper_config(iters=8, aspect_from=2, **{'freeze': 3, **changes})
+    fast, _ = refine(start, clip, config=config, seed=1)
+    plain = refine_readable(start, clip, 8, config, seed=1)
+    for name in RAW:
+        moved = (plain.splats[name] - start.splats[name]).abs().mean()
+        assert (plain.splats[name] - fast.splats[name]).abs().mean() < 0.1 * moved, name
+
+
+def test_what_is_printed(start, clip):
+    "Colours leave the range of white, scales keep the absolute one; b cancels in Eq. 13."
+    rates = dict(paper_config().lr, sh0=2.0, log_scales=2.0)
+    wild = paper_config(iters=6, freeze=0, bounds=(-3.0, 0.0), lr=rates)
+    splats = refine(start, clip, config=wild)[0].splats
+    assert splats['sh0'].abs().max() > 2.0
+    assert splats['log_scales'].min() >= -3 - 1e-4 and splats['log_scales'].max() <= 1e-4
+    run = Refinement(start, clip, paper_config(matte_behind=True, dssim=0.0), 10)
+    losses = [run.loss(run.view(0), torch.full((3,), b)).loss.item() for b in (0.0, 0.5, 1.0)]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-4)
+
+
+def test_reference_frame(clip):
+    with pytest.raises(InputError, match='clip is empty'):
+        reference_frame(Clip([]))
+    jaws = [float(frame.params['jaw'].abs().sum()) for frame in clip]
+    open_mouths = [
+        replace(frame, params=dict(frame.params, jaw=torch.full((1, 3), 0.1 + 0.01 * i)))
+        for i, frame in enumerate(clip)
+    ]
+    assert reference_frame(Clip(open_mouths[::-1])) == len(jaws) - 1
 
 
 def test_presets_by_name():

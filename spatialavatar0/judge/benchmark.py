@@ -55,6 +55,12 @@ from spatialavatar0.pictures.clips import (
     is_joined,
     sequences_of,
 )
+from spatialavatar0.stage2.refine import (
+    RefineConfig,
+    paper_config,
+    reference_frame,
+    start_frame,
+)
 
 # %% ../../nbs/judge/92_benchmark.ipynb #13575dea
 from ..avatar.portrait import from_frame, head_square
@@ -68,7 +74,6 @@ from ..pictures.checks import check_clip, faults_of, in_words
 from ..pictures.formats import detect, head_for, load_clip
 from ..stage1.generator import from_pretrained, generator_file
 from ..stage2.loop import refine
-from ..stage2.refine import RefineConfig, paper_config, start_frame
 from ..use.retarget import retarget
 from .evaluate import Protocol, frames_of, reenactments, renderer
 from .results import Line, Results, evaluate, judges_here, protocol_of
@@ -320,10 +325,13 @@ def method_of(
 def _first_avatar(method, part, head, device):
     "Where a method starts: a frame, warped, or four frames through a network; perhaps Live."
     train, source = part['train'], part['source']
+    as_printed = method.refine == 'paper'  # one frame, by the rule of A.4
+    choose = reference_frame if as_printed else start_frame
+    frame = train[choose(train)] if len(train) else source
     if method.start == 'warp':
-        frame = train[start_frame(train)] if len(train) else source
         return from_frame(frame, method.resolution, head=head)
     known = [train[i * len(train) // 4] for i in range(4)] if len(train) >= 4 else [source]
+    known = [frame] if as_printed else known
     generator = from_pretrained('toy' if method.start == 'network' else method.start, head)
     squares = list(head_squares(known, head, generator.config.image_size))
     generator = generator.to(device)

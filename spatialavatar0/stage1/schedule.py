@@ -266,12 +266,14 @@ LAYER_DECAY = 0.65  # A.2's, per layer of the encoder
 
 def paper_schedule(
     multi_steps: int = 50_000,  # of Phase 2 (ours: the paper does not say)
+    first_rate: float = 2.5e-4,  # of Phase 1: A.2's and Tab. 7's; Sec. 4.2 says 1e-4 for both
 ) -> list:
     "Both phases with the paper's numbers (A.2)."
-    first = MonoPhase(200_000, 48, 2.5e-4)
+    quarter = (200_000 + multi_steps) / 4  # of all training: the sampler is cold after it
+    first = MonoPhase(200_000, 48, first_rate, cool=quarter / 200_000)
     held = Weights(residual=1e-2, l2sp=1e-3)
     slow = dict(warmup=1000, layer_decay=LAYER_DECAY, weight_decay=1e-2, bf16=True)
-    return [first, MultiPhase(multi_steps, 12, 1e-4, held, **slow)]
+    return [first, MultiPhase(multi_steps, 12, 1e-4, held, hot=first.cold, **slow)]
 
 
 # %% ../../nbs/stage1/54_schedule.ipynb #83fa741b

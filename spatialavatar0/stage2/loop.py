@@ -498,7 +498,8 @@ def set_lrs(self: Refinement):
 @torch.no_grad()
 def keep_bounds(self: Refinement):
     "Hard clamps after a step (A.4), in the coordinates the optimiser works in."
-    torch.clamp(self.delta['sh0'], *self.shades, out=self.delta['sh0'])
+    if self.cfg.bounded_colours:
+        torch.clamp(self.delta['sh0'], *self.shades, out=self.delta['sh0'])
     if self.step_number >= self.cfg.freeze:
         self._clamp_log_scales()
 
@@ -511,21 +512,24 @@ def _clamp_log_scales(self: Refinement):
         self.delta['log_scales'].copy_(_bounded(*places, self.cfg))
         return
     arrays = [x.detach().numpy() for x in places]
-    limits = np.float32(self.cfg.spread), np.float32(self.cfg.grow)
+    low, high = self.cfg.bounds or (-self.cfg.grow, self.cfg.grow)
+    absolute = self.cfg.bounds is not None
+    limits = [np.float32(x) for x in (self.cfg.spread, low, high, absolute)]
     _clamp_kernel(nb.get_num_threads(), *arrays, *limits)
 
 
 # %% ../../nbs/stage2/61_loop.ipynb #09c76ea6
 def _bounded(start, gate, delta, cfg):
     "What `_clamp_kernel` does, readable: for GPUs."
-    value = clamp_scales(start + gate * delta, start, cfg.spread, cfg.grow)
+    value = clamp_scales(start + gate * delta, start, cfg.spread, cfg.grow, cfg.bounds)
     return _distance(value, start, gate)
 
 
 # %% ../../nbs/stage2/61_loop.ipynb #d209514b
 @nb.njit(parallel=True, cache=True)
-def _clamp_kernel(threads, start, gate, delta, spread, grow):
-    "`clamp_scales` of start + gate delta, written back to delta (N,3)."
+def _clamp_kernel(threads, start, gate, delta, spread, low, high, absolute):
+    """`clamp_scales` of start + gate delta, written back to delta (N,3). absolute: 1 where low and
+    high are values, 0 where they are distances from the start."""
     N = len(start)
     for t in nb.prange(threads):
         for i in range(t * N // threads, (t + 1) * N // threads):
@@ -534,7 +538,8 @@ def _clamp_kernel(threads, start, gate, delta, spread, grow):
                 delta[i] = 0
                 continue
             for d in range(3):
-                delta[i, d] = min(max(g * delta[i, d], -grow), grow)
+                from_zero = absolute * start[i, d]
+                delta[i, d] = min(max(g * delta[i, d], low - from_zero), high - from_zero)
                 m += (start[i, d] + delta[i, d]) / np.float32(3)
             for d in range(3):
                 delta[i, d] = (
@@ -561,8 +566,11 @@ def loss(self: Refinement, view, background):
     "The loss of one picture (Eq. 5, and our terms)."
     cfg = self.cfg
     guarded = bool(cfg.aspect) and self.step_number >= cfg.aspect_from
-    rgb, log_ratio = draw_view(self.splats(), view, background, guarded)
     target = view.on(background)
+    behind = torch.zeros_like(background) if cfg.matte_behind else background
+    rgb, log_ratio = draw_view(self.splats(), view, behind, guarded)
+    if cfg.matte_behind:
+        rgb = rgb + target - view.on(behind)  # (1 - m) b, as Eq. 13 is printed
     shift = window_shift(cfg, self.seed, self.step_number)
     loss = fast_photo_loss(rgb, target, cfg, view.care, shift, view.share)
     if guarded:
@@ -801,6 +809,7 @@ def identity(self: Refinement):
 # %% ../../nbs/stage2/61_loop.ipynb #45d55858
 # options that came later, and what was done before: states of then go on as they were
 _LATER = dict(beta2=0.999, huber=0.0, windows=1, margin=None)
+_LATER |= dict(bounds=None, bounded_colours=True, matte_behind=False)
 
 
 def _options(cfg):

@@ -9,6 +9,7 @@ __all__ = [
     'KEEP',
     'jaw_and_turn',
     'start_frame',
+    'reference_frame',
     'RefineConfig',
     'paper_config',
     'fast_config',
@@ -74,6 +75,22 @@ def start_frame(
     return int(lowest[turn[lowest].argmin()])
 
 
+# %% ../../nbs/stage2/60_refine.ipynb #60ref001
+def reference_frame(
+    clip: Clip,
+    seed: int = 0,
+) -> int:  # index of the frame
+    "The paper's start: the smallest jaw pose; below 1e-3, a random one of the lowest tenth (A.4)."
+    if not len(clip):
+        raise InputError('refine needs at least one frame; the clip is empty')
+    jaw = torch.tensor([jaw_and_turn(frame)[0] for frame in clip])
+    lowest = jaw.argsort()[: max(1, len(clip) // 10)]
+    if jaw[lowest[0]] >= 1e-3:
+        return int(lowest[0])
+    dice = torch.Generator().manual_seed(seed)
+    return int(lowest[torch.randint(len(lowest), (), generator=dice)])
+
+
 # %% ../../nbs/stage2/60_refine.ipynb #d8b760a8
 def _rates():
     return dict(offsets=5e-3, quats=1e-2, log_scales=1.7e-2, logit_opacities=5e-2, sh0=2.5e-2)
@@ -106,12 +123,16 @@ class RefineConfig:
     huber: float = 0.0  # smaller differences count quadratically, 0..1; 0 = L1, the paper's
     windows: int = 1  # SSIM on every n-th window in x and y; 1 = all, as the paper has it
     margin: int = None  # pixels around the person's box that are compared (page 61); None = all
+    bounds: tuple = None  # clamp: absolute range of log scales (A.4); None = by `grow` (ours)
+    bounded_colours: bool = True  # colours stay between black and white (ours)
+    matte_behind: bool = False  # Eq. 13 to the letter: the matte decides what shows of b
 
 
 # %% ../../nbs/stage2/60_refine.ipynb #db84e650
 def paper_config(**changes) -> RefineConfig:
-    "Stage 2 as the paper has it, without our remedy."
-    return RefineConfig(**{**dict(keep=0.0), **changes})
+    "Stage 2 as the paper has it: no remedy, an absolute clamp, colours as they come (A.4)."
+    printed = dict(keep=0.0, bounds=(-9.0, 3.0), bounded_colours=False)
+    return RefineConfig(**{**printed, **changes})
 
 
 def fast_config(**changes) -> RefineConfig:
@@ -203,9 +224,10 @@ def clamp_scales(
     start: Tensor,  # (N,3) where they began
     spread: float,  # largest distance from the mean of the three
     grow: float,  # largest distance from the start
+    bounds: tuple = None,  # lowest and highest, in place of grow
 ) -> Tensor:  # (N,3)
     "The hard clamp of A.4: bounded size, bounded aspect ratio."
-    bounded = torch.minimum(torch.maximum(log_scales, start - grow), start + grow)
+    bounded = log_scales.clamp(*(bounds or (start - grow, start + grow)))
     middle = bounded.mean(-1, keepdim=True)
     return middle + (bounded - middle).clamp(-spread, spread)
 
@@ -307,9 +329,13 @@ def ref_loss(
 ) -> Tensor:
     "L_ref of one picture (Eq. 5), render and picture on the same background (Eq. 13)."
     triangles = fast_frames(avatar.binding, avatar.verts(**frame.pose))
-    rgb, world = render_frame(splats, triangles, frame, background)
+    target = on_background(frame, background)
+    behind = torch.zeros(3) if cfg.matte_behind else background
+    rgb, world = render_frame(splats, triangles, frame, behind)
+    if cfg.matte_behind:
+        rgb = rgb + target - on_background(frame, behind)  # (1 - m) b, as Eq. 13 is printed
     shift = window_shift(cfg, seed, step)
-    loss = photo_loss(rgb, on_background(frame, background), cfg, shift=shift)
+    loss = photo_loss(rgb, target, cfg, shift=shift)
     if step >= cfg.aspect_from:
         loss = loss + cfg.aspect * aspect_loss(*world, frame, cfg.tau)
     return loss
@@ -323,10 +349,11 @@ def hold_bounds(
     step: int,
 ):
     "The hard clamp of A.4 after the freeze; colours between black and white (ours)."
-    splats['sh0'].clamp_(-0.5 / SH_C0, 0.5 / SH_C0)
+    if cfg.bounded_colours:
+        splats['sh0'].clamp_(-0.5 / SH_C0, 0.5 / SH_C0)
     if step >= cfg.freeze:
         scales = splats['log_scales']
-        scales.copy_(clamp_scales(scales, start['log_scales'], cfg.spread, cfg.grow))
+        scales.copy_(clamp_scales(scales, start['log_scales'], cfg.spread, cfg.grow, cfg.bounds))
 
 
 # %% ../../nbs/stage2/60_refine.ipynb #58c1dffa
