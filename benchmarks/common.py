@@ -205,9 +205,12 @@ def commit() -> str:  # seven hex digits; with a + where files differ from it
     return name.stdout.decode().strip() + '+' * bool(changed.returncode)
 
 
+COMMIT = commit()  # when a benchmark begins, not when it saves
+
+
 def receipt(
     *clips,  # what was learned from, and measured on
 ) -> dict:
     "Where a line of results comes from: version, pictures, processor."
     pictures = hash_of([clip.fingerprint() for clip in clips])[:16]
-    return dict(commit=commit(), clips=pictures, device=cpu_name())
+    return dict(commit=COMMIT, clips=pictures, device=cpu_name())

@@ -67,7 +67,7 @@ ROWS = {
     'generator full': guarded(),
     'generator remedy': RefineConfig(),
     'printed': paper_config(),
-    'printed, matte behind': paper_config(matte_behind=True),
+    'matte behind': paper_config(matte_behind=True),
 }
 
 

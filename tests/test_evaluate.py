@@ -18,6 +18,7 @@ from spatialavatar0.ground.core import InputError
 from spatialavatar0.judge.evaluate import (
     DlibJudge,
     MediaPipeJudge,
+    all_scores,
     frames_of,
     load_protocols,
     reenactments,
@@ -93,10 +94,21 @@ def test_pooled_is_never_above_the_mean(errors):
     assert scores['frames'] == len(errors)
 
 
+def test_a_wall_is_no_person():
+    "Without a matte a picture must lie on the protocol's background, or it is refused."
+    bare = Clip([dataclasses.replace(frame, mask=torch.ones(24, 24)) for frame in noise_clip()])
+    last = protocol_of('last:2')
+    with pytest.raises(InputError, match='frame 0 has no matte'):
+        all_scores(lambda frame, background: frame.image, bare, last, lpips=None)
+    white = Clip([dataclasses.replace(frame, image=torch.ones(24, 24, 3)) for frame in bare])
+    scores = all_scores(lambda frame, background: frame.image, white, last, lpips=None)
+    assert scores['mse'] == 0
+
+
 def test_background_and_matte():
     image, matte = torch.rand(8, 8, 3), torch.zeros(8, 8)
     assert (lay_on(image, matte, PRESETS['paper']) == 1).all()
-    assert torch.equal(lay_on(image, matte, PRESETS['gagavatar']), image)
+    assert (lay_on(image, matte, PRESETS['gagavatar']) == 0).all()
     assert torch.equal(lay_on(image, None, PRESETS['paper']), image)
 
 
@@ -301,7 +313,9 @@ def test_pose_follows_a_tilt():
 def noise_clip(length=6):
     g = torch.Generator().manual_seed(0)
     images = [torch.rand(24, 24, 3, generator=g) for _ in range(length)]
-    still = dict(mask=torch.ones(24, 24), viewmat=torch.eye(4), K=torch.eye(3))
+    matte = torch.ones(24, 24)
+    matte[0, 0] = 0.0
+    still = dict(mask=matte, viewmat=torch.eye(4), K=torch.eye(3))
     return Clip([Frame(image, **still, time=i) for i, image in enumerate(images)])
 
 

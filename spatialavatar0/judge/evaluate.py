@@ -14,6 +14,7 @@ __all__ = [
     'MediaPipeJudge',
     'DlibJudge',
     'renderer',
+    'need_matte',
     'all_scores',
 ]
 
@@ -255,15 +256,33 @@ def _dlib_and_models():
 # %% ../../nbs/judge/90_evaluate.ipynb #7bf20b5a
 def renderer(
     avatar,  # an Avatar
-):  # function of a Frame and a background (number or None) -> (H,W,3), not clamped
+):  # function of a Frame and a background (number) -> (H,W,3), not clamped
     "How an avatar answers a frame: the same camera, the same pose."
 
     def render(frame, background, **pose):  # pose: in place of the frame's own
-        background = 0.0 if background is None else background
         camera = frame.viewmat, frame.K, frame.width, frame.height
         return avatar.render(*camera, background=background, **{**frame.pose, **pose})[0]
 
     return render
+
+
+# %% ../../nbs/judge/90_evaluate.ipynb #90ab0001
+def need_matte(
+    frame,  # has image, mask, time
+    preset,  # of page 37: its background
+):
+    "Refuse a picture without a matte whose upper corners are not of the background."
+    if frame.mask.min() < 0.5:
+        return
+    rows, columns = (max(1, size // 20) for size in frame.mask.shape)
+    corners = frame.image[:rows, :columns], frame.image[:rows, -columns:]
+    off = [float((corner - preset.background).abs().mean()) for corner in corners]
+    if min(off) > 0.1:
+        raise InputError(
+            f'frame {frame.time} has no matte, and what is around the person is not '
+            f'{preset.background:g} (0 black, 1 white), which the protocol lays both pictures on; '
+            'give the clip mattes (an alpha channel, or files beside its pictures)'
+        )
 
 
 # %% ../../nbs/judge/90_evaluate.ipynb #14e00023
@@ -276,6 +295,7 @@ def _watched(clip, render, preset, judges, answers, source=None):
     for frame in clip:
         with torch.no_grad():
             ours = render(frame, preset.background).cpu()
+        need_matte(frame, preset)
         truth = lay_on(frame.image, frame.mask, preset)
         answers.append([_both_answers(judge, ours, truth, known) for judge in judges])
         yield ours, frame.image, frame.mask
@@ -288,7 +308,7 @@ def _both_answers(judge, ours, truth, known):
 
 # %% ../../nbs/judge/90_evaluate.ipynb #14e00024
 def all_scores(
-    render,  # function of a Frame and a background (number or None) -> (H,W,3), not clamped
+    render,  # function of a Frame and a background (number) -> (H,W,3), not clamped
     clip,  # the test frames, streamed
     protocol: Protocol,
     *,

@@ -1088,17 +1088,17 @@ def _multi_trials(crowd, i, targets, rng):
 
 
 # %% ../../nbs/pictures/36_domains.ipynb #c45c2cf4
-def _held_crowd(name, size):
+def _held_crowd(name, size, **changes):
     "The people of a held-out set."
-    make, changes, count, _ = _HELD[name]
-    return people(make(size, **changes), count)
+    make, block, count, _ = _HELD[name]
+    return people(make(size, **block, **changes), count)
 
 
 # %% ../../nbs/pictures/36_domains.ipynb #a10012ac
 @lru_cache(maxsize=8)
-def _held_out(name, size):
+def _held_out(name, size, **changes):
     "The trials of a set, painted once."
-    crowd = _held_crowd(name, size)
+    crowd = _held_crowd(name, size, **changes)
     targets = _HELD[name][3]
     choose = _multi_trials if crowd.domain.studio else _mono_trials
     trials = []
@@ -1113,8 +1113,9 @@ def _held_out(name, size):
 def held_out(
     name: str,  # 'mono', 'multi' or 'shifted'
     size: int = 128,  # pixels
+    **changes,  # fields of the domain: other conditions, for a test that is not the frozen one
 ) -> list:  # of Trial; the same every time
     "The frozen tests, of people no data set contains."
     if name not in _HELD:
         raise InputError(f'the held-out sets are {", ".join(_HELD)}; got {name!r}')
-    return list(_held_out(name, size))
+    return list(_held_out(name, size, **changes))

@@ -23,8 +23,7 @@ class Preset:
     "All that a number depends on besides the pictures (Sec. 4.1)."
 
     name: str
-    # both pictures are laid on it, 0..1; None: they are judged as they are stored
-    background: float
+    background: float  # both pictures are laid on it, 0..1
     clamp: bool  # the render is cut to 0..1 first
     # the PSNR a table prints: 'mean' of the frames' or 'pooled', of their mean squared error
     film: str
@@ -83,7 +82,7 @@ _GAUSSIANAVATARS = Preset(
 
 _GAGAVATAR = Preset(
     name='gagavatar',
-    background=None,
+    background=0.0,
     clamp=True,
     film='mean',
     per_channel=False,
@@ -91,7 +90,7 @@ _GAGAVATAR = Preset(
     ssim='valid',
     normalize=True,
     where="GAGAvatar's zero-shot tables",
-    quirks=('pictures as its tracker stores them, 512 x 512',),
+    quirks=('people on black, as its tracker stores them, 512 x 512',),
 )
 
 # %% ../../nbs/pictures/37_scores.ipynb #c937a7c2
@@ -107,7 +106,7 @@ def lay_on(
     preset: Preset,
 ) -> Tensor:  # (H,W,3)
     "A picture on the background its preset asks for."
-    if preset.background is None or mask is None:
+    if mask is None:
         return image
     return image * mask[..., None] + preset.background * (1 - mask[..., None])
 
