@@ -91,7 +91,8 @@ def run(job, options):
                 refinement.step()
                 seconds += time.process_time() - begun
     about = dict(row=name, kind=kind, person=person, seed=seed, gaussians=len(start))
-    return dict(about, seconds=round(seconds, 1), marks=marks)
+    receipt = common.receipt(train, test, far)
+    return dict(about, seconds=round(seconds, 1), marks=marks, **receipt)
 
 
 QUANTITIES = dict(

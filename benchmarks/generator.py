@@ -255,7 +255,8 @@ def run(row, seed, given, data, sets, work):
         seconds, last = phase2(generator, arm, variant, seed, given, data)
     every_K = arm in ('A', 'C 1e-2') and not variant
     found = scores(generator.eval(), sets, (1, 2, 3, 4) if every_K else (1, 4))
-    return dict(row=row, seed=seed, seconds=round(seconds, 1), last=last, held_out=found)
+    line = dict(row=row, seed=seed, seconds=round(seconds, 1), last=last, held_out=found)
+    return dict(line, **common.receipt(*data))
 
 
 def spread(values):

@@ -24,7 +24,6 @@ from pathlib import Path
 import common  # first: waiting threads shall sleep
 from generator import line, scores
 
-from spatialavatar0.ground.content import hash_of
 from spatialavatar0.pictures.domains import held_out, mono, multi, people
 from spatialavatar0.stage1.generator import AS_PRINTED, from_preset
 from spatialavatar0.stage1.schedule import LAPTOP, MonoPhase, MultiPhase
@@ -159,9 +158,7 @@ def run(job):
         seed=seed,
         seconds=round(time.perf_counter() - begun, 1),
         held_out=scores(generator.eval(), tests),
-        commit=common.COMMIT,
-        device=common.cpu_name(),
-        clips=hash_of([shelf.fingerprint() for shelf in looks])[:16],
+        **common.receipt(*looks),
     )
 
 

@@ -139,6 +139,7 @@ def run(row, person, seed, options):
         far=measure(avatar, novel),
         note=note,
         **solid_aspects(avatar),
+        **common.receipt(train, test, novel),
     )
 
 

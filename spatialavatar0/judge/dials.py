@@ -94,11 +94,12 @@ class Dial:
 
 
 DIALS = {
-    'zoom': Dial('aspect', 'zoom', (1, 2, 4)),
-    'rate': Dial('clamp', 'rate', (1.0, 5.0, 20.0)),
-    'start': Dial('freeze', 'start', (0.0, 0.5, 1.0)),
-    'noise, near': Dial('aspect', 'noise', (0.0, 1.0, 3.0), seen='x4'),
-    'noise, freeze': Dial('freeze', 'noise', (0.0, 1.0, 3.0)),
+    'aspect, zoom': Dial('aspect', 'zoom', (1, 2, 4)),
+    'freeze, zoom': Dial('freeze', 'zoom', (1, 2, 4)),
+    'clamp, rate': Dial('clamp', 'rate', (1.0, 5.0, 20.0)),
+    'freeze, start': Dial('freeze', 'start', (0.0, 0.5, 1.0)),
+    'aspect, noise': Dial('aspect', 'noise', (0.0, 1.0, 3.0), seen='x4'),
+    'freeze, noise': Dial('freeze', 'noise', (0.0, 1.0, 3.0), seen='x4'),
 }
 SETTINGS = list(
     dict.fromkeys(
