@@ -5,7 +5,11 @@ import json
 import pytest
 
 from spatialavatar0.ground.core import InputError
+from spatialavatar0.judge.dials import DIALS, SETTINGS, Setting, dial_rows, paper_worth, worth
+from spatialavatar0.judge.differences import Point, cost, differences
 from spatialavatar0.judge.reproduce import aspects, effect, interval, paper, verdict
+from spatialavatar0.stage1.generator import preset
+from spatialavatar0.stage2.refine import RefineConfig, paper_config
 
 FACTS = paper()
 TABLES = {table['id']: table for table in FACTS['tables']}
@@ -53,3 +57,34 @@ def test_longest_splats():
     found = aspects()
     assert found['all guards'][0] == 8 and found['no scale-freeze'][0] is None
     assert found['no log-scale clamp'][1] < 10 < found['no L_aspect'][1]
+
+
+def apart(one, other):
+    return {name for name in vars(one) if getattr(one, name) != getattr(other, name)}
+
+
+def test_every_switch_has_its_point():
+    "What the preset `paper` has otherwise than `ours` is on page 96, and nothing else is."
+    points = [point for part in differences().values() for point in part]
+    switches = apart(preset('paper'), preset('ours')) | apart(paper_config(), RefineConfig())
+    assert {name for point in points for name in point.switch} == switches
+    measured = [point for point in points if point.cost]
+    assert {name for point in measured for name in point.switch} == switches
+    for point in measured:
+        mean, half, count = cost(point)
+        assert abs(mean) < 10 and half > 0 and count >= 3, point.what
+    with pytest.raises(InputError, match='kind should be one of'):
+        Point('A.1', 'what', 'theirs', 'ours', 'why', kind='better')
+
+
+def test_dials_are_whole():
+    "Every person and seed has every setting; a lone run is an error."
+    rows = dial_rows()
+    who = {(person, seed) for _, person, seed in rows}
+    assert set(rows) == {(setting, *one) for setting in SETTINGS for one in who}
+    assert len({person for person, _ in who}) == 3 and len(who) == 9
+    assert all(row['commit'] and row['clips'] and row['device'] for row in rows.values())
+    some = {key: row for key, row in rows.items() if key[0] == Setting()}
+    with pytest.raises(InputError, match='was not refined as Setting'):
+        worth(some, DIALS['aspect, zoom'], 1)
+    assert paper_worth() == pytest.approx(dict(freeze=2.07, clamp=1.56, aspect=1.03))

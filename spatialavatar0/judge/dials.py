@@ -101,6 +101,8 @@ DIALS = {
     'aspect, noise': Dial('aspect', 'noise', (0.0, 1.0, 3.0), seen='x4'),
     'freeze, noise': Dial('freeze', 'noise', (0.0, 1.0, 3.0), seen='x4'),
 }
+
+# %% ../../nbs/judge/95_dials.ipynb #95d1b0aa
 SETTINGS = list(
     dict.fromkeys(
         dial.setting(value, without)

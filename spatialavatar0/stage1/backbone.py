@@ -169,6 +169,7 @@ def expression_code(
     return torch.cat(parts)
 
 
+# %% ../../nbs/stage1/50_backbone.ipynb #6a439513
 @dataclass
 class Look:
     "What a generator needs of one picture, small enough to keep thousands."

@@ -129,6 +129,8 @@ _OURS = GeneratorConfig(
     hidden=32,
     **backbone_of('B'),
 )
+
+# %% ../../nbs/stage1/52_generator.ipynb #73c9e9da
 AS_PRINTED = dict(
     pool='plain',
     shells=(0.0,),
@@ -721,6 +723,7 @@ class Live:
         return avatar.render(viewmat, K, width, height, background=background, **pose)
 
 
+# %% ../../nbs/stage1/52_generator.ipynb #52a71e05
 @patch
 def live(
     self: Generator,

@@ -341,6 +341,7 @@ def ref_loss(
     return loss
 
 
+# %% ../../nbs/stage2/60_refine.ipynb #7b943e7f
 @torch.no_grad()
 def hold_bounds(
     splats: dict,  # raw attributes; changed in place
