@@ -16,6 +16,7 @@ from spatialavatar0.ground.core import InputError
 from spatialavatar0.ground.geometry import axis_angle_to_mat
 from spatialavatar0.head.flame_files import load_flame, write_flame_folder
 from spatialavatar0.head.head import open_head
+from spatialavatar0.judge.benchmark import live
 from spatialavatar0.pictures.people import make_person, mono_clip
 from spatialavatar0.stage1.backbone import backbone_of
 from spatialavatar0.stage1.generator import AS_PRINTED, Generator, preset
@@ -136,16 +137,16 @@ def test_presets():
 def test_live_hears_view_and_expression(clip):
     "Each picture has Gaussians of its own; the baked avatar is the one of a neutral front view."
     generator = stir(Generator.from_preset('tiny', **SMALL))
-    live, baked = generator.live(clip[:2]), generator(clip[:2])
+    person, baked = live(generator, clip[:2]), generator(clip[:2])
     frame, other = clip[2], clip[4]
     camera = frame.viewmat, frame.K, frame.width, frame.height
     look = generator.look(frame)
-    drawn = generator.render(live.code, look).rgb[0]
-    assert torch.allclose(live.render(*camera, **frame.pose)[0], drawn, atol=1e-5)
-    posed = live.posed(frame.viewmat, **frame.pose).splats
-    assert not torch.equal(posed['sh0'], live.posed(frame.viewmat, **other.pose).splats['sh0'])
+    drawn = generator.render(person.code, look).rgb[0]
+    assert torch.allclose(person.render(*camera, **frame.pose)[0], drawn, atol=1e-5)
+    posed = person.posed(frame.viewmat, **frame.pose).splats
+    assert not torch.equal(posed['sh0'], person.posed(frame.viewmat, **other.pose).splats['sh0'])
     front = torch.diag(torch.tensor([1.0, -1, -1, 1]))
-    at_rest = live.posed(front).splats
+    at_rest = person.posed(front).splats
     assert all(torch.allclose(x, baked.splats[name], atol=1e-6) for name, x in at_rest.items())
 
 

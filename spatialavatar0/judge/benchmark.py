@@ -12,6 +12,8 @@ __all__ = [
     'head_squares',
     'Method',
     'method_of',
+    'Live',
+    'live',
     'avatar_by',
     'Job',
     'start_content',
@@ -46,6 +48,7 @@ from uuid import uuid4
 import numba
 import torch
 from fastcore.basics import patch
+from torch import Tensor
 
 from spatialavatar0.pictures.clips import (
     Clip,
@@ -63,6 +66,7 @@ from spatialavatar0.stage2.refine import (
 )
 
 # %% ../../nbs/judge/92_benchmark.ipynb #13575dea
+from ..avatar.avatar import Avatar
 from ..avatar.portrait import from_frame, head_square
 from ..ground.content import file_hash, hash_of, refuse_other, what_changed
 from ..ground.core import InputError, gpu_memory, progress
@@ -72,7 +76,8 @@ from ..ground.pickles import printable
 from ..head.head import Head
 from ..pictures.checks import check_clip, faults_of, in_words
 from ..pictures.formats import detect, head_for, load_clip
-from ..stage1.generator import from_pretrained, generator_file
+from ..stage1.backbone import expression_code
+from ..stage1.generator import Code, Generator, from_pretrained, generator_file
 from ..stage2.loop import refine
 from ..use.retarget import retarget
 from .evaluate import Protocol, frames_of, reenactments, renderer
@@ -321,6 +326,50 @@ def method_of(
     return Method(start, how.removesuffix('baked'), baked, iters, resolution)
 
 
+# %% ../../nbs/judge/92_benchmark.ipynb #92a71e02
+class Live:
+    "Somebody as the network draws them: Gaussians anew for every view and expression."
+
+    def __init__(self, generator, person, code):
+        self.generator = generator
+        self.person = person.to(code.map.device)  # an Avatar, for its head, shape and binding
+        self.code = code
+
+    def posed(
+        self,
+        viewmat: Tensor,  # (4,4) world to camera
+        **pose,  # expr rotation neck jaw eyes translation, each (1,n)
+    ) -> Avatar:
+        "The avatar that is decoded for one picture (Eq. 6, 7)."
+        view = self.generator.direction(viewmat, pose)
+        mood = expression_code(pose, self.generator.head)
+        with torch.no_grad():
+            splats = self.generator.decode(self.code, view[None], mood[None]).splats[0]
+        return replace(self.person, splats={k: x.contiguous() for k, x in splats.items()})
+
+    def to(self, device):
+        "Decoded and drawn there; the generator moves along."
+        code = Code(*[x.to(device) for x in vars(self.code).values()])
+        return Live(self.generator.to(device), self.person, code)
+
+    def render(self, viewmat, K, width, height, *, background=None, **pose):
+        "As `Avatar.render`."
+        avatar = self.posed(viewmat, **pose)
+        return avatar.render(viewmat, K, width, height, background=background, **pose)
+
+
+# %% ../../nbs/judge/92_benchmark.ipynb #92a71e03
+def live(
+    generator: Generator,
+    frames,  # K frames or looks of one person, any order
+) -> Live:
+    "A person in one pass, not baked."
+    person = generator(frames)
+    with torch.no_grad():
+        code = generator.encode([generator.as_looks(frames)])
+    return Live(generator, person, code)
+
+
 # %% ../../nbs/judge/92_benchmark.ipynb #b46b3d4a
 def _first_avatar(method, part, head, device):
     "Where a method starts: a frame, warped, or four frames through a network; perhaps Live."
@@ -335,7 +384,7 @@ def _first_avatar(method, part, head, device):
     generator = from_pretrained('toy' if method.start == 'network' else method.start, head)
     squares = list(head_squares(known, head, generator.config.image_size))
     generator = generator.to(device)
-    return generator(squares) if method.baked else generator.live(squares)
+    return generator(squares) if method.baked else live(generator, squares)
 
 
 # %% ../../nbs/judge/92_benchmark.ipynb #06421962

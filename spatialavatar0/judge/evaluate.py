@@ -14,7 +14,6 @@ __all__ = [
     'MediaPipeJudge',
     'DlibJudge',
     'renderer',
-    'need_matte',
     'all_scores',
 ]
 
@@ -37,7 +36,7 @@ from ..ground.pickles import file_text
 from ..head.head import open_head
 from ..pictures.fast_metrics import open_lpips
 from ..pictures.metrics import ask
-from ..pictures.scores import PRESETS, film_scores, lay_on
+from ..pictures.scores import PRESETS, film_scores, lay_on, need_matte
 
 # %% ../../nbs/judge/90_evaluate.ipynb #14e00008
 RULES = 'last', 'share', 'first', 'uniform'
@@ -264,25 +263,6 @@ def renderer(
         return avatar.render(*camera, background=background, **{**frame.pose, **pose})[0]
 
     return render
-
-
-# %% ../../nbs/judge/90_evaluate.ipynb #90ab0001
-def need_matte(
-    frame,  # has image, mask, time
-    preset,  # of page 37: its background
-):
-    "Refuse a picture without a matte whose upper corners are not of the background."
-    if frame.mask.min() < 0.5:
-        return
-    rows, columns = (max(1, size // 20) for size in frame.mask.shape)
-    corners = frame.image[:rows, :columns], frame.image[:rows, -columns:]
-    off = [float((corner - preset.background).abs().mean()) for corner in corners]
-    if min(off) > 0.1:
-        raise InputError(
-            f'frame {frame.time} has no matte, and what is around the person is not '
-            f'{preset.background:g} (0 black, 1 white), which the protocol lays both pictures on; '
-            'give the clip mattes (an alpha channel, or files beside its pictures)'
-        )
 
 
 # %% ../../nbs/judge/90_evaluate.ipynb #14e00023

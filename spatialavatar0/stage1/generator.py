@@ -14,7 +14,6 @@ __all__ = [
     'Warped',
     'Pooled',
     'Rendered',
-    'Live',
     'generator_file',
     'from_pretrained',
 ]
@@ -43,7 +42,6 @@ from spatialavatar0.stage1.backbone import (
     Look,
     backbone_of,
     check_config,
-    expression_code,
     look_at,
     make_encoder,
     sample,
@@ -129,19 +127,8 @@ _OURS = GeneratorConfig(
     hidden=32,
     **backbone_of('B'),
 )
-
-# %% ../../nbs/stage1/52_generator.ipynb #73c9e9da
-AS_PRINTED = dict(
-    pool='plain',
-    shells=(0.0,),
-    mirror=False,
-    visibility=False,
-    bypass=False,
-    teeth=False,
-    modulated=True,
-    zero_film=True,
-    skull_view=False,
-)
+AS_PRINTED = dict(pool='plain', shells=(0.0,), mirror=False, visibility=False, bypass=False)
+AS_PRINTED |= dict(teeth=False, modulated=True, zero_film=True, skull_view=False)
 _PAPER = replace(_OURS, **AS_PRINTED)
 _PRESETS = dict(tiny=_TINY, laptop=GeneratorConfig(), ours=_OURS, paper=_PAPER)
 
@@ -319,6 +306,16 @@ def looks(
             f'sources should share one size; got {sizes}: cut and resize them with clips.crop'
         )
     return [self.look(frame) for frame in frames]
+
+
+@patch
+def direction(
+    self: Generator,
+    viewmat: Tensor,  # (4,4) of the target, world to camera
+    params: dict,  # of the target's head
+) -> Tensor:  # (3,) unit
+    "d of Eq. 6, as this generator takes it."
+    return skull_view(viewmat, params) if self.config.skull_view else world_view(viewmat)
 
 
 # %% ../../nbs/stage1/52_generator.ipynb #1ee46d71
@@ -506,17 +503,6 @@ def encode(
     )
 
 
-# %% ../../nbs/stage1/52_generator.ipynb #52a70001
-@patch
-def direction(
-    self: Generator,
-    viewmat: Tensor,  # (4,4) of the target, world to camera
-    params: dict,  # of the target's head
-) -> Tensor:  # (3,) unit
-    "d of Eq. 6, as this generator takes it."
-    return skull_view(viewmat, params) if self.config.skull_view else world_view(viewmat)
-
-
 # %% ../../nbs/stage1/52_generator.ipynb #71930545
 @patch
 def decode(
@@ -676,64 +662,13 @@ def forward(
         looks = self.as_looks([frames] if isinstance(frames, (Frame, Look)) else frames)
         code = self.encode([looks])
         splats = self.decode(code).splats[0]
-    on_host = {name: values.cpu().contiguous() for name, values in splats.items()}
-    return replace(self._person(looks, code), splats=on_host)
-
-
-@patch
-def _person(self: Generator, looks, code):
-    "Who the sources show, without Gaussians of their own."
     return replace(
         self.avatar_[0],
+        splats={name: values.cpu().contiguous() for name, values in splats.items()},
         shape=self._mean_shape(looks),
         seen=code.seen[0].cpu(),
         info=dict(generator=self.config.pool, sources=len(looks)),
     )
-
-
-# %% ../../nbs/stage1/52_generator.ipynb #52a71e02
-class Live:
-    "Somebody as the network draws them: Gaussians anew for every view and expression."
-
-    def __init__(self, generator, person, code):
-        self.generator = generator
-        self.person = person.to(code.map.device)  # an Avatar, for its head, shape and binding
-        self.code = code
-
-    def posed(
-        self,
-        viewmat: Tensor,  # (4,4) world to camera
-        **pose,  # expr rotation neck jaw eyes translation, each (1,n)
-    ) -> Avatar:
-        "The avatar that is decoded for one picture (Eq. 6, 7)."
-        view = self.generator.direction(viewmat, pose)
-        mood = expression_code(pose, self.generator.head)
-        with torch.no_grad():
-            splats = self.generator.decode(self.code, view[None], mood[None]).splats[0]
-        return replace(self.person, splats={k: x.contiguous() for k, x in splats.items()})
-
-    def to(self, device):
-        "Decoded and drawn there; the generator moves along."
-        code = Code(*[x.to(device) for x in vars(self.code).values()])
-        return Live(self.generator.to(device), self.person, code)
-
-    def render(self, viewmat, K, width, height, *, background=None, **pose):
-        "As `Avatar.render`."
-        avatar = self.posed(viewmat, **pose)
-        return avatar.render(viewmat, K, width, height, background=background, **pose)
-
-
-# %% ../../nbs/stage1/52_generator.ipynb #52a71e05
-@patch
-def live(
-    self: Generator,
-    frames,  # K frames or looks of one person, any order
-) -> Live:
-    "A person in one pass, not baked."
-    with torch.no_grad():
-        looks = self.as_looks([frames] if isinstance(frames, (Frame, Look)) else frames)
-        code = self.encode([looks])
-    return Live(self, self._person(looks, code), code)
 
 
 # %% ../../nbs/stage1/52_generator.ipynb #beec013f

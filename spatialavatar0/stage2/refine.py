@@ -19,13 +19,13 @@ __all__ = [
     'photo_loss',
     'learning_rates',
     'clamp_scales',
+    'hold_bounds',
     'aspect_loss',
     'light_share',
     'tie_strength',
     'texel_neighbours',
     'keep_loss',
     'ref_loss',
-    'hold_bounds',
     'refine_readable',
 ]
 
@@ -75,7 +75,6 @@ def start_frame(
     return int(lowest[turn[lowest].argmin()])
 
 
-# %% ../../nbs/stage2/60_refine.ipynb #60ref001
 def reference_frame(
     clip: Clip,
     seed: int = 0,
@@ -232,6 +231,21 @@ def clamp_scales(
     return middle + (bounded - middle).clamp(-spread, spread)
 
 
+@torch.no_grad()
+def hold_bounds(
+    splats: dict,  # raw attributes; changed in place
+    start: dict,  # where they began
+    cfg: RefineConfig,
+    step: int,
+):
+    "The hard clamp of A.4 after the freeze; colours between black and white (ours)."
+    if cfg.bounded_colours:
+        splats['sh0'].clamp_(-0.5 / SH_C0, 0.5 / SH_C0)
+    if step >= cfg.freeze:
+        scales = splats['log_scales']
+        scales.copy_(clamp_scales(scales, start['log_scales'], cfg.spread, cfg.grow, cfg.bounds))
+
+
 # %% ../../nbs/stage2/60_refine.ipynb #5601ed93
 def aspect_loss(
     means: Tensor,  # (N,3) in the world
@@ -339,22 +353,6 @@ def ref_loss(
     if step >= cfg.aspect_from:
         loss = loss + cfg.aspect * aspect_loss(*world, frame, cfg.tau)
     return loss
-
-
-# %% ../../nbs/stage2/60_refine.ipynb #7b943e7f
-@torch.no_grad()
-def hold_bounds(
-    splats: dict,  # raw attributes; changed in place
-    start: dict,  # where they began
-    cfg: RefineConfig,
-    step: int,
-):
-    "The hard clamp of A.4 after the freeze; colours between black and white (ours)."
-    if cfg.bounded_colours:
-        splats['sh0'].clamp_(-0.5 / SH_C0, 0.5 / SH_C0)
-    if step >= cfg.freeze:
-        scales = splats['log_scales']
-        scales.copy_(clamp_scales(scales, start['log_scales'], cfg.spread, cfg.grow, cfg.bounds))
 
 
 # %% ../../nbs/stage2/60_refine.ipynb #58c1dffa
