@@ -48,8 +48,8 @@ class Setting:
     noise: float = 0.0  # errors of the tracker, in units of domains.TRACKING
 
     def config(self, iters: int) -> RefineConfig:
-        """The paper's Stage 2 in fewer steps: scales stand still for a tenth of them. (Bounds are
-        ours: those of the paper are not printed.)"""
+        """The paper's Stage 2 in fewer steps: scales stand still for a tenth of them. (The clamp's
+        range is ours, for the paper prints none.)"""
         early = iters // 10
         config = RefineConfig(iters=iters, freeze=early, aspect_from=early, keep=0.0)
         lr = {**config.lr, 'log_scales': self.rate * config.lr['log_scales']}
