@@ -101,10 +101,10 @@ def test_entries():
 
 def test_package_assets_are_the_ones_named():
     """A file that travels in the package has its fingerprint in the manifest, and there is no file
-    without an entry but the viewer's code, a checkpoint's recipe, protocols and the paper's
-    tables."""
+    without an entry but the viewer's code, a checkpoint's recipe, protocols, the paper's
+    tables and our differences from it."""
     package = ROOT / 'spatialavatar0'
-    needs_none = 'toy.json', 'protocols.yaml', 'paper.yaml'
+    needs_none = 'toy.json', 'protocols.yaml', 'paper.yaml', 'differences.yaml'
     there = {
         path.relative_to(package).as_posix()
         for path in (package / 'assets').rglob('*')
