@@ -108,6 +108,21 @@ def save(
         tmp.write_text(json.dumps(data, indent=1) + '\n')
 
 
+def lines_of(
+    path,  # a .json file of settings and rows, which need not exist
+    settings: dict,  # of this run
+) -> list:  # of rows
+    "What an earlier run of the same settings wrote; another's file is refused."
+    if not Path(path).exists():
+        return []
+    old = json.loads(Path(path).read_text())
+    if old['settings'] != settings:
+        raise SystemExit(
+            f'{path} holds lines of other settings, {old["settings"]}; give another --out'
+        )
+    return old['rows']
+
+
 def even_directions(
     n: int,  # points
 ) -> Tensor:  # (n,3)

@@ -9,7 +9,6 @@ on twelve views from far sides. Lines in the output file are not made again.
 """
 
 import argparse
-import json
 import multiprocessing as mp
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -114,8 +113,8 @@ def told(row):
 def main():
     options = command_line()
     out = Path(options.out)
-    rows = json.loads(out.read_text())['rows'] if out.exists() else []
     settings = dict(size=SIZE, texels=TEXELS, steps=STEPS)
+    rows = common.lines_of(out, settings)
     with ProcessPoolExecutor(options.jobs, mp_context=mp.get_context('spawn')) as pool:
         runs = [pool.submit(run, job) for job in jobs_left(rows, options)]
         for done in as_completed(runs):

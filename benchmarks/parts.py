@@ -13,7 +13,6 @@ not made again.
 """
 
 import argparse
-import json
 import math
 import multiprocessing as mp
 import time
@@ -25,6 +24,7 @@ from pathlib import Path
 import common  # first: waiting threads shall sleep
 from generator import line, scores
 
+from spatialavatar0.ground.content import hash_of
 from spatialavatar0.pictures.domains import held_out, mono, multi, people
 from spatialavatar0.stage1.generator import AS_PRINTED, from_preset
 from spatialavatar0.stage1.schedule import LAPTOP, MonoPhase, MultiPhase
@@ -52,6 +52,11 @@ class Row:
     weights: dict = field(default_factory=dict)  # of the loss
     world: dict = field(default_factory=dict)  # of the domains
     kind: type = MonoPhase
+
+    @property
+    def arm(self):  # a name for all that it changes
+        changes = self.network, self.first, self.second or {}, self.weights, self.world
+        return hash_of(*changes, self.second is None, self.kind.__name__)
 
 
 BARE = dict(bypass=False, shells=(0.0,))
@@ -156,6 +161,7 @@ def run(job):
         raise SystemExit('stopped; lines that are there are kept')
     return dict(
         row=f'{what}: {row.name}',
+        arm=row.arm,
         seed=seed,
         seconds=round(time.perf_counter() - begun, 1),
         held_out=scores(generator.eval(), tests),
@@ -177,16 +183,16 @@ def command_line():
 def main():
     options = command_line()
     out = Path(options.out)
-    rows = json.loads(out.read_text())['rows'] if out.exists() else []
-    done = {(row['row'], row['seed']) for row in rows}
+    settings = dict(size=SIZE, people=PEOPLE, subjects=SUBJECTS, steps=STEPS, steps2=STEPS2)
+    rows = common.lines_of(out, settings)
+    done = {(row['row'], row['seed'], row['arm']) for row in rows}
     jobs = [
         (what, row, seed)
         for what in options.what.split(',')
         for row in rows_of(what)
         for seed in range(options.seeds)
     ]
-    jobs = [job for job in jobs if (f'{job[0]}: {job[1].name}', job[2]) not in done]
-    settings = dict(size=SIZE, people=PEOPLE, subjects=SUBJECTS, steps=STEPS, steps2=STEPS2)
+    jobs = [job for job in jobs if (f'{job[0]}: {job[1].name}', job[2], job[1].arm) not in done]
     with ProcessPoolExecutor(options.jobs, mp_context=mp.get_context('spawn')) as pool:
         for ended in as_completed([pool.submit(run, job) for job in jobs]):
             rows.append(ended.result())

@@ -87,4 +87,7 @@ def test_dials_are_whole():
     some = {key: row for key, row in rows.items() if key[0] == Setting()}
     with pytest.raises(InputError, match='was not refined as Setting'):
         worth(some, DIALS['aspect, zoom'], 1)
+    lone = {key: row for key, row in rows.items() if key[0] == Setting('aspect')}
+    with pytest.raises(InputError, match="was not refined as Setting\\(without=''"):
+        worth(lone, DIALS['aspect, zoom'], 1)
     assert paper_worth() == pytest.approx(dict(freeze=2.07, clamp=1.56, aspect=1.03))

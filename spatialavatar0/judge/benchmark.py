@@ -478,11 +478,12 @@ def start_content(
     method: Method,
 ) -> dict:
     "What an avatar starts from, beside the clip."
+    rule = dict(printed='one frame, by the rule of A.4') if method.refine == 'paper' else {}
     if method.start == 'warp':
-        return dict(resolution=method.resolution)
+        return dict(resolution=method.resolution, **rule)
     name = 'toy' if method.start == 'network' else method.start
     drawn = {} if method.baked else dict(decoded='for every picture')
-    return dict(start=file_hash(generator_file(name)), **drawn)
+    return dict(start=file_hash(generator_file(name)), **drawn, **rule)
 
 
 # %% ../../nbs/judge/92_benchmark.ipynb #d46f32c6

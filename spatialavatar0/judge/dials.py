@@ -138,17 +138,16 @@ def worth(
     pictures = pictures or dial.pictures(value)
     having, lacking = (dial.setting(value, without) for without in ('', dial.guard))
     people = {}
-    for (setting, person, seed), found in rows.items():
-        if setting != having:
-            continue
-        if (lacking, person, seed) not in rows:
-            raise InputError(
-                f'person {person}, seed {seed} was not refined as {lacking}; go on with '
-                'python benchmarks/dials.py'
-            )
-        other = rows[lacking, person, seed]
-        people.setdefault(person, []).append(found[pictures][metric] - other[pictures][metric])
-    return [sum(gains) / len(gains) for gains in people.values()]
+    for _, person, seed in [key for key in rows if key[0] in (having, lacking)]:
+        for setting in (having, lacking):
+            if (setting, person, seed) not in rows:
+                raise InputError(
+                    f'person {person}, seed {seed} was not refined as {setting}; go on with '
+                    'python benchmarks/dials.py'
+                )
+        found, other = (rows[s, person, seed][pictures][metric] for s in (having, lacking))
+        people.setdefault(person, {})[seed] = found - other
+    return [sum(gains.values()) / len(gains) for gains in people.values()]
 
 
 # %% ../../nbs/judge/95_dials.ipynb #95d1b018
